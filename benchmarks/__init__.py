@@ -1,0 +1,1 @@
+"""clusterpool against multiprocessing, concurrent.futures, loky, Ray and Dask: `python -m benchmarks`."""

@@ -1,0 +1,145 @@
+"""Runs the samples, contender by contender and round by round, so that a busy minute hits all alike."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.figures import MEMCPY, Figure
+from benchmarks.sample import MARK
+
+ROOT = Path(__file__).parents[1]
+# A contender that needs longer than this for one sample is reported as failed; the slowest need about 20 s.
+SAMPLE_TIMEOUT_S = 180.0
+
+
+@dataclass
+class Results:
+    """All samples: figure -> contender -> metric -> values; and the end of what the failed ones printed."""
+
+    samples: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=dict)
+    failures: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def add(self, figure: str, contender: str, sample: dict[str, float]) -> None:
+        """Notes the values of one sample."""
+        metrics = self.samples.setdefault(figure, {}).setdefault(contender, {})
+        for metric, value in sample.items():
+            metrics.setdefault(metric, []).append(value)
+
+    def median(self, figure: str, contender: str, metric: str) -> float | None:
+        """The median over the rounds; None where there is no sample."""
+        values = self.samples.get(figure, {}).get(contender, {}).get(metric)
+        return statistics.median(values) if values else None
+
+
+class SampleFailed(Exception):
+    """The process of a sample failed or took too long; the text is the end of what it printed."""
+
+
+def run_all(
+    figures: Sequence[Figure],
+    contenders: Sequence[str],
+    *,
+    repeats: int,
+    quick: bool,
+    report: Callable[[str], None],
+) -> Results:
+    """Every figure for every contender that has it. A contender that fails at a figure is not asked again."""
+    results = Results()
+    with private_environment() as environment:
+        for figure in figures:
+            chosen = [name for name in figure.contenders if name in contenders or name == MEMCPY]
+            for round_number in range(1, repeats + 1):
+                for contender in chosen:
+                    if contender in results.failures.get(figure.name, {}):
+                        continue
+                    report(f"{figure.name}: {contender}, round {round_number} of {repeats}")
+                    try:
+                        sample = run_sample(figure, contender, quick=quick, environment=environment)
+                    except SampleFailed as error:
+                        results.failures.setdefault(figure.name, {})[contender] = str(error)
+                        report(f"{figure.name}: {contender} FAILED: {str(error).strip().splitlines()[-1]}")
+                    else:
+                        results.add(figure.name, contender, sample)
+    return results
+
+
+def run_sample(
+    figure: Figure, contender: str, *, quick: bool, environment: dict[str, str]
+) -> dict[str, float]:
+    """One fresh process, its group killed afterwards. Raises SampleFailed."""
+    divisor = figure.divisors.get(contender, 1)
+    amount = max((figure.quick_amount if quick else figure.amount) // divisor, 1)
+    command = [sys.executable, "-m", "benchmarks.sample", contender, figure.name, str(amount)]
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            exit_code = process.wait(SAMPLE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            exit_code = None
+        finally:
+            # Whatever the library forgot must not disturb the next sample.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        printed = output.read()
+    if exit_code != 0:
+        what = f"took more than {SAMPLE_TIMEOUT_S:g} s" if exit_code is None else f"exit code {exit_code}"
+        raise SampleFailed(f"{printed[-2000:]}\n({what}) {last_line(printed)}")
+    return scaled(parse(printed), divisor)
+
+
+def last_line(printed: str) -> str:
+    """The line that most likely says why."""
+    lines = printed.strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def parse(printed: str) -> dict[str, float]:
+    """The sample among whatever else was printed. Raises SampleFailed."""
+    for line in printed.splitlines():
+        if line.startswith(MARK):
+            sample: dict[str, float] = json.loads(line.removeprefix(MARK))
+            return sample
+    raise SampleFailed(f"{printed[-2000:]}\nno sample was printed")
+
+
+def scaled(sample: dict[str, float], divisor: int) -> dict[str, float]:
+    """What the full amount would have cost. Costs per task or per call stay as they are."""
+    return {metric: value * divisor if metric == "seconds" else value for metric, value in sample.items()}
+
+
+@contextlib.contextmanager
+def private_environment() -> Iterator[dict[str, str]]:
+    """An environment in which every clusterpool is an embedded one, and no library phones home."""
+    # Short, because the path of a UNIX socket has 107 bytes at the most.
+    folder = tempfile.mkdtemp(prefix="cpb-")
+    environment = dict(os.environ)
+    environment.pop("CLUSTERPOOL_ADDRESS", None)
+    environment.update(
+        CLUSTERPOOL_HOME=f"{folder}/home",
+        CLUSTERPOOL_TMPDIR=f"{folder}/tmp",
+        DASK_TEMPORARY_DIRECTORY=f"{folder}/tmp",
+        PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        RAY_USAGE_STATS_ENABLED="0",
+        DO_NOT_TRACK="1",
+    )
+    for name in ("home", "tmp"):
+        os.mkdir(f"{folder}/{name}", 0o700)
+    try:
+        yield environment
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

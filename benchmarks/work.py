@@ -1,0 +1,28 @@
+"""What the tasks and actors of the benchmarks do. Imports nothing heavy: idle workers are weighed."""
+
+from __future__ import annotations
+
+import os
+import time
+
+
+def noop(_item: object = None) -> None:
+    """A task that costs nothing, so that what is measured is the cost of having one."""
+
+
+def process_id(_item: object = None) -> int:
+    """Which worker ran this; the pause lets the other workers get one of these tasks too."""
+    time.sleep(0.02)
+    return os.getpid()
+
+
+class Counter:
+    """The smallest actor."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def add(self, amount: int) -> int:
+        """Adds `amount` and says what the total is now."""
+        self.total += amount
+        return self.total

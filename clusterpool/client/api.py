@@ -1,0 +1,388 @@
+"""The engine's public functions: the narrow waist between the facades and the cluster.
+
+Source: Ray paper, table 1, for `put`, `get`, `wait` and the rest; names and semantics follow it where the standard
+library has none.
+"""
+
+from __future__ import annotations
+
+import atexit
+import concurrent.futures
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+from clusterpool import errors
+from clusterpool.client import bootstrap, current
+from clusterpool.client import future as lean_future
+from clusterpool.client.future import LeanFuture
+from clusterpool.client.object_ref import ObjectRef
+from clusterpool.client.runtime import Runtime
+from clusterpool.client.submission import put_value
+from clusterpool.core import messages as m
+from clusterpool.core import owner_events as e
+from clusterpool.core.messages import ValuePart
+
+if TYPE_CHECKING:
+    from clusterpool.client.actor_handle import ActorHandle
+    from clusterpool.client.client import Client
+
+# An embedded node has this long to end its workers and remove its files.
+_NODE_END_S = 10.0
+
+
+def init(
+    address: str | None = None,
+    *,
+    num_cpus: float | None = None,
+    num_gpus: float | None = None,
+    memory: int | None = None,
+    resources: dict[str, float] | None = None,
+    object_store_bytes: int | None = None,
+    runtime_env: dict[str, Any] | None = None,
+    namespace: str | None = None,
+    log_to_driver: bool = True,
+) -> dict[str, Any]:
+    """Join or start a cluster; called by itself at first use.
+
+    `address`: a session folder or node socket, or "local"; else CLUSTERPOOL_ADDRESS, else the cluster that
+    `clusterpool up` recorded, else a private one that ends with this process, with `num_cpus`, `num_gpus`, `memory`
+    (bytes), `resources` and `object_store_bytes` as given (they need a private one).
+
+    Returns: `node_id`, `cluster_id`, `address`, `is_embedded`.
+    Raises: RuntimeError when already connected; NotConnected, StartFailed; ValueError for sizes of a cluster that
+    is there already.
+    """
+    with current.lock:
+        if current.get_if_any() is not None and not current.get().client.is_closed:
+            raise RuntimeError("clusterpool is started already; call clusterpool.shutdown() first to start it anew")
+        sizes = {
+            "num_cpus": num_cpus, "num_gpus": num_gpus, "memory": memory, "resources": resources,
+            "object_store_bytes": object_store_bytes,
+        }  # fmt: skip
+        has_sizes = any(value is not None for value in sizes.values())
+        node_socket = bootstrap.find_address("local" if has_sizes and address is None else address)
+        if has_sizes and node_socket is not None:
+            given = ", ".join(name for name, value in sizes.items() if value is not None)
+            raise ValueError(f"{given} cannot be set for a cluster that runs already ({address}); leave out the address")
+        process = None
+        if node_socket is None:
+            process, node_socket = bootstrap.start_embedded(**sizes)  # type: ignore[arg-type]
+            process.wait_ready()
+        try:
+            runtime = bootstrap.join(
+                node_socket, namespace=namespace or "", runtime_env=runtime_env, log_to_driver=log_to_driver
+            )
+        except BaseException:
+            if process is not None:
+                process.terminate()
+            raise
+        if process is not None:
+            embedded = process
+            runtime.after_shutdown.append(lambda: _end_node(embedded))
+        _install(runtime)
+        registered = runtime.client.registered
+        assert registered is not None
+        return {
+            "node_id": registered.node_id,
+            "cluster_id": registered.cluster_id,
+            "address": node_socket,
+            "is_embedded": process is not None,
+        }
+
+
+def _end_node(process: Any) -> None:
+    if process.wait(_NODE_END_S) is None:
+        process.terminate()
+
+
+def _install(runtime: Runtime) -> None:
+    """Make `runtime` this process's one (also used by workers)."""
+    current.set(runtime)
+    lean_future.wait_hook = runtime.client.wait_until
+    lean_future.wake_hook = runtime.client.loop.kick
+
+
+install = _install
+
+
+def shutdown() -> None:
+    """Leave the cluster; a private one ends. Pools and references of it are of no use any more. May be called twice."""
+    with current.lock:
+        runtime = current.get_if_any()
+        if runtime is None:
+            return
+        try:
+            runtime.shutdown()
+        finally:
+            current.set(None)
+            lean_future.wait_hook = lean_future.wake_hook = None
+
+
+atexit.register(shutdown)
+
+
+def is_initialized() -> bool:
+    """Whether this process is connected to a cluster."""
+    runtime = current.get_if_any()
+    return runtime is not None and not runtime.client.is_closed
+
+
+def runtime() -> Runtime:
+    """The runtime of this process, started or joined now if need be."""
+    runtime = current.get_if_any()
+    if runtime is not None and not runtime.client.is_closed:
+        return runtime
+    with current.lock:
+        runtime = current.get_if_any()
+        if runtime is not None and runtime.client.is_closed:
+            shutdown()
+            runtime = None
+        if runtime is None:
+            init()
+        return current.get()
+
+
+def connect() -> Client:
+    """The client of this process, started or joined now if need be."""
+    return runtime().client
+
+
+def in_worker() -> bool:
+    """Whether this process is a worker of a cluster."""
+    runtime = current.get_if_any()
+    return runtime is not None and runtime.client.kind == "worker"
+
+
+def wait_until(predicate: Callable[[], bool], timeout: float | None = None) -> bool:
+    """Turn the client's loop in this thread until `predicate()`; False when `timeout` seconds went by.
+
+    The predicate is evaluated after each batch of messages, so it must be cheap.
+    Raises: NotConnected when the cluster goes away meanwhile.
+    """
+    return runtime().client.wait_until(predicate, timeout)
+
+
+# --- the cluster ----------------------------------------------------------------------------------------------------
+
+
+def nodes() -> list[dict[str, Any]]:
+    """The nodes of the cluster: id, host, resources, workers, store, queue."""
+    import msgspec
+
+    answer = connect().request(m.DescribeCluster, timeout_s=30.0)
+    assert isinstance(answer, m.ClusterDescribed)
+    return [msgspec.structs.asdict(node) for node in answer.nodes]
+
+
+def cluster_resources() -> dict[str, float]:
+    """What all nodes have together: `CPU`, `GPU`, `memory` (bytes) and the names that users gave."""
+    return _sum_resources("total")
+
+
+def available_resources() -> dict[str, float]:
+    """What of it is free, as of the last heartbeats."""
+    return _sum_resources("available")
+
+
+def _sum_resources(key: str) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for node in nodes():
+        for name, amount in node[key].items():
+            total[name] = total.get(name, 0.0) + amount
+    return total
+
+
+# --- objects --------------------------------------------------------------------------------------------------------
+
+
+def put(value: Any) -> ObjectRef:
+    """Store a value; small ones in this process, larger ones in the node's shared memory.
+
+    Raises: what pickle raises; ObjectTooLarge, StoreFull; TypeError for an ObjectRef.
+    """
+    if isinstance(value, ObjectRef):
+        raise TypeError("this is an ObjectRef already; put() takes the value itself")
+    here = runtime()
+    return put_value(here.client, here.values, value)
+
+
+@overload
+def get(refs: ObjectRef, timeout: float | None = None) -> Any: ...
+@overload
+def get(refs: Sequence[ObjectRef], timeout: float | None = None) -> list[Any]: ...
+def get(refs: ObjectRef | Sequence[ObjectRef], timeout: float | None = None) -> Any:
+    """The value of a reference, or the list of values of several, waiting for at most `timeout` seconds.
+
+    Arrays come back writable, and nobody else sees what is written to them.
+    Raises: the task's own exception; GetTimeout; ObjectLost, OwnerDied, TaskCancelled, WorkerDied, ActorDied.
+    """
+    is_single = isinstance(refs, ObjectRef)
+    wanted: list[ObjectRef] = [refs] if isinstance(refs, ObjectRef) else list(refs)
+    for ref in wanted:
+        if not isinstance(ref, ObjectRef):
+            raise TypeError(f"get() takes an ObjectRef or a sequence of them, not {type(ref).__name__}: {ref!r}")
+    here = runtime()
+    parts = _known_parts(here, wanted, timeout)
+    values = [here.values.load(part) for part in parts]
+    return values[0] if is_single else values
+
+
+def _known_parts(here: Runtime, wanted: list[ObjectRef], timeout: float | None) -> list[ValuePart]:
+    client = here.client
+    table = client.machine.objects.table
+    parts: list[ValuePart] = []
+    keys = [ref.part for ref in wanted]
+    client.drain()
+
+    def are_known() -> bool:
+        while len(parts) < len(keys):
+            part = table.value_of(keys[len(parts)])
+            if part is None:
+                return False
+            parts.append(part)
+        return True
+
+    if are_known():
+        return parts
+    for key in keys[len(parts) :]:
+        if key.owner != client.address:
+            client.handle_event(e.ValueWanted(key))
+    if not client.wait_until(are_known, timeout):
+        raise errors.GetTimeout(
+            f"{len(keys) - len(parts)} of {len(keys)} values were not there after {timeout} s (the first is "
+            f"{wanted[len(parts)]!r}); their tasks may still run: ask again, or cancel() them"
+        )
+    return parts
+
+
+def wait(
+    refs: Sequence[ObjectRef], *, num_returns: int = 1, timeout: float | None = None
+) -> tuple[list[ObjectRef], list[ObjectRef]]:
+    """Wait until `num_returns` of `refs` have values (or errors), for at most `timeout` seconds.
+
+    Returns: those that have (at most `num_returns`), and the rest, each in the order given.
+    Raises: ValueError for duplicates or a `num_returns` that is not in 1 .. len(refs).
+    """
+    wanted = list(refs)
+    if any(not isinstance(ref, ObjectRef) for ref in wanted):
+        raise TypeError("wait() takes a sequence of ObjectRefs")
+    if len(set(wanted)) != len(wanted):
+        raise ValueError("wait() got the same ObjectRef twice")
+    if not 1 <= num_returns <= len(wanted):
+        raise ValueError(f"num_returns must be between 1 and the number of refs ({len(wanted)}): {num_returns}")
+    client = runtime().client
+    table = client.machine.objects.table
+    client.drain()
+    for ref in wanted:
+        if ref.part.owner != client.address:
+            client.handle_event(e.ValueWanted(ref.part))
+    unknown = dict.fromkeys(wanted)
+
+    def are_enough() -> bool:
+        for ref in list(unknown):
+            if table.value_of(ref.part) is not None:
+                del unknown[ref]
+                if len(wanted) - len(unknown) >= num_returns:
+                    return True
+        return len(wanted) - len(unknown) >= num_returns
+
+    client.wait_until(are_enough, timeout)
+    ready = [ref for ref in wanted if ref not in unknown][:num_returns]
+    chosen = set(ready)
+    return ready, [ref for ref in wanted if ref not in chosen]
+
+
+def future_of(ref: ObjectRef) -> concurrent.futures.Future[Any]:
+    """A standard future that gets the value of `ref`."""
+    here = runtime()
+    future: LeanFuture[Any] = LeanFuture()
+
+    def on_known() -> None:
+        part = here.client.machine.objects.table.value_of(ref.part)
+        assert part is not None
+        if part.stored is not None:
+            here.values.load_stored_nowait(part.stored, lambda value, error: future.finish(value, error))
+            return
+        try:
+            value = here.values.load(part)
+        except BaseException as exc:
+            future.finish(None, exc)
+        else:
+            future.finish(value, None)
+
+    future.set_running_or_notify_cancel()
+    here.client.watch(ref.part, on_known)
+    return future
+
+
+def cancel(ref: ObjectRef, *, force: bool = False) -> bool:
+    """Cancel the task that makes `ref`: drop it if it has not started, else interrupt it (TaskCancelled is raised in
+    it, as KeyboardInterrupt would be), or with `force` kill its worker.
+
+    Returns: whether it will certainly not run to its end.
+    """
+    client = runtime().client
+    if ref.part.owner != client.address:
+        raise ValueError("only the process that submitted a task can cancel it")
+    return cancel_task(client, ref.part.number, force=force, interrupt=True)
+
+
+def cancel_task(client: Client, number: int, *, force: bool, interrupt: bool) -> bool:
+    """Ask the machine to cancel a task of this process."""
+
+    def ask(machine: Any) -> bool:
+        client.execute_asked(machine.handle(e.TaskCancelAsked(number, force, interrupt), client.now_s()))
+        return bool(machine.cancelled)
+
+    answer = bool(client.ask_machine(ask))
+    client.drain()
+    client.loop.kick()
+    return answer
+
+
+# --- functions and actors -------------------------------------------------------------------------------------------
+
+
+def remote(*args: Any, **options: Any) -> Any:
+    """Make a function or class run on the cluster: `@remote`, or `@remote(num_cpus=2, retries=0)`.
+
+    A function then has `.remote(*args, **kwargs)`, which returns an ObjectRef at once, and `.options(...)`; a class
+    has `.remote(...)`, which returns a handle of a new actor. Options: `num_cpus`, `num_gpus`, `memory` (bytes),
+    `resources`, `name`, `num_returns` (or "streaming"), `retries`, `scheduling` ("spread", "node:<id>",
+    "near:<id>"), `runtime_env` (with `env_vars`); for actors also `max_concurrency`, `lifetime="detached"`,
+    `namespace`, `get_if_exists`.
+    Raises: TypeError, ValueError for options that do not exist or cannot be.
+    """
+    from clusterpool.client.remote_function import make_remote
+
+    if len(args) == 1 and not options and callable(args[0]):
+        return make_remote(args[0], {})
+    if args:
+        raise TypeError("use @remote, or @remote(num_cpus=1, ...) with keywords only")
+    return lambda target: make_remote(target, options)
+
+
+def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
+    """A handle of a named actor.
+
+    Raises: ActorNotFound.
+    """
+    from clusterpool.client.actor_handle import find_actor
+
+    return find_actor(runtime(), name, namespace)
+
+
+def kill(actor: ActorHandle) -> None:
+    """End an actor at once; its pending calls raise ActorDied."""
+    from clusterpool.client.actor_handle import ActorHandle, kill_actor
+
+    if not isinstance(actor, ActorHandle):
+        raise TypeError(f"kill() takes an actor's handle, not {type(actor).__name__}")
+    kill_actor(runtime(), actor)
+
+
+def check_options(options: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raises: TypeError for an option that does not exist."""
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"unknown options: {', '.join(unknown)}; there are: {', '.join(sorted(known))}")

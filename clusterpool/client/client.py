@@ -1,0 +1,608 @@
+"""One process's connection to the cluster: the shell around the owner's machine.
+
+    user threads --submit--> [submitted] --drain--> OwnerMachine --commands--> connections --> node, workers, owners
+    user threads <-- sinks, futures <-- [deliveries] <-- results <-- whoever turns the loop (loop.py)
+
+`_lock` guards the machine and the connections. Whoever holds it drains `_submitted` before and after, so nobody waits
+for it to submit: a thread that finds it taken leaves its task to the holder. Sinks are called outside the lock, by the
+one thread that has the loop's role, so that no sink is called by two threads at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import platform
+import signal
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import msgspec
+
+from clusterpool.client.group_worker import as_group_worker
+from clusterpool.client.loop import Loop
+from clusterpool.core import messages as m
+from clusterpool.core import owner_events as e
+from clusterpool.core import wire
+from clusterpool.core.dispatch import Task
+from clusterpool.core.messages import Address, Message
+from clusterpool.core.owner import OwnerMachine
+from clusterpool.errors import NotConnected, ProtocolError, VersionMismatch
+from clusterpool.transport import stream
+
+logger = logging.getLogger(__name__)
+
+# Submitting faster than this gathers tasks into batches: one message for each would cost more than the tasks.
+GATHER_S = 0.0002
+GATHER_TASKS_MAX = 256
+# Task numbers lie so far apart that the results of one task can be numbered from its own number on.
+NUMBERS_APART = 1024
+# A worker's task that waits for longer than this is reported as blocked.
+BLOCK_PATIENCE_S = 0.001
+
+Delivery = Callable[[], None]
+
+
+class Client:
+    """A driver or worker of the cluster. Made by bootstrap.py (drivers) and worker/main.py (workers)."""
+
+    def __init__(self, *, node_socket: str, processes_folder: str, address: Address, job: m.JobPart, kind: str) -> None:
+        self.address = address
+        self.node = Address(address.node_id, address.node_id)
+        self.kind = kind
+        self.pid = os.getpid()
+        self.job = job
+        self.numbers = itertools.count(NUMBERS_APART, NUMBERS_APART)
+        self.requests = itertools.count(1)
+        self.machine = OwnerMachine(address, job=job, numbers=self.numbers, requests=self.requests)
+        self.registered: m.Registered | None = None
+        self.on_worker_message: Callable[[Address, Message], None] | None = None
+        self.on_log_lines: Callable[[m.LogLines], None] | None = None
+        self.on_closed: Callable[[str], None] | None = None
+        self.watchers: dict[tuple[Address, int], list[Callable[[], None]]] = {}
+        self.set_sinks: dict[int, Any] = {}  # WorkerGroups, by set number
+        self.actor_watchers: list[Callable[[m.ActorPart], None]] = []
+        self.on_block: Callable[[], None] | None = None  # in a worker: a task is about to wait
+        self.on_unblock: Callable[[], None] | None = None
+        self.result_loader: Callable[[Task, m.TaskResult, Any], None] = _no_loader
+        self.failure_loader: Callable[[Task, e.FailTasks], None] = _no_loader
+        self.is_closed = False
+        self.closed_text = ""
+        self._node_socket = node_socket
+        self._processes_folder = processes_folder
+        self._lock = threading.Lock()
+        self._lock_ident = 0
+        self._is_interrupted = False
+        self._submitted: deque[tuple[int, Task]] = deque()
+        self._calls: deque[tuple[str, Task]] = deque()
+        self._events: deque[e.Event] = deque()
+        self._released: deque[tuple[Address, int]] = deque()
+        self._unpinned: deque[str] = deque()
+        self._is_kicked = False
+        self._drained_s = 0.0
+        self._deliveries: deque[Delivery] = deque()
+        self._replies: dict[int, Callable[[Message], None]] = {}
+        self._connections: dict[str, stream.Connection] = {}  # by process id
+        self._by_fd: dict[int, stream.Connection] = {}
+        self._listener: socket.socket | None = None
+        self.loop = Loop(
+            process=self._process,
+            after_turn=self._deliver,
+            next_wakeup_s=lambda: self.machine.next_wakeup_s(monotonic()),
+            on_handed_to_thread=lambda: self.on_thread_turn(),
+        )
+        self.on_thread_turn: Callable[[], None] = lambda: None
+
+    # --- start and end
+
+    def start(self, *, wants_logs: bool) -> m.Registered:
+        """Connect to the node and join it.
+
+        Raises: NotConnected when the node does not answer.
+        """
+        try:
+            connection = stream.connect(self._node_socket)
+        except OSError as exc:
+            raise NotConnected(
+                f"no node listens at {self._node_socket} ({exc}); it has ended, or the cluster was stopped: "
+                "start one with `clusterpool up`, or leave out the address to use a private one"
+            ) from exc
+        self._listener = stream.listen(f"{self._processes_folder}/{self.address.process_id}.sock")
+        with self._locked():
+            self._adopt(connection, self.node)
+            self.loop.add(self._listener.fileno())
+            connection.send(self._hello())
+            connection.send(m.RegisterProcess(self.job if self.kind == "driver" else None, wants_logs))
+        self._install_interrupt_handler()
+        if not self.loop.wait_until(lambda: self.registered is not None or self.is_closed, 30.0) or self.is_closed:
+            raise NotConnected(f"the node at {self._node_socket} did not let this process join: {self.closed_text}")
+        self.loop.start()
+        assert self.registered is not None
+        return self.registered
+
+    def close(self, text: str = "clusterpool was shut down") -> None:
+        """Break all connections; waiters see the client closed."""
+        if self.loop.is_stopped:
+            return
+        self._mark_closed(text)
+        self.loop.stop()
+        self._close_sockets()
+        if self.on_closed is not None:
+            self.on_closed(text)
+
+    def _mark_closed(self, text: str) -> None:
+        if not self.is_closed:
+            self.is_closed = True
+            self.closed_text = text
+
+    def _close_sockets(self) -> None:
+        for connection in [*self._connections.values(), *self._by_fd.values()]:
+            connection.close()
+        if self._listener is not None:
+            self._listener.close()
+            with contextlib.suppress(OSError):
+                os.unlink(f"{self._processes_folder}/{self.address.process_id}.sock")  # noqa: PTH108
+
+    def abandon(self) -> None:
+        """In the child of a fork: close the copies of our descriptors, and tell nobody."""
+        self.is_closed = True
+        self.closed_text = "this process was forked from one that used clusterpool"
+        for connection in self._by_fd.values():
+            connection.close()
+        if self._listener is not None:
+            self._listener.close()
+        self.loop.close_descriptors()
+
+    @property
+    def has_deliveries(self) -> bool:
+        """Whether results or lines wait to be handed out."""
+        return bool(self._deliveries)
+
+    def check_open(self) -> None:
+        """Raises: NotConnected when the cluster is gone."""
+        if self.is_closed:
+            raise NotConnected(f"this process is not connected to a cluster any more: {self.closed_text}")
+
+    def _hello(self) -> m.Hello:
+        python_version = platform.python_version()
+        return m.Hello(m.PROTOCOL_VERSION, self.address, self.kind, self.pid, self.job.job_id, python_version)
+
+    # --- the lock
+
+    @contextlib.contextmanager
+    def _locked(self) -> Any:
+        self._lock.acquire()
+        self._lock_ident = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
+        self._lock_ident = 0
+        self._lock.release()
+        if self._is_interrupted and threading.current_thread() is threading.main_thread():
+            self._is_interrupted = False
+            raise KeyboardInterrupt
+
+    def _install_interrupt_handler(self) -> None:
+        """Ctrl-C while the main thread is inside the machine must not leave it half changed: wait for the lock's end."""
+        if self.kind != "driver" or threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            return  # the program has a handler of its own
+
+        def interrupt(signal_number: int, frame: Any) -> None:
+            if self._lock_ident == threading.get_ident():
+                self._is_interrupted = True
+            else:
+                signal.default_int_handler(signal_number, frame)
+
+        signal.signal(signal.SIGINT, interrupt)
+
+    # --- submitting (any thread)
+
+    def submit_task(self, set_number: int, task: Task) -> None:
+        """Queue one task: sent at once when tasks come slowly, gathered when they come fast."""
+        submitted = self._submitted
+        submitted.append((set_number, task))
+        if self._is_kicked:
+            if len(submitted) >= GATHER_TASKS_MAX:
+                self.drain()
+            return
+        if monotonic() - self._drained_s > GATHER_S:
+            self.drain()
+        else:
+            self._is_kicked = True
+            self.loop.kick()
+
+    def submit_call(self, actor_id: str, task: Task) -> None:
+        """Queue one call of an actor; gathered into batches as tasks are."""
+        self._calls.append((actor_id, task))
+        if self._is_kicked:
+            if len(self._calls) >= GATHER_TASKS_MAX:
+                self.drain()
+        elif monotonic() - self._drained_s > GATHER_S:
+            self.drain()
+        else:
+            self._is_kicked = True
+            self.loop.kick()
+
+    def submit_tasks(self, set_number: int, tasks: list[Task]) -> None:
+        """Queue many tasks and send what can be sent."""
+        self.handle_event(e.TasksSubmitted(set_number, tasks))
+
+    def handle_event(self, event: e.Event) -> None:
+        """Put an event to the machine, behind what was submitted before."""
+        self._events.append(event)
+        self.drain()
+
+    def release_reference(self, owner: Address, number: int) -> None:
+        """A Python reference has gone; safe in `__del__`: any thread, even one that holds the lock."""
+        self._released.append((owner, number))
+        if len(self._released) == 1 and not self._is_kicked:
+            self._is_kicked = True
+            self.loop.kick()
+
+    def unpin(self, object_id: str) -> None:
+        """An object's bytes are read no more; safe in a finalizer."""
+        self._unpinned.append(object_id)
+        if not self._is_kicked:
+            self._is_kicked = True
+            self.loop.kick()
+
+    def drain(self) -> None:
+        """Handle what was submitted, unless another thread is about to."""
+        while self._submitted or self._calls or self._events or self._released or self._unpinned:
+            if self._lock_ident == threading.get_ident() or not self._lock.acquire(blocking=False):
+                return  # the holder looks again after it lets go
+            self._lock_ident = threading.get_ident()
+            try:
+                self._drain_locked()
+            finally:
+                self._unlock()
+        if self._deliveries and not self.loop.is_mine:
+            self.loop.kick()
+
+    def _drain_locked(self) -> None:
+        now_s = monotonic()
+        self._is_kicked = False
+        self._drained_s = now_s
+        submitted = self._submitted
+        while submitted or self._events or self._calls:
+            if self._calls and not self._events:
+                self._drain_calls(now_s)
+            batch: list[Task] = []
+            set_number = 0
+            while submitted and (not batch or submitted[0][0] == set_number):
+                set_number, task = submitted.popleft()
+                batch.append(task)
+            if batch:
+                self._execute(self.machine.handle(e.TasksSubmitted(set_number, batch), now_s))
+            elif self._events:
+                self._execute(self.machine.handle(self._events.popleft(), now_s))
+        if self._released:
+            keys = [self._released.popleft() for _ in range(len(self._released))]
+            self._execute(self.machine.handle(e.ReferencesDropped(keys), now_s))
+        if self._unpinned:
+            names = [self._unpinned.popleft() for _ in range(len(self._unpinned))]
+            self._send(self.node, m.UnpinObjects(names))
+
+    def _drain_calls(self, now_s: float) -> None:
+        calls = self._calls
+        actor_id, task = calls.popleft()
+        batch = [task]
+        while calls and calls[0][0] == actor_id:
+            batch.append(calls.popleft()[1])
+        self._execute(self.machine.handle(e.ActorCallsSubmitted(actor_id, batch), now_s))
+
+    def ask_machine(self, question: Callable[[OwnerMachine], Any]) -> Any:
+        """Look into the machine (read only) after all that was submitted has been taken in."""
+        self.drain()
+        if self._lock_ident == threading.get_ident():
+            return question(self.machine)
+        with self._locked():
+            self._drain_locked()
+            return question(self.machine)
+
+    def execute_asked(self, commands: list[e.Command]) -> None:
+        """Carry out what the machine said to a question of `ask_machine`; only from within it."""
+        assert self._lock_ident == threading.get_ident(), "only within ask_machine"
+        self._execute(commands)
+
+    def now_s(self) -> float:
+        """The machine's clock."""
+        return monotonic()
+
+    def hand_over(self, receiver: Address, references: list[m.Reference]) -> None:
+        """References go to another process with the next message to it: their owners are told first."""
+        self.ask_machine(lambda machine: self._execute(machine.objects.hand_over(receiver, references)))
+
+    @property
+    def is_lock_mine(self) -> bool:
+        """Whether the calling thread is inside the machine."""
+        return self._lock_ident == threading.get_ident()
+
+    def watch(self, reference: m.Reference, callback: Callable[[], None]) -> None:
+        """Have `callback` called, as a delivery, once the object has a value; asks its owner for it if need be."""
+        key = (reference.owner, reference.number)
+
+        def look(machine: OwnerMachine) -> None:
+            if machine.objects.table.value_of(reference) is not None:
+                self._deliveries.append(callback)
+            else:
+                self.watchers.setdefault(key, []).append(callback)
+                self._events.append(e.ValueWanted(reference))
+
+        self.ask_machine(look)
+        self.drain()
+        if self._deliveries and not self.loop.is_mine:
+            self.loop.kick()
+
+    def wait_until(self, predicate: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """Turn the loop until `predicate()`; a worker's CPU is lent to others meanwhile.
+
+        Raises: NotConnected when the cluster goes away before.
+        """
+        if self._submitted:
+            self.drain()
+        if predicate():
+            return True
+        if self.on_block is None:
+            is_true = self.loop.wait_until(lambda: predicate() or self.is_closed, timeout_s)
+        else:
+            # Most waits are short; telling node and owner of each would cost more than it gives.
+            patience_s = BLOCK_PATIENCE_S if timeout_s is None else min(BLOCK_PATIENCE_S, timeout_s)
+            is_true = self.loop.wait_until(lambda: predicate() or self.is_closed, patience_s)
+            if not is_true and (timeout_s is None or timeout_s > patience_s):
+                self.on_block()
+                try:
+                    left_s = None if timeout_s is None else timeout_s - patience_s
+                    is_true = self.loop.wait_until(lambda: predicate() or self.is_closed, left_s)
+                finally:
+                    if self.on_unblock is not None:
+                        self.on_unblock()
+        if is_true and not predicate():
+            self.check_open()
+        return is_true
+
+    # --- requests to the node
+
+    def request(self, make: Callable[[int], Message], *, timeout_s: float | None = None) -> Message:
+        """Send the node what `make(request number)` returns and wait for its answer.
+
+        Raises: NotConnected when the node goes away meanwhile; TimeoutError.
+        """
+        answers: list[Message] = []
+        self.request_nowait(make, answers.append)
+        if not self.loop.wait_until(lambda: bool(answers) or self.is_closed, timeout_s):
+            raise TimeoutError(f"the node did not answer within {timeout_s} s")
+        if not answers:
+            self.check_open()
+        return answers[0]
+
+    def request_nowait(self, make: Callable[[int], Message], on_answer: Callable[[Message], None]) -> None:
+        """Send a request; `on_answer` is called (under the lock: it must only take note) with the answer."""
+        request = next(self.requests)
+        self._replies[request] = on_answer
+        self.send(self.node, make(request))
+
+    def send(self, destination: Address, message: Message) -> None:
+        """Send a message, from any thread."""
+        if self._lock_ident == threading.get_ident():
+            self._send(destination, message)
+            return
+        with self._locked():
+            self._drain_locked()
+            self._send(destination, message)
+        self.drain()
+
+    def call_later(self, delivery: Delivery) -> None:
+        """Have `delivery` called outside the lock, in order with results, by whoever turns the loop."""
+        self._deliveries.append(delivery)
+        if not self.loop.is_mine:
+            self.loop.kick()
+
+    # --- the loop's callbacks
+
+    def _process(self, ready: list[tuple[int, int]]) -> None:
+        with self._locked():
+            for fd, mask in ready:
+                connection = self._by_fd.get(fd)
+                if connection is None:
+                    if self._listener is not None and fd == self._listener.fileno():
+                        for accepted in stream.accept(self._listener):
+                            self._by_fd[accepted.fileno()] = accepted
+                            self.loop.add(accepted.fileno())
+                            accepted.send(self._hello())
+                    continue
+                if mask & 4 and connection.has_unsent:
+                    connection.flush()
+                    if not connection.has_unsent:
+                        self.loop.watch_output(fd, False)
+                if mask & ~4:
+                    self._receive(connection)
+            self._drain_locked()
+            now_s = monotonic()
+            wakeup_s = self.machine.next_wakeup_s(now_s)
+            if wakeup_s is not None and wakeup_s <= now_s:
+                self._execute(self.machine.handle(e.TimePassed(), now_s))
+        self.drain()
+
+    def _deliver(self) -> None:
+        deliveries = self._deliveries
+        while deliveries:
+            deliveries.popleft()()
+
+    def _receive(self, connection: stream.Connection) -> None:
+        try:
+            frames, ended = connection.receive()
+            for frame in frames:
+                self._arrived(connection, wire.decode(frame))
+        except (msgspec.MsgspecError, ProtocolError) as exc:
+            logger.warning("dropped a connection that sent no message of ours: %s", exc)
+            ended = True
+        if ended:
+            self._disconnected(connection)
+
+    def _arrived(self, connection: stream.Connection, message: Message) -> None:
+        if type(message) is m.Relay:
+            self._handle_message(message.source, wire.decode(message.body))
+        elif type(message) is m.Hello:
+            self._greeted(connection, message)
+        elif connection.peer is None:
+            raise ProtocolError("a message came before the greeting")
+        else:
+            self._handle_message(connection.peer, message)  # type: ignore[arg-type]
+
+    def _greeted(self, connection: stream.Connection, hello: m.Hello) -> None:
+        if hello.protocol != m.PROTOCOL_VERSION:
+            text = f"process {hello.address.process_id} speaks protocol {hello.protocol}, we speak {m.PROTOCOL_VERSION}"
+            raise VersionMismatch(f"{text}; install the same clusterpool everywhere")
+        connection.peer = hello.address
+        self._connections.setdefault(hello.address.process_id, connection)
+
+    def _handle_message(self, source: Address, message: Message) -> None:
+        kind = type(message)
+        if kind in _WORKER_MESSAGES:
+            if self.on_worker_message is not None:
+                self.on_worker_message(source, message)
+        elif kind in _REPLIES:
+            callback = self._replies.pop(message.request, None)  # type: ignore[attr-defined]
+            if callback is not None:
+                callback(message)
+            else:
+                self._execute(self.machine.handle(e.MessageArrived(source, message), monotonic()))
+        elif kind is m.Registered:
+            self.registered = message  # type: ignore[assignment]
+        elif kind is m.WorkerExited:
+            self._read_last_words(message.address.process_id)  # type: ignore[attr-defined]
+            self._execute(self.machine.handle(e.MessageArrived(source, message), monotonic()))
+        elif kind is m.LogLines:
+            if self.on_log_lines is not None:
+                lines, show = message, self.on_log_lines
+                self._deliveries.append(lambda: show(lines))  # type: ignore[arg-type]
+        elif kind is m.LeftNode:
+            self._mark_closed("clusterpool was shut down")
+        else:
+            self._execute(self.machine.handle(e.MessageArrived(source, message), monotonic()))
+
+    def _read_last_words(self, process_id: str) -> None:
+        """A worker has ended: what it had sent us must be handled before the news of its end."""
+        connection = self._connections.get(process_id)
+        if connection is None or connection.peer == self.node:
+            return
+        while not connection.is_closed:
+            self._receive(connection)
+
+    def _disconnected(self, connection: stream.Connection) -> None:
+        self.loop.remove(connection.fileno())
+        self._by_fd.pop(connection.fileno(), None)
+        connection.close()
+        peer = connection.peer
+        if not isinstance(peer, Address):
+            return
+        if self._connections.get(peer.process_id) is connection:
+            del self._connections[peer.process_id]
+        if peer == self.node:
+            self._mark_closed(f"the node {peer.node_id} has ended (see its log in the session's folder)")
+            for callback in list(self._replies.values()):
+                self._deliveries.append(lambda callback=callback: None)  # type: ignore[misc]
+            if self.on_closed is not None:
+                self._deliveries.append(lambda: self.on_closed and self.on_closed(self.closed_text))
+            return
+        self._execute(self.machine.handle(e.ProcessGone(peer, "its connection was closed"), monotonic()))
+
+    # --- sending and commands (under the lock)
+
+    def _send(self, destination: Address, message: Message) -> None:
+        if destination.node_id == self.address.node_id:
+            connection = self._connections.get(destination.process_id)
+            if connection is None:
+                connection = self._connect(destination)
+                if connection is None:
+                    return
+            connection.send(message)
+        else:
+            connection = self._connections.get(self.node.process_id)
+            if connection is None:
+                return
+            connection.send(m.Relay(destination, self.address, wire.encode(message)))
+        if connection.has_unsent:
+            self.loop.watch_output(connection.fileno(), True)
+
+    def _connect(self, destination: Address) -> stream.Connection | None:
+        if destination == self.node or self.is_closed:
+            return None
+        try:
+            connection = stream.connect(f"{self._processes_folder}/{destination.process_id}.sock")
+        except OSError as exc:
+            # The machine must not be entered from within its own commands.
+            self._events.append(e.ProcessGone(destination, f"it does not listen any more ({exc.strerror})"))
+            return None
+        self._adopt(connection, destination)
+        connection.send(self._hello())
+        return connection
+
+    def _adopt(self, connection: stream.Connection, peer: Address) -> None:
+        connection.peer = peer
+        self._connections[peer.process_id] = connection
+        self._by_fd[connection.fileno()] = connection
+        self.loop.add(connection.fileno())
+
+    def _execute(self, commands: list[e.Command]) -> None:
+        for command in commands:
+            kind = type(command)
+            if kind is e.Send:
+                self._send(command.destination, command.message)  # type: ignore[attr-defined]
+            elif kind is e.DeliverResults:
+                self._deliver_results(command)  # type: ignore[arg-type]
+            elif kind is e.ValuesKnown:
+                if self.watchers:
+                    for key in command.keys:  # type: ignore[attr-defined]
+                        self._deliveries.extend(self.watchers.pop(key, ()))
+            elif kind is e.FailTasks:
+                self._deliver_failures(command)  # type: ignore[arg-type]
+            elif kind is e.ActorMoved:
+                for watcher in self.actor_watchers:
+                    self._deliveries.append(lambda watcher=watcher, actor=command.actor: watcher(actor))  # type: ignore
+            elif kind is not e.StreamMoved:
+                sink = self.set_sinks.get(command.set_number)  # type: ignore[attr-defined]
+                if sink is not None:
+                    self._deliveries.append(lambda sink=sink, command=command: sink.set_event(command))  # type: ignore
+
+    def _deliver_results(self, command: e.DeliverResults) -> None:
+        load, worker = self.result_loader, as_group_worker(command.worker)
+
+        def deliver() -> None:
+            results = iter(command.results)
+            for task, result in results:
+                try:
+                    load(task, result, worker)
+                except BaseException:
+                    # A callback raised (Ctrl-C, or a bug of the user's): the others still get their results.
+                    rest = e.DeliverResults(list(results), command.worker)
+                    if rest.results:
+                        self._deliver_results(rest)
+                    raise
+
+        self._deliveries.append(deliver)
+
+    def _deliver_failures(self, command: e.FailTasks) -> None:
+        fail = self.failure_loader
+        for task in command.tasks:
+            self._deliveries.append(lambda task=task: fail(task, command))  # type: ignore[misc]
+
+
+_WORKER_MESSAGES = frozenset({m.SetupWorker, m.StartTasks, m.TakeBackTasks, m.CancelTasks, m.RetireWorker})
+_REPLIES = frozenset({m.ObjectCreated, m.ObjectPinned, m.StoreFailed, m.ActorLocated, m.ClusterDescribed})
+
+
+def _no_loader(*_: Any) -> None:
+    raise AssertionError("the client has no loader for results yet")

@@ -1,0 +1,208 @@
+"""Remote functions, and the options that they share with actors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from clusterpool.client import api
+from clusterpool.client.object_ref import ObjectRef
+from clusterpool.client.runtime import Runtime
+from clusterpool.core.messages import TaskExtras, TaskKind, WorkerDemand, WorkerKind
+
+RETRIES_DEFAULT = 3
+RETURNS_MAX = 1000
+# A large argument on another node draws the task there from this size on: fetching it would cost more than a lease.
+DRAWING_BYTES_MIN = 1024 * 1024
+
+RESOURCE_OPTIONS = ("num_cpus", "num_gpus", "memory", "resources")
+FUNCTION_OPTIONS = (*RESOURCE_OPTIONS, "name", "num_returns", "retries", "scheduling", "runtime_env")
+
+
+def make_remote(target: Any, options: dict[str, Any]) -> Any:
+    """A remote function of a function, or an actor class of a class."""
+    if isinstance(target, type):
+        from clusterpool.client.actor_handle import ActorClass
+
+        return ActorClass(target, options)
+    if not callable(target):
+        raise TypeError(f"@remote takes a function or a class, not {type(target).__name__}")
+    return RemoteFunction(target, options)
+
+
+def resources_of(options: Mapping[str, Any], *, default_cpus: float) -> dict[str, float]:
+    """The resources that options ask for.
+
+    Raises: ValueError for negative amounts, TypeError for what is no number.
+    """
+    resources = dict(options.get("resources") or {})
+    for name in ("CPU", "GPU", "memory"):
+        if name in resources:
+            raise ValueError(f"give {name} as num_cpus=, num_gpus= or memory=, not in resources=")
+    resources["CPU"] = options.get("num_cpus") if options.get("num_cpus") is not None else default_cpus
+    for name, key in (("GPU", "num_gpus"), ("memory", "memory")):
+        if options.get(key):
+            resources[name] = options[key]
+    for name, amount in resources.items():
+        if not isinstance(amount, (int, float)):
+            raise TypeError(f"an amount of {name} must be a number, not {amount!r}")
+        if amount < 0:
+            raise ValueError(f"an amount of {name} cannot be negative: {amount}")
+    return {name: float(amount) for name, amount in resources.items() if amount}
+
+
+def strategy_of(options: Mapping[str, Any]) -> str:
+    """The scheduling strategy.
+
+    Raises: ValueError for one that does not exist.
+    """
+    strategy = options.get("scheduling") or ""
+    if strategy in ("", "default"):
+        return ""
+    if strategy != "spread" and not str(strategy).startswith(("node:", "near:")):
+        raise ValueError(f"scheduling must be 'spread', 'node:<id>' or 'near:<id>': {strategy!r}")
+    return str(strategy)
+
+
+def env_of(options: Mapping[str, Any]) -> dict[str, str]:
+    """Environment variables of the workers, from `runtime_env={"env_vars": ...}`."""
+    runtime_env = options.get("runtime_env") or {}
+    return {str(name): str(value) for name, value in runtime_env.get("env_vars", {}).items()}
+
+
+class RemoteFunction:
+    """A function that runs on the cluster; made by `@remote`."""
+
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        api.check_options(options, FUNCTION_OPTIONS)
+        self._function = function
+        self._options = options
+        self._name = options.get("name") or getattr(function, "__qualname__", type(function).__name__)
+        self._returns = _returns_of(options)
+        self._retries = options.get("retries", RETRIES_DEFAULT)
+        if not isinstance(self._retries, int) or self._retries < 0:
+            raise ValueError(f"retries must be an integer of 0 or more: {self._retries!r}")
+        self._resources = resources_of(options, default_cpus=1)
+        self._strategy = strategy_of(options)
+        self._env = env_of(options)
+        functools.update_wrapper(self, function, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"a remote function is not called directly: use {self._name}.remote(...)")
+
+    def options(self, **options: Any) -> RemoteFunction:
+        """The same function with other options."""
+        return RemoteFunction(self._function, {**self._options, **options})
+
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
+        """Start a task; an ObjectRef, a list of `num_returns` of them, or an iterator of them for "streaming".
+
+        Raises: what pickle raises for arguments that cannot be pickled.
+        """
+        here = api.runtime()
+        strategy = self._strategy or _drawn_to(here, args)
+        demand = WorkerDemand(WorkerKind.TASK, self._resources, self._name, self._env, strategy)
+        set_number = here.task_set(demand, self._env)
+        extras = None
+        if self._returns != 1:
+            extras = TaskExtras(1, self._name, self._returns)
+        kind = TaskKind.STREAM if self._returns == -1 else TaskKind.CALL
+        made = here.maker.call(
+            here.functions, self._function, args, kwargs, None, 0, retries=self._retries, extras=extras, kind=kind
+        )
+        return send(here, made, self._returns, lambda: here.submit(set_number, made))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteFunction, (self._function, self._options)
+
+    def __repr__(self) -> str:
+        return f"<remote function {self._name}>"
+
+
+def send(here: Runtime, made: tuple[Any, Any], returns: int, submit: Callable[[], Any]) -> Any:
+    """Submit a task whose results are objects, and make their references."""
+    number = made[0].spec.number
+    client = here.client
+    if returns == -1:
+        stream = client.ask_machine(lambda machine: machine.objects.open_stream(number))
+        submit()
+        return ObjectRefStream(here, number, stream)
+    submit()
+    refs = [ObjectRef(client, client.address, number + offset, is_counted=True) for offset in range(returns)]
+    return refs[0] if returns == 1 else (refs if refs else None)
+
+
+def _returns_of(options: Mapping[str, Any]) -> int:
+    returns = options.get("num_returns", 1)
+    if returns == "streaming":
+        return -1
+    if not isinstance(returns, int) or not 0 <= returns <= RETURNS_MAX:
+        raise ValueError(f"num_returns must be an integer from 0 to {RETURNS_MAX}, or 'streaming': {returns!r}")
+    return returns
+
+
+def _drawn_to(here: Runtime, args: tuple[Any, ...]) -> str:
+    """A task goes where its large arguments are."""
+    table = here.client.machine.objects.table
+    for arg in args:
+        if type(arg) is ObjectRef:
+            part = table.value_of(arg.part)
+            stored = part.stored if part is not None else None
+            own = here.client.address.node_id
+            if stored is not None and stored.size_bytes >= DRAWING_BYTES_MIN and own not in stored.node_ids:
+                return f"near:{stored.node_ids[0]}"
+    return ""
+
+
+class ObjectRefStream(Iterator[ObjectRef]):
+    """The references that a generator task yields, as it makes them; also an async iterator."""
+
+    def __init__(self, here: Runtime, number: int, stream: Any) -> None:
+        self._here = here
+        self._number = number
+        self._stream = stream
+        self._position = 0
+
+    def __iter__(self) -> ObjectRefStream:
+        return self
+
+    def __next__(self) -> ObjectRef:
+        stream, position = self._stream, self._position
+        self._here.client.wait_until(lambda: len(stream.items) > position or stream.is_ended, None)
+        if len(stream.items) <= position:
+            self.close()
+            raise StopIteration
+        self._position += 1
+        client = self._here.client
+        return ObjectRef(client, client.address, stream.items[position], is_counted=True)
+
+    def __aiter__(self) -> ObjectRefStream:
+        return self
+
+    def __anext__(self) -> Any:
+        import asyncio
+
+        def next_or_end() -> ObjectRef:
+            try:
+                return next(self)
+            except StopIteration:
+                raise StopAsyncIteration from None
+
+        return asyncio.get_running_loop().run_in_executor(None, next_or_end)
+
+    def close(self) -> None:
+        """Let go of items that nobody took."""
+        client, stream = self._here.client, self._stream
+        if client.is_closed:
+            return
+        client.ask_machine(lambda machine: machine.objects.streams.pop(self._number, None))
+        while self._position < len(stream.items):
+            client.release_reference(client.address, stream.items[self._position])
+            self._position += 1
+
+    def __del__(self) -> None:
+        try:
+            self.close()
+        except Exception:  # the interpreter is at its end
+            pass

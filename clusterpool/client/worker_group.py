@@ -1,0 +1,237 @@
+"""`WorkerGroup`: a set of workers held for one owner, with a common initializer. Pools and executors run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from clusterpool import errors
+from clusterpool.client import api
+from clusterpool.client.group_worker import GroupWorker, as_group_worker
+from clusterpool.client.submission import FunctionTable
+from clusterpool.core import owner_events as e
+from clusterpool.core.dispatch import Task
+from clusterpool.core.messages import TaskKind, WorkerDemand, WorkerKind
+from clusterpool.serialization.exceptions import load_exception
+from clusterpool.serialization.functions import dumps_function
+from clusterpool.serialization.packing import dumps_arguments
+
+if TYPE_CHECKING:
+    from clusterpool.client.client import Client
+
+__all__ = ["GroupWorker", "TaskKind", "TaskSink", "WorkerGroup"]
+
+# Tasks of one call are handed to the machine in slices: the first are at work while the rest are pickled.
+_SLICE_TASKS = 500
+
+
+class TaskSink(Protocol):
+    """Takes the results of tasks."""
+
+    def task_done(self, index: int, value: Any, error: BaseException | None, worker: GroupWorker | None) -> None:
+        """Called once for each task, by whichever thread turns the client's loop; must not block.
+
+        `worker`: the one that ran it; None if none had it.
+        """
+
+
+class WorkerGroup:
+    """Workers for one owner, started at once in the background; whoever dies is replaced while the group is open.
+
+    `size`: processes, not bounded by CPUs. `tasks_per_worker_max`: a worker ends after so many tasks. `retries`: how
+    often a task is run again whose worker died. `resources`: what each worker holds. `env`: environment variables of
+    the workers. `on_worker_died(worker, text)`: an unexpected end. `on_setup_failed(error)`: the initializer raised.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        name: str = "group",
+        initializer: Callable[..., object] | None = None,
+        initargs: Iterable[Any] = (),
+        tasks_per_worker_max: int | None = None,
+        retries: int = 0,
+        resources: dict[str, float] | None = None,
+        env: dict[str, str] | None = None,
+        on_worker_died: Callable[[GroupWorker, str], None] | None = None,
+        on_setup_failed: Callable[[BaseException], None] | None = None,
+        client: Client | None = None,
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"a worker group needs at least 1 worker: {size=}")
+        runtime = api.runtime()
+        self._runtime = runtime
+        self._client = client or runtime.client
+        self.size = size
+        self.retries = retries
+        self._number = next(runtime.set_numbers)
+        self._functions = FunctionTable(self._client)
+        self._workers: dict[str, GroupWorker] = {}
+        self._on_worker_died = on_worker_died
+        self._on_setup_failed = on_setup_failed
+        self._is_closed = False
+        self._is_ended = False
+        self._pending = 0
+        payload = b""
+        if initializer is not None:
+            arguments = dumps_arguments((dumps_function(initializer), *initargs), {})
+            payload = arguments.to_bytes()
+        demand = WorkerDemand(WorkerKind.GROUP, dict(resources or {}), name)
+        setup = e.SetupPlan(name, dict(env or {}), payload)
+        self._client.set_sinks[self._number] = self
+        self._client.handle_event(e.SetOpened(self._number, demand, setup, size, tasks_per_worker_max))
+
+    # --- tasks
+
+    def submit(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        sink: TaskSink,
+        index: int = 0,
+        *,
+        retries: int | None = None,
+    ) -> int:
+        """Run `function(*args, **kwargs)`; the task's number. What cannot be pickled is reported to the sink.
+
+        Raises: RuntimeError when the group is closed.
+        """
+        self._check_open()
+        runtime = self._runtime
+        try:
+            made = runtime.maker.call(
+                self._functions, function, args, kwargs, sink, index, retries=self.retries if retries is None else retries
+            )
+        except Exception as exc:
+            return self._fail(sink, index, exc)
+        return runtime.submit(self._number, made)
+
+    def submit_chunks(
+        self,
+        function: Callable[..., Any],
+        chunks: Iterable[Sequence[Any]],
+        sink: TaskSink,
+        *,
+        kind: TaskKind,
+        first_index: int = 0,
+        retries: int | None = None,
+    ) -> list[int]:
+        """Run one task a chunk; task i reports as `first_index + i`, with the list of its results. Their numbers."""
+        self._check_open()
+        retries = self.retries if retries is None else retries
+        index = first_index
+        numbers: list[int] = []
+        try:
+            function_number = self._functions.number_of(function)
+        except Exception as exc:
+            return [self._fail(sink, first_index + offset, exc) for offset, _ in enumerate(chunks)]
+        maker, client = self._runtime.maker, self._client
+        batch: list[Task] = []
+        with maker.stored.one_call():
+            for chunk in chunks:
+                items = chunk if type(chunk) in (list, tuple) else list(chunk)
+                try:
+                    task, arguments = maker.chunk(function_number, items, sink, index, kind=kind, retries=retries)
+                except Exception as exc:
+                    numbers.append(self._fail(sink, index, exc))
+                else:
+                    numbers.append(task.spec.number)
+                    if arguments is None:
+                        batch.append(task)
+                    else:
+                        client.handle_event(e.TaskWithArgumentsSubmitted(self._number, "", task, arguments))
+                index += 1
+                if len(batch) >= _SLICE_TASKS:
+                    client.submit_tasks(self._number, batch)
+                    batch = []
+        if batch:
+            client.submit_tasks(self._number, batch)
+        return numbers
+
+    def _fail(self, sink: TaskSink, index: int, error: BaseException) -> int:
+        self._client.call_later(lambda: sink.task_done(index, None, error, None))
+        return 0
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("the worker group is closed: no new tasks are taken")
+        self._client.check_open()
+
+    def cancel(self, task_number: int, *, force: bool = False) -> bool:
+        """Whether the task will not run, or (`force`) is being stopped and its worker replaced."""
+        return api.cancel_task(self._client, task_number, force=force, interrupt=False)
+
+    def is_running(self, task_number: int) -> bool:
+        """Whether a worker has the task."""
+        return self._client.machine.is_sent(task_number)
+
+    def pending(self) -> int:
+        """Tasks submitted and not done."""
+
+        def count(machine: Any) -> int:
+            worker_set = machine.sets.get(self._number)
+            if worker_set is None:
+                return 0
+            return len(worker_set.dispatcher.queue) + worker_set.dispatcher.outstanding_count
+
+        return int(self._client.ask_machine(count))
+
+    # --- workers
+
+    def workers(self) -> list[GroupWorker]:
+        """The living ones, oldest first."""
+        return [worker for worker in self._workers.values() if worker.exit_code is None]
+
+    def wait_ready(self, timeout: float | None = None) -> bool:
+        """Wait until all workers are ready for tasks; whether they were within `timeout` seconds."""
+        return self._client.wait_until(lambda: len(self._workers) >= self.size or self._is_ended, timeout)
+
+    def resize(self, size: int) -> None:
+        """Grow, or shrink by letting the least busy workers finish."""
+        if size < 1:
+            raise ValueError(f"a worker group needs at least 1 worker: {size=}")
+        self.size = size
+        self._client.handle_event(e.SetResized(self._number, size))
+
+    def close(self) -> None:
+        """Take no more tasks; the workers end, with exit code 0, once all tasks are done."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._client.handle_event(e.SetClosed(self._number))
+
+    def terminate(self) -> None:
+        """Kill the workers; pending tasks end with TaskCancelled."""
+        self._is_closed = True
+        if not self._is_ended and not self._client.is_closed:
+            self._client.handle_event(e.SetTerminated(self._number))
+
+    def join(self, timeout: float | None = None) -> bool:
+        """After `close` or `terminate`: wait until all workers have ended."""
+        try:
+            return self._client.wait_until(lambda: self._is_ended, timeout)
+        except errors.NotConnected:
+            return True  # they ended with the cluster
+
+    def set_event(self, command: Any) -> None:
+        """News of the set, from the client's loop."""
+        if isinstance(command, e.SetWorkerJoined):
+            worker = as_group_worker(command.worker)
+            assert worker is not None
+            self._workers[worker.process_id] = worker
+        elif isinstance(command, e.SetWorkerLeft):
+            self._worker_left(command)
+        elif isinstance(command, e.SetSetupFailed):
+            if self._on_setup_failed is not None:
+                self._on_setup_failed(load_exception(command.error))
+        elif isinstance(command, e.SetEnded):
+            self._is_ended = True
+            self._client.set_sinks.pop(self._number, None)
+
+    def _worker_left(self, command: e.SetWorkerLeft) -> None:
+        worker = as_group_worker(command.worker, command.exit_code)
+        assert worker is not None
+        self._workers.pop(worker.process_id, None)
+        if not command.was_expected and self._on_worker_died is not None:
+            self._on_worker_died(worker, command.text)

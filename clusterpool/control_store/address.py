@@ -1,0 +1,201 @@
+"""The addresses that a control store can have, and a redis-py client for each; its errors become ours.
+
+    redis://[user:password@]host:port/db        rediss://...?ssl_ca_certs=/path/ca.pem   (TLS)
+    unix:///path/to/socket?db=0                 redis+sentinel://host:port,host:port/service?db=0
+                                                rediss+sentinel://...                    (TLS to both)
+
+The options of redis-py's own URLs may stand in the query (ssl_ca_certs, ssl_certfile, ssl_keyfile,
+ssl_cert_reqs, ssl_check_hostname, socket_timeout, db); of Sentinel also sentinel_username and
+sentinel_password.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import parse_qs, urlencode, urlsplit
+
+from clusterpool.errors import AuthenticationFailed, NotConnected, ProtocolError, StoreFull
+
+CONNECT_TIMEOUT_S = 2.0
+# The longest that a server that accepted a command may take. A blocked read must wait for less than this.
+ANSWER_TIMEOUT_S = 5.0
+# Four more attempts within about 0.4 s: enough for a restarted connection, short of a node's grace in
+# membership.
+RETRIES = 4
+# An idle connection is tried before it is used, because a firewall may have dropped it silently.
+HEALTH_CHECK_S = 15
+SENTINEL_PORT = 26379
+_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
+
+
+def open_client(
+    url: str,
+    *,
+    username: str | None = None,
+    password: str | None = None,
+    on_connect: Callable[[Any], None] | None = None,
+) -> Any:
+    """A redis-py client that connects at its first command. A user or password in the URL wins.
+
+    `on_connect(connection)` is called for each new connection to the server, once it is authenticated.
+
+    Raises: ValueError when the URL is none of the forms above.
+    """
+    import redis
+    from redis.backoff import ExponentialBackoff
+    from redis.retry import Retry
+
+    scheme = check_url(url)
+    options: dict[str, Any] = {
+        "protocol": 2,  # the answers of RESP3 have other shapes
+        "socket_timeout": ANSWER_TIMEOUT_S,
+        "retry": Retry(ExponentialBackoff(cap=0.2, base=0.02), RETRIES),
+        "retry_on_error": [redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError],
+        "health_check_interval": HEALTH_CHECK_S,
+    }
+    if username is not None:
+        options["username"] = username
+    if password is not None:
+        options["password"] = password
+    if on_connect is not None:
+        options["redis_connect_func"] = _after_connect(on_connect)
+    if scheme != "unix":
+        options["socket_connect_timeout"] = CONNECT_TIMEOUT_S
+        options["socket_keepalive"] = True
+    if scheme.endswith("+sentinel"):
+        return _open_sentinel_client(url, options)
+    return redis.Redis.from_url(url, **options)
+
+
+def check_url(url: str) -> str:
+    """The scheme of the URL.
+
+    Raises: ValueError, with the forms that are understood.
+    """
+    parts = urlsplit(url)
+    is_complete = bool(parts.path) if parts.scheme == "unix" else bool(parts.netloc)
+    if parts.scheme.endswith("+sentinel"):
+        is_complete = is_complete and bool(parts.path.strip("/"))
+    if parts.scheme not in _SCHEMES or not is_complete:
+        raise ValueError(
+            f"{redacted(url)!r} is no address of a control store: give redis://host:port, rediss://host:port "
+            "(TLS), unix:///path/to/socket or redis+sentinel://host:port,host:port/service_name"
+        )
+    return parts.scheme
+
+
+def redacted(url: str) -> str:
+    """The URL without its passwords, for messages and logs."""
+    url = re.sub(r"(?<=://)([^/@?#]*?):[^/?#]*@", r"\1:***@", url)
+    return re.sub(r"((?:^|[?&])(?:sentinel_)?password=)[^&#]*", r"\1***", url)
+
+
+def _after_connect(on_connect: Callable[[Any], None]) -> Callable[[Any], None]:
+    def connected(connection: Any) -> None:
+        # A fresh connection needs no health check. Where one is refused for want of a password, redis-py
+        # connects anew, checks again, and never ends. Old releases compare with the wall clock, new ones
+        # with the monotonic one, which is behind; the first answer sets it right.
+        connection.next_health_check = time.time() + HEALTH_CHECK_S
+        connection.on_connect()  # redis-py leaves authentication to this function when it is given one
+        on_connect(connection)
+
+    return connected
+
+
+def _open_sentinel_client(url: str, options: dict[str, Any]) -> Any:
+    import redis.connection
+    import redis.sentinel
+
+    parse_url: Any = redis.connection.parse_url
+    sentinel_class: Any = redis.sentinel.Sentinel
+
+    parts = urlsplit(url)
+    query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+    credentials = {
+        name.removeprefix("sentinel_"): query.pop(name)
+        for name in ("sentinel_username", "sentinel_password")
+        if name in query
+    }
+    user, at, hosts = parts.netloc.rpartition("@")
+    service, _, database = parts.path.strip("/").partition("/")
+    is_tls = parts.scheme.startswith("rediss")
+    # redis-py does not know this scheme, but knows every option: let it read them from a URL that it does
+    # know.
+    plain_url = f"{'rediss' if is_tls else 'redis'}://{user}{at}localhost/{database}?{urlencode(query)}"
+    options.update(parse_url(plain_url))
+    for name in ("host", "port", "connection_class"):
+        options.pop(name, None)
+    if is_tls:
+        options["ssl"] = True
+    shared = {name: value for name, value in options.items() if name.startswith(("ssl", "socket_"))}
+    sentinel = sentinel_class(
+        [_host_and_port(host) for host in hosts.split(",")],
+        # A sentinel that is gone must not hold us up: the next one in the list is asked.
+        sentinel_kwargs={**shared, **credentials, "protocol": 2, "socket_timeout": CONNECT_TIMEOUT_S},
+    )
+    return sentinel.master_for(service, **options)
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    parts = urlsplit(f"//{text}")
+    if not parts.hostname:
+        raise ValueError(f"{text!r} is no host:port of a sentinel")
+    return parts.hostname, parts.port or SENTINEL_PORT
+
+
+@contextmanager
+def errors_mapped(where: str) -> Iterator[None]:
+    """Raise redis-py's errors as ours. `where`: the store's address, without passwords."""
+    import redis
+
+    try:
+        yield
+    except (
+        redis.AuthenticationError,
+        redis.exceptions.AuthorizationError,
+        redis.exceptions.NoPermissionError,
+    ) as exc:
+        raise AuthenticationFailed(
+            f"the control store at {where} refused our password or user ({exc}); give the one with which the "
+            "cluster was started, in the address (redis://:password@host:port) or as the password"
+        ) from exc
+    except redis.exceptions.OutOfMemoryError as exc:
+        raise StoreFull(
+            f"the control store at {where} reached its maxmemory ({exc}); raise the limit of that server, or "
+            "remove what other programs keep there"
+        ) from exc
+    except (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ReadOnlyError, OSError) as exc:
+        raise NotConnected(f"the control store at {where} did not answer: {exc}; {_remedy(exc)}") from exc
+    except redis.ResponseError as exc:
+        raise _response_error(where, exc) from exc
+
+
+def _response_error(where: str, exc: Exception) -> Exception:
+    text = str(exc)
+    if text.startswith(("NOAUTH", "WRONGPASS", "NOPERM")):
+        return AuthenticationFailed(
+            f"the control store at {where} refused us: {text}; check user and password"
+        )
+    if text.startswith(
+        ("MISCONF", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "LOADING", "TRYAGAIN", "UNBLOCKED")
+    ):
+        return NotConnected(f"the control store at {where} cannot serve us now: {text}")
+    return ProtocolError(
+        f"the control store at {where} did not understand us: {text}; it must be Redis 6.2 or later, or "
+        "Valkey, and no other program may write keys that begin with 'clusterpool:'"
+    )
+
+
+def _remedy(exc: Exception) -> str:
+    text = str(exc)
+    if "CERTIFICATE_VERIFY_FAILED" in text or "certificate verify failed" in text:
+        return "its certificate is not trusted here: add ?ssl_ca_certs=/path/to/ca.pem to the address"
+    if "No master found" in text:
+        return "no sentinel in the list knows a living master of that name: check the name, and the sentinels"
+    if "read only replica" in text:
+        return "that server is a replica: give the address of its master, or of the sentinels"
+    return "is the server running, and does the address lead to it from this host?"

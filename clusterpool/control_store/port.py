@@ -1,0 +1,152 @@
+"""What the rest of the program may ask of a control store; `store.ControlStore` is the real one.
+
+Every call may raise NotConnected (the store could not be reached; the call may or may not have taken
+effect, and may be made again), AuthenticationFailed (never worth a retry) or StoreFull. Records are opaque
+bytes here, UTF-8 text because events carry them too; see `records`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from typing import NamedTuple, Protocol
+
+from clusterpool.core.cluster_view import NodeLoad, NodeRecord, NodesSnapshot
+from clusterpool.core.membership import HeartbeatAnswer
+from clusterpool.errors import ClusterpoolError
+
+# The one state of an actor that the store knows: its name is free again and nothing brings it back.
+DEAD = "dead"
+
+
+class EventsLost(ClusterpoolError):
+    """Events after the last one read are gone: read the snapshots, and go on from there."""
+
+
+class Event(NamedTuple):
+    """`id` counts up by one. Kinds: node_joined, node_died, node_left, job_started, job_finished,
+    actor_created, actor_changed, and whatever is given to `publish_event`.
+    """
+
+    id: int
+    kind: str
+    fields: dict[str, str]
+
+
+class ActorEntry(NamedTuple):
+    """One actor as the control store has it."""
+
+    actor_id: str
+    state: str
+    name: str  # "" for none
+    namespace: str
+    record: bytes
+    fields: dict[str, str]  # the newest value of each field ever given to `update_actor`
+
+
+class ControlStorePort(Protocol):
+    """Called by one thread. Each test of tests/contracts runs on the fake and on the real one."""
+
+    # Nodes
+
+    def register_node(self, record: NodeRecord) -> int:
+        """Enlist the node; the incarnation number is new and higher than any before in this cluster."""
+
+    def restore_node(self, record: NodeRecord, incarnation: int) -> bool:
+        """Enlist the node again under its own incarnation, after FORGOTTEN. False: it is fenced."""
+
+    def heartbeat(self, node_id: str, incarnation: int, load: NodeLoad) -> HeartbeatAnswer: ...
+
+    def declare_node_dead(self, node_id: str, incarnation: int, reason: str) -> bool:
+        """True for the one caller who ended this incarnation, unless its answer got lost: act on events."""
+
+    def remove_node(self, node_id: str, incarnation: int) -> bool:
+        """The node leaves of its own will."""
+
+    def list_nodes(self) -> NodesSnapshot: ...
+
+    # Jobs
+
+    def register_job(self, job_id: str, record: bytes) -> None: ...
+
+    def finish_job(self, job_id: str, reason: str = "") -> bool:
+        """False: it was not running."""
+
+    def list_jobs(self) -> dict[str, bytes]:
+        """The records of the running jobs."""
+
+    # Actors
+
+    def create_actor(
+        self, actor_id: str, record: bytes, *, state: str = "pending", name: str = "", namespace: str = ""
+    ) -> None:
+        """Raises: NameTaken when a living actor has the name in this namespace."""
+
+    def update_actor(
+        self,
+        actor_id: str,
+        expected_states: Collection[str],
+        new_state: str,
+        fields: Mapping[str, str] | None = None,
+    ) -> bool:
+        """Compare and set; no expected states means any. False: another state, dead, or unknown.
+
+        Going to "dead" frees the name; the entry can be read by its id for an hour more.
+        """
+
+    def get_actor(self, actor_id: str) -> ActorEntry | None: ...
+
+    def find_actor(self, namespace: str, name: str) -> ActorEntry | None: ...
+
+    def list_actors(self) -> list[ActorEntry]:
+        """The living ones, by id."""
+
+    # Packages: blobs named by their content
+
+    def put_package(self, digest: str, content: bytes) -> None:
+        """Raises: ValueError unless `digest` is `package_digest(content)`."""
+
+    def has_package(self, digest: str) -> bool: ...
+
+    def get_package(self, digest: str) -> bytes | None: ...
+
+    # Values for coordination
+
+    def put_value(self, key: str, value: bytes, *, ttl_s: float | None = None) -> None: ...
+
+    def get_value(self, key: str) -> bytes | None: ...
+
+    def delete_value(self, key: str) -> bool: ...
+
+    def claim_value(self, key: str, value: bytes, *, ttl_s: float | None = None) -> bool:
+        """True if the key was free or already had this value (then the time starts anew). `value` names the
+        claimant: two that use the same one both succeed.
+        """
+
+    def release_value(self, key: str, value: bytes) -> bool:
+        """Delete the key if it has this value."""
+
+    # Events
+
+    def publish_event(self, kind: str, fields: Mapping[str, str]) -> int: ...
+
+    def read_events(self, after_id: int, *, block_ms: int = 0, count: int = 1000) -> list[Event]:
+        """The events after `after_id`, oldest first; waits up to `block_ms` for one if there is none.
+
+        Raises: EventsLost when some of them are gone or the server is another one than at the last call. A
+        reader starts with `last_event_id()` or `list_nodes().last_event_id`, then reads its snapshots, then
+        the events.
+        """
+
+    def last_event_id(self) -> int:
+        """0 before the first event."""
+
+    def recent_events(self, count: int = 100) -> list[Event]:
+        """The last events that are still kept, oldest first; for people."""
+
+    def close(self) -> None: ...
+
+
+def package_digest(content: bytes) -> str:
+    """The name of a package: SHA-256, as 64 hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()

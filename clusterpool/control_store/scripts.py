@@ -1,0 +1,221 @@
+"""The Lua scripts that change the control store where two writers could race.
+
+Each publishes its change to the event stream itself, so that a reader of the stream never learns of a
+change that was not made, nor misses one that was. Event ids are our own numbers (1-0, 2-0, ...) and not the
+server's time, so that a reader sees a gap where the stream was trimmed. Every script may be run twice with
+the same arguments: the client sends it again when the connection broke before the answer came.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+# Entries that the stream keeps, about: a reader that was away longer reads the snapshot instead. 10,000
+# events are some megabytes, and hours of an ordinary cluster's life.
+EVENTS_MAX = 10_000
+
+
+class Script:
+    """Lua source and the name under which a server caches it."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.sha1 = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+
+
+# Of every script KEYS[1] and KEYS[2] are the stream and its counter.
+_PUBLISH = f"""
+local function publish(...)
+  local number = redis.call('INCR', KEYS[2])
+  redis.call('XADD', KEYS[1], 'MAXLEN', '~', {EVENTS_MAX}, string.format('%.0f-0', number), 'kind', ...)
+  return number
+end
+"""
+
+# Seconds and microseconds are joined as text: a Lua number printed by default has 14 digits, two too few.
+_NODES = """
+local GENERATION, COUNTER, RECORDS, INCARNATIONS = KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local HEARTBEATS, LOADS = KEYS[7], KEYS[8]
+
+local function now_us()
+  local time = redis.call('TIME')
+  return time[1] .. string.format('%06d', time[2])
+end
+
+-- Did the store lose what it held since the caller registered? Incarnations are counted up for the whole
+-- cluster, so a counter below the caller's own comes from a copy older than its registration.
+local function has_forgotten(incarnation, generation)
+  local current = redis.call('GET', GENERATION)
+  if not current or (generation ~= '' and current ~= generation) then return true end
+  return tonumber(redis.call('GET', COUNTER) or '0') < tonumber(incarnation)
+end
+
+local function enlist(node_id, record, incarnation)
+  redis.call('HSET', RECORDS, node_id, record)
+  redis.call('HSET', INCARNATIONS, node_id, incarnation)
+  redis.call('HSET', HEARTBEATS, node_id, now_us())
+  redis.call('HDEL', LOADS, node_id)
+  publish('node_joined', 'node_id', node_id, 'incarnation', incarnation, 'record', record)
+end
+"""
+
+# ARGV: node_id, record, a fresh generation. Returns {incarnation, generation}.
+REGISTER_NODE = Script(
+    _PUBLISH
+    + _NODES
+    + """
+redis.call('SET', GENERATION, ARGV[3], 'NX')
+local incarnation = string.format('%.0f', redis.call('INCR', COUNTER))
+enlist(ARGV[1], ARGV[2], incarnation)
+return {incarnation, redis.call('GET', GENERATION)}
+"""
+)
+
+# ARGV: node_id, record, a fresh generation, incarnation, the generation it registered in. Returns {0 | 1,
+# generation}.
+RESTORE_NODE = Script(
+    _PUBLISH
+    + _NODES
+    + """
+local current = redis.call('HGET', INCARNATIONS, ARGV[1])
+if current ~= ARGV[4] then
+  if current or not has_forgotten(ARGV[4], ARGV[5]) then return {0, ''} end
+  redis.call('SET', GENERATION, ARGV[3], 'NX')
+  if tonumber(redis.call('GET', COUNTER) or '0') < tonumber(ARGV[4]) then
+    redis.call('SET', COUNTER, ARGV[4])
+  end
+  enlist(ARGV[1], ARGV[2], ARGV[4])
+end
+return {1, redis.call('GET', GENERATION)}
+"""
+)
+
+# ARGV: node_id, incarnation, load, the generation it registered in. Returns 1 accepted, 0 fenced, 2
+# forgotten.
+HEARTBEAT = Script(
+    _PUBLISH
+    + _NODES
+    + """
+local current = redis.call('HGET', INCARNATIONS, ARGV[1])
+if current == ARGV[2] then
+  redis.call('HSET', HEARTBEATS, ARGV[1], now_us())
+  redis.call('HSET', LOADS, ARGV[1], ARGV[3])
+  return 1
+end
+if not current and has_forgotten(ARGV[2], ARGV[4]) then return 2 end
+return 0
+"""
+)
+
+# ARGV: node_id, incarnation, kind of the event, reason. Returns 1 if this call ended that incarnation.
+END_NODE = Script(
+    _PUBLISH
+    + _NODES
+    + """
+if redis.call('HGET', INCARNATIONS, ARGV[1]) ~= ARGV[2] then return 0 end
+redis.call('HDEL', RECORDS, ARGV[1])
+redis.call('HDEL', INCARNATIONS, ARGV[1])
+redis.call('HDEL', HEARTBEATS, ARGV[1])
+redis.call('HDEL', LOADS, ARGV[1])
+publish(ARGV[3], 'node_id', ARGV[1], 'incarnation', ARGV[2], 'reason', ARGV[4])
+return 1
+"""
+)
+
+# KEYS[3]: jobs. ARGV: job_id, record.
+REGISTER_JOB = Script(
+    _PUBLISH
+    + """
+if redis.call('HSET', KEYS[3], ARGV[1], ARGV[2]) == 1 then publish('job_started', 'job_id', ARGV[1]) end
+return 1
+"""
+)
+
+# KEYS[3]: jobs. ARGV: job_id, reason. Returns 1 if the job was running.
+FINISH_JOB = Script(
+    _PUBLISH
+    + """
+if redis.call('HDEL', KEYS[3], ARGV[1]) == 0 then return 0 end
+publish('job_finished', 'job_id', ARGV[1], 'reason', ARGV[2])
+return 1
+"""
+)
+
+# KEYS[3..5]: actor_names, actors, the actor. ARGV: actor_id, field of the name ('' for none), name,
+# namespace, state, record. Returns '' or the id of the actor that holds the name.
+CREATE_ACTOR = Script(
+    _PUBLISH
+    + """
+if redis.call('EXISTS', KEYS[5]) == 1 then return '' end
+if ARGV[2] ~= '' then
+  local holder = redis.call('HGET', KEYS[3], ARGV[2])
+  if holder and holder ~= ARGV[1] then return holder end
+  redis.call('HSET', KEYS[3], ARGV[2], ARGV[1])
+end
+redis.call('SADD', KEYS[4], ARGV[1])
+redis.call('HSET', KEYS[5], 'state', ARGV[5], 'record', ARGV[6], 'name', ARGV[3], 'namespace', ARGV[4],
+           'name_field', ARGV[2])
+publish('actor_created', 'actor_id', ARGV[1], 'state', ARGV[5], 'name', ARGV[3], 'namespace', ARGV[4])
+return ''
+"""
+)
+
+# KEYS as above. ARGV: actor_id, request, new state, time to live of the dead in s, number of expected
+# states, these states, then field and value by turns. Returns 1 if the actor was in one of these states.
+# `request` names this call, so that the same call sent twice succeeds twice.
+UPDATE_ACTOR = Script(
+    _PUBLISH
+    + """
+local state = redis.call('HGET', KEYS[5], 'state')
+if not state then return 0 end
+if redis.call('HGET', KEYS[5], 'request') == ARGV[2] then return 1 end
+if state == 'dead' and ARGV[3] ~= 'dead' then return 0 end
+local expected_count = tonumber(ARGV[5])
+local is_expected = expected_count == 0
+for index = 6, 5 + expected_count do
+  if ARGV[index] == state then is_expected = true end
+end
+if not is_expected then return 0 end
+redis.call('HSET', KEYS[5], 'state', ARGV[3], 'request', ARGV[2])
+local event = {}
+for index = 6 + expected_count, #ARGV, 2 do
+  redis.call('HSET', KEYS[5], 'field:' .. ARGV[index], ARGV[index + 1])
+  event[#event + 1] = ARGV[index]
+  event[#event + 1] = ARGV[index + 1]
+end
+if ARGV[3] == 'dead' then
+  local name_field = redis.call('HGET', KEYS[5], 'name_field')
+  if name_field ~= '' and redis.call('HGET', KEYS[3], name_field) == ARGV[1] then
+    redis.call('HDEL', KEYS[3], name_field)
+  end
+  redis.call('SREM', KEYS[4], ARGV[1])
+  redis.call('EXPIRE', KEYS[5], ARGV[4])
+end
+publish('actor_changed', 'actor_id', ARGV[1], 'state', ARGV[3], 'previous_state', state, unpack(event))
+return 1
+"""
+)
+
+# ARGV: kind, then field and value by turns. Returns the event's number.
+PUBLISH_EVENT = Script(_PUBLISH + "return publish(unpack(ARGV))\n")
+
+# KEYS[3]: the value. ARGV: value, time to live in ms (0: none). Returns 1 if the value is now ours, or was
+# already.
+CLAIM_VALUE = Script(
+    """
+local current = redis.call('GET', KEYS[3])
+if current and current ~= ARGV[1] then return 0 end
+if ARGV[2] == '0' then redis.call('SET', KEYS[3], ARGV[1])
+else redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[2]) end
+return 1
+"""
+)
+
+# KEYS[3]: the value. ARGV: the value that the caller claimed. Returns 1 if it was there.
+RELEASE_VALUE = Script(
+    """
+if redis.call('GET', KEYS[3]) ~= ARGV[1] then return 0 end
+redis.call('DEL', KEYS[3])
+return 1
+"""
+)

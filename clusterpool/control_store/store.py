@@ -1,0 +1,428 @@
+"""The control store over redis-py: `ControlStorePort` on a real Redis or Valkey server.
+
+One thread uses it (each node has one for the store; the command line its main thread). What two writers
+could race for is a Lua script (`scripts`); the rest are single commands or transactions.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import msgspec
+
+from clusterpool.control_store import scripts
+from clusterpool.control_store.address import (
+    ANSWER_TIMEOUT_S,
+    check_url,
+    errors_mapped,
+    open_client,
+    redacted,
+)
+from clusterpool.control_store.keys import Keys
+from clusterpool.control_store.port import DEAD, ActorEntry, Event, EventsLost, package_digest
+from clusterpool.control_store.records import decode_record, encode_record
+from clusterpool.control_store.scripts import Script
+from clusterpool.core.cluster_view import NodeEntry, NodeLoad, NodeRecord, NodesSnapshot
+from clusterpool.core.membership import HeartbeatAnswer
+from clusterpool.errors import NameTaken, NotConnected
+
+# A server is slow for everybody while it copies one huge value, and a connection that breaks loses one
+# chunk only.
+CHUNK_BYTES = 4 << 20
+# Packages are kept this long after the last use: long enough for any job to add a node, short enough to be
+# bounded.
+PACKAGE_TTL_S = 7 * 86400
+# Why an actor died can be asked for this long.
+DEAD_ACTOR_TTL_S = 3600
+REPLICA_WAIT_MS = 1000
+_ANSWERS = {0: HeartbeatAnswer.FENCED, 1: HeartbeatAnswer.ACCEPTED, 2: HeartbeatAnswer.FORGOTTEN}
+
+
+class ControlStore:
+    """Made by `connect`. `address` is fit for messages: it holds no password."""
+
+    def __init__(self, client: Any, *, address: str, cluster_id: str, replicas_min: int = 0) -> None:
+        self.address = address
+        self.keys = Keys(cluster_id)
+        self._client = client
+        self._replicas_min = replicas_min
+        self._generation = ""  # of the store when this process registered its node
+        self._server_run = ""  # changes when a server restarts or another takes over
+        self._is_server_new = False  # since the last read of events
+
+    @classmethod
+    def connect(
+        cls,
+        url: str,
+        *,
+        cluster_id: str = "default",
+        username: str | None = None,
+        password: str | None = None,
+        timeout_s: float = 5.0,
+        replicas_min: int = 0,
+    ) -> ControlStore:
+        """Connect and check that the server answers, trying for `timeout_s`. For `url` see `address`.
+
+        replicas_min: changes are acknowledged only once so many replicas have them, so that a failover
+        loses none.
+
+        Raises: ValueError for a malformed address; NotConnected; AuthenticationFailed.
+        """
+        check_url(url)
+        store = cls(None, address=redacted(url), cluster_id=cluster_id, replicas_min=replicas_min)
+        with errors_mapped(store.address):
+            store._client = open_client(
+                url, username=username, password=password, on_connect=store._connected
+            )
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                store.ping()
+                return store
+            except NotConnected:
+                if time.monotonic() >= deadline_s:
+                    store.close()
+                    raise
+                time.sleep(0.05)
+
+    def ping(self) -> None:
+        self._run("PING")
+
+    def close(self) -> None:
+        self._client.close()
+
+    # Nodes
+
+    def register_node(self, record: NodeRecord) -> int:
+        answer = self._change(
+            scripts.REGISTER_NODE, self.keys.for_nodes(), record.node_id, encode_record(record), _token()
+        )
+        self._generation = answer[1].decode()
+        return int(answer[0])
+
+    def restore_node(self, record: NodeRecord, incarnation: int) -> bool:
+        arguments = (record.node_id, encode_record(record), _token(), incarnation, self._generation)
+        is_accepted, generation = self._change(scripts.RESTORE_NODE, self.keys.for_nodes(), *arguments)
+        if is_accepted:
+            self._generation = generation.decode()
+        return bool(is_accepted)
+
+    def heartbeat(self, node_id: str, incarnation: int, load: NodeLoad) -> HeartbeatAnswer:
+        arguments = (node_id, incarnation, encode_record(load), self._generation)
+        return _ANSWERS[self._eval(scripts.HEARTBEAT, self.keys.for_nodes(), *arguments)]
+
+    def declare_node_dead(self, node_id: str, incarnation: int, reason: str) -> bool:
+        return self._end_node(node_id, incarnation, "node_died", reason)
+
+    def remove_node(self, node_id: str, incarnation: int) -> bool:
+        return self._end_node(node_id, incarnation, "node_left", "")
+
+    def _end_node(self, node_id: str, incarnation: int, kind: str, reason: str) -> bool:
+        arguments = (node_id, incarnation, kind, reason)
+        return bool(self._change(scripts.END_NODE, self.keys.for_nodes(), *arguments))
+
+    def list_nodes(self) -> NodesSnapshot:
+        keys = self.keys
+        with errors_mapped(self.address), self._client.pipeline(transaction=True) as transaction:
+            # By their raw names, because redis-py gives its own shape to what its methods return.
+            transaction.execute_command("TIME")
+            transaction.get(keys.event_number)
+            transaction.get(keys.generation)
+            for key in (keys.nodes, keys.node_incarnations, keys.node_heartbeats, keys.node_loads):
+                transaction.hgetall(key)
+            time_now, number, generation, records, incarnations, heartbeats, loads = transaction.execute()
+        now_us = int(time_now[0]) * 1_000_000 + int(time_now[1])
+        nodes = []
+        for node_id in sorted(records):
+            heartbeat_us = int(heartbeats[node_id])
+            nodes.append(
+                NodeEntry(
+                    record=decode_record(records[node_id], NodeRecord),
+                    incarnation=int(incarnations[node_id]),
+                    heartbeat_us=heartbeat_us,
+                    silence_s=(now_us - heartbeat_us) / 1e6,
+                    load=decode_record(loads[node_id], NodeLoad) if node_id in loads else None,
+                )
+            )
+        return NodesSnapshot(
+            nodes=nodes, last_event_id=int(number or 0), generation=(generation or b"").decode()
+        )
+
+    # Jobs
+
+    def register_job(self, job_id: str, record: bytes) -> None:
+        self._change(scripts.REGISTER_JOB, self._with_events(self.keys.jobs), job_id, record)
+
+    def finish_job(self, job_id: str, reason: str = "") -> bool:
+        return bool(self._change(scripts.FINISH_JOB, self._with_events(self.keys.jobs), job_id, reason))
+
+    def list_jobs(self) -> dict[str, bytes]:
+        jobs = self._run("HGETALL", self.keys.jobs)
+        return {job_id.decode(): jobs[job_id] for job_id in sorted(jobs)}
+
+    # Actors
+
+    def create_actor(
+        self, actor_id: str, record: bytes, *, state: str = "pending", name: str = "", namespace: str = ""
+    ) -> None:
+        if state == DEAD:
+            raise ValueError("an actor cannot be created dead")
+        name_field = _name_field(namespace, name) if name else ""
+        arguments = (actor_id, name_field, name, namespace, state, record)
+        holder = self._change(scripts.CREATE_ACTOR, self._actor_keys(actor_id), *arguments)
+        if holder:
+            raise NameTaken(
+                f"the name {name!r} in namespace {namespace!r} belongs to the living actor {holder.decode()}"
+                "; use get_actor to call that one, kill it first, or choose another name or namespace"
+            )
+
+    def update_actor(
+        self,
+        actor_id: str,
+        expected_states: Collection[str],
+        new_state: str,
+        fields: Mapping[str, str] | None = None,
+    ) -> bool:
+        pairs = [text for item in (fields or {}).items() for text in item]
+        arguments = (
+            actor_id,
+            _token(),
+            new_state,
+            DEAD_ACTOR_TTL_S,
+            len(expected_states),
+            *expected_states,
+            *pairs,
+        )
+        return bool(self._change(scripts.UPDATE_ACTOR, self._actor_keys(actor_id), *arguments))
+
+    def get_actor(self, actor_id: str) -> ActorEntry | None:
+        return _actor_entry(actor_id, self._run("HGETALL", self.keys.actor(actor_id)))
+
+    def find_actor(self, namespace: str, name: str) -> ActorEntry | None:
+        actor_id = self._run("HGET", self.keys.actor_names, _name_field(namespace, name))
+        return self.get_actor(actor_id.decode()) if actor_id else None
+
+    def list_actors(self) -> list[ActorEntry]:
+        actor_ids = sorted(actor_id.decode() for actor_id in self._run("SMEMBERS", self.keys.actors))
+        with errors_mapped(self.address), self._client.pipeline(transaction=False) as pipeline:
+            for actor_id in actor_ids:
+                pipeline.hgetall(self.keys.actor(actor_id))
+            answers = pipeline.execute()
+        entries = (
+            _actor_entry(actor_id, answer) for actor_id, answer in zip(actor_ids, answers, strict=True)
+        )
+        # Between the two questions an actor may have died.
+        return [entry for entry in entries if entry is not None and entry.state != DEAD]
+
+    def _actor_keys(self, actor_id: str) -> tuple[str, ...]:
+        return self._with_events(self.keys.actor_names, self.keys.actors, self.keys.actor(actor_id))
+
+    # Packages
+
+    def put_package(self, digest: str, content: bytes) -> None:
+        if digest != package_digest(content):
+            raise ValueError(f"{digest!r} is not the SHA-256 of these {len(content)} bytes")
+        if self.has_package(digest):
+            return
+        starts = range(0, len(content), CHUNK_BYTES)
+        for number, start in enumerate(starts):
+            chunk = content[start : start + CHUNK_BYTES]
+            self._run("SET", self.keys.package_chunk(digest, number), chunk, "EX", PACKAGE_TTL_S)
+        # Last, so that a package that can be found is complete.
+        self._write("SET", self.keys.package(digest), f"{len(starts)} {len(content)}", "EX", PACKAGE_TTL_S)
+
+    def has_package(self, digest: str) -> bool:
+        head = self._run("GET", self.keys.package(digest))
+        if head is None:
+            return False
+        keys = [self.keys.package_chunk(digest, number) for number in range(int(head.split()[0]))]
+        keys.append(self.keys.package(digest))
+        with errors_mapped(self.address), self._client.pipeline(transaction=False) as pipeline:
+            for key in keys:
+                pipeline.expire(key, PACKAGE_TTL_S)
+            # A server that evicts may have dropped a chunk; the package is then uploaded again.
+            return all(pipeline.execute())
+
+    def get_package(self, digest: str) -> bytes | None:
+        if not self.has_package(digest):
+            return None
+        head = self._run("GET", self.keys.package(digest))
+        chunks_count = int(head.split()[0]) if head else 0
+        chunks = [self._run("GET", self.keys.package_chunk(digest, number)) for number in range(chunks_count)]
+        content = b"".join(chunk or b"" for chunk in chunks)
+        return content if package_digest(content) == digest else None
+
+    # Values
+
+    def put_value(self, key: str, value: bytes, *, ttl_s: float | None = None) -> None:
+        expiry = ("PX", _milliseconds(ttl_s)) if ttl_s is not None else ()
+        self._write("SET", self.keys.value(key), value, *expiry)
+
+    def get_value(self, key: str) -> bytes | None:
+        value: bytes | None = self._run("GET", self.keys.value(key))
+        return value
+
+    def delete_value(self, key: str) -> bool:
+        return bool(self._run("DEL", self.keys.value(key)))
+
+    def claim_value(self, key: str, value: bytes, *, ttl_s: float | None = None) -> bool:
+        expiry_ms = _milliseconds(ttl_s) if ttl_s is not None else 0
+        keys = self._with_events(self.keys.value(key))
+        return bool(self._change(scripts.CLAIM_VALUE, keys, value, expiry_ms))
+
+    def release_value(self, key: str, value: bytes) -> bool:
+        return bool(self._change(scripts.RELEASE_VALUE, self._with_events(self.keys.value(key)), value))
+
+    # Events
+
+    def publish_event(self, kind: str, fields: Mapping[str, str]) -> int:
+        pairs = [text for item in fields.items() for text in item]
+        return int(self._change(scripts.PUBLISH_EVENT, self._with_events(), kind, *pairs))
+
+    def read_events(self, after_id: int, *, block_ms: int = 0, count: int = 1000) -> list[Event]:
+        # The connection must fail later than the wait ends.
+        block_ms = min(block_ms, int(ANSWER_TIMEOUT_S * 500))
+        block = ("BLOCK", block_ms) if block_ms > 0 else ()
+        answer = self._run("XREAD", "COUNT", count, *block, "STREAMS", self.keys.events, f"{after_id}-0")
+        if self._is_server_new:
+            self._is_server_new = False
+            raise EventsLost("another server answers, or the same one restarted: what it holds may be older")
+        events = _events(answer[0][1]) if answer else []
+        if events and events[0].id != after_id + 1:
+            raise EventsLost(f"the events {after_id + 1} to {events[0].id - 1} are no longer kept")
+        if not events and (last_id := self.last_event_id()) < after_id:
+            raise EventsLost(
+                f"the store's last event is {last_id}, but {after_id} had been read: it lost some"
+            )
+        return events
+
+    def last_event_id(self) -> int:
+        return int(self._run("GET", self.keys.event_number) or 0)
+
+    def recent_events(self, count: int = 100) -> list[Event]:
+        return _events(reversed(self._run("XREVRANGE", self.keys.events, "+", "-", "COUNT", count)))
+
+    # Below: how commands reach the server
+
+    def _with_events(self, *keys: str) -> tuple[str, ...]:
+        return (self.keys.events, self.keys.event_number, *keys)
+
+    def _run(self, *command: Any) -> Any:
+        with errors_mapped(self.address):
+            return self._client.execute_command(*_encoded(command))
+
+    def _eval(self, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
+        from redis.exceptions import NoScriptError
+
+        rest = _encoded((len(keys), *keys, *arguments))
+        with errors_mapped(self.address):
+            try:
+                return self._client.execute_command("EVALSHA", script.sha1, *rest)
+            except NoScriptError:  # a fresh server; this also teaches it the script
+                return self._client.execute_command("EVAL", script.source, *rest)
+
+    def _change(self, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
+        """Run a script whose effect must survive a failover."""
+        if not self._replicas_min:
+            return self._eval(script, keys, *arguments)
+        answer = self._run_durably("EVALSHA", script.sha1, len(keys), *keys, *arguments)
+        if type(answer).__name__ == "NoScriptError":
+            answer = self._run_durably("EVAL", script.source, len(keys), *keys, *arguments)
+        return answer
+
+    def _write(self, *command: Any) -> None:
+        """Run a single command whose effect must survive a failover."""
+        if self._replicas_min:
+            self._run_durably(*command)
+        else:
+            self._run(*command)
+
+    def _run_durably(self, *command: Any) -> Any:
+        """Run the command and wait until enough replicas have it; a NoScriptError is returned.
+
+        WAIT speaks of the writes of its own connection, so all three commands go in one pipeline, which
+        redis-py sends again as a whole when the connection breaks. The write in the middle is for a command
+        that, sent again, changes nothing: it stands behind the first attempt in what the replicas receive.
+        """
+        with errors_mapped(self.address), self._client.pipeline(transaction=False) as pipeline:
+            pipeline.execute_command(*_encoded(command))
+            pipeline.set(self.keys.replica_mark, "1")
+            pipeline.execute_command("WAIT", self._replicas_min, REPLICA_WAIT_MS)
+            answer, _, replicas = pipeline.execute(raise_on_error=False)
+            for outcome in (answer, replicas):
+                if isinstance(outcome, Exception) and type(outcome).__name__ != "NoScriptError":
+                    raise outcome
+        if replicas < self._replicas_min:
+            raise NotConnected(
+                f"the control store at {self.address} took the change, but only {replicas} of the "
+                f"{self._replicas_min} replicas asked for confirmed it within {REPLICA_WAIT_MS} ms: check "
+                "them"
+            )
+        return answer
+
+    def _connected(self, connection: Any) -> None:
+        """Note which server this is: the client reconnects silently, and a failover may lose events."""
+        connection.send_command("INFO", "server", check_health=False)
+        answer: bytes = connection.read_response()
+        run = next((line for line in answer.decode().splitlines() if line.startswith("run_id:")), "")
+        self._is_server_new = self._is_server_new or (self._server_run != "" and run != self._server_run)
+        self._server_run = run
+
+
+def _encoded(command: tuple[Any, ...]) -> list[Any]:
+    """The name of the command stays text, because redis-py shapes the answer by it."""
+    # Whatever bytes the reason of a death may quote, it must be told.
+    name, *words = command
+    return [
+        name,
+        *(word.encode(errors="backslashreplace") if isinstance(word, str) else word for word in words),
+    ]
+
+
+def _token() -> str:
+    return os.urandom(8).hex()
+
+
+def _name_field(namespace: str, name: str) -> str:
+    # JSON, because any separator could be part of a name.
+    return msgspec.json.encode([namespace, name]).decode()
+
+
+def _milliseconds(ttl_s: float) -> int:
+    if ttl_s <= 0:
+        raise ValueError(f"a time to live must be positive: {ttl_s=}")
+    return max(1, round(ttl_s * 1000))
+
+
+def _events(entries: Any) -> list[Event]:
+    events = []
+    for entry_id, pairs in entries:
+        texts = {name.decode(): value.decode() for name, value in _pairs(pairs)}
+        events.append(Event(int(entry_id.split(b"-")[0]), texts.pop("kind"), texts))
+    return events
+
+
+def _pairs(pairs: Any) -> Any:
+    # redis-py makes a dict of the fields where it knows the command.
+    return pairs.items() if isinstance(pairs, dict) else zip(pairs[::2], pairs[1::2], strict=True)
+
+
+def _actor_entry(actor_id: str, answer: dict[bytes, bytes]) -> ActorEntry | None:
+    if not answer:
+        return None
+    prefix = b"field:"
+    return ActorEntry(
+        actor_id=actor_id,
+        state=answer[b"state"].decode(),
+        name=answer[b"name"].decode(),
+        namespace=answer[b"namespace"].decode(),
+        record=answer[b"record"],
+        fields={
+            name.removeprefix(prefix).decode(): value.decode()
+            for name, value in answer.items()
+            if name.startswith(prefix)
+        },
+    )

@@ -1,0 +1,105 @@
+"""Calls to one actor from one process: in order, as fast as the actor takes them.
+
+    pending (no address yet) --> alive --> dead
+       calls queue                calls are sent at once, in the order of submission; a call that waits for an
+                                  argument holds back those behind it
+
+The creator also holds the lease of the actor's worker and sends the creation task ahead of every call.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import msgspec
+
+from clusterpool.core.dispatch import Task
+from clusterpool.core.messages import (
+    ActorPart,
+    Address,
+    CancelTasks,
+    FunctionPart,
+    StartTasks,
+    TaskResult,
+)
+from clusterpool.core.owner_events import Command, FailTasks, Send
+
+# What one message holds at most: the actor's results come back at least this often.
+BATCH_MAX = 1000
+
+
+class ActorChannel:
+    """The calls of this process to one actor."""
+
+    def __init__(self, actor: ActorPart) -> None:
+        self.actor = actor
+        self.queue: deque[Task] = deque()
+        self.outstanding: dict[int, Task] = {}
+        self.waiting: set[int] = set()  # numbers of queued calls whose arguments are not known yet
+        self.is_creator = False
+        self.request = 0  # the creator's request for a worker
+        self.lease = 0
+        self.creation: Task | None = None
+        self.is_creation_sent = False
+        self.functions_sent: set[int] = set()
+
+    @property
+    def address(self) -> Address | None:
+        """Where the actor's worker is, once known."""
+        return self.actor.address
+
+    def submit(self, tasks: list[Task]) -> None:
+        """Queue calls; `send_ready` sends them."""
+        self.queue.extend(tasks)
+
+    def send_ready(self, functions: dict[int, bytes]) -> list[tuple[list[Task], Send]]:
+        """Batches to send now: everything up to the first call that waits for an argument."""
+        address = self.actor.address
+        if self.actor.state == "dead" or address is None:
+            return []
+        batches: list[tuple[list[Task], Send]] = []
+        if self.is_creator and not self.is_creation_sent:
+            creation = self.creation
+            assert creation is not None
+            if creation.spec.number in self.waiting:
+                return []
+            self.is_creation_sent = True
+            self.outstanding[creation.spec.number] = creation
+            parts = [FunctionPart(creation.spec.function, functions[creation.spec.function])]
+            batches.append(([creation], Send(address, StartTasks(parts, [creation.spec]))))
+        queue = self.queue
+        while queue:
+            tasks: list[Task] = []
+            while queue and len(tasks) < BATCH_MAX and queue[0].spec.number not in self.waiting:
+                task = queue.popleft()
+                if not task.is_cancelled:
+                    tasks.append(task)
+                    task.worker = address.process_id
+                    self.outstanding[task.spec.number] = task
+            if not tasks:
+                break
+            batches.append((tasks, Send(address, StartTasks([], [task.spec for task in tasks]))))
+        return batches
+
+    def finished(self, results: list[TaskResult]) -> list[tuple[Task, TaskResult]]:
+        """Match results with their calls."""
+        finished: list[tuple[Task, TaskResult]] = []
+        for result in results:
+            task = self.outstanding.pop(result.number, None)
+            if task is not None:
+                finished.append((task, result))
+        return finished
+
+    def died(self, text: str, error: bytes = b"") -> list[Command]:
+        """The actor is no more: its calls fail, and so will all later ones."""
+        self.actor = msgspec.structs.replace(self.actor, state="dead", text=text, address=None)
+        tasks = [task for task in [*self.outstanding.values(), *self.queue] if task is not self.creation]
+        self.outstanding.clear()
+        self.queue.clear()
+        return [FailTasks(tasks, "actor_died", text, None, error)] if tasks else []
+
+    def interrupt(self, task: Task) -> list[Command]:
+        """Ask the actor to drop or interrupt one call."""
+        if self.actor.address is None:
+            return []
+        return [Send(self.actor.address, CancelTasks([task.spec.number], True))]

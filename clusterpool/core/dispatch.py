@@ -1,0 +1,293 @@
+"""Which worker gets which tasks, and how many at once: shared by task leases and worker groups.
+
+    submitted --> queue --> [fill] --> outstanding at a worker --> finished
+                    ^                        |
+                    +------ [take back] -----+     (a worker is idle while another has a backlog)
+
+Each worker's backlog is kept at about BACKLOG_S of measured work. Thousands of tiny tasks travel in one message; a task
+of LONG_TASK_S or more travels alone, so that it is cancellable and goes to whichever worker is free. So `chunksize=1`
+is as fast as chunking by hand and still balances. Source: shared design, section 3.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from clusterpool.core.messages import Address, TaskResult, TaskSpec, TaskStatus
+
+# A longer backlog means fewer messages, and results and balance that come later. At 2 ms the cost of a message (about
+# 50 us on both sides together) is some per cent of the work.
+BACKLOG_S = 0.002
+LONG_TASK_S = 0.010
+# Bounds what one message holds, and what is lost with a worker.
+OUTSTANDING_MAX = 2000
+# A backlog that is still there after this time was underestimated: a long task sits at its head.
+TAKE_BACK_AFTER_S = 0.005
+
+
+class Task(msgspec.Struct, gc=False, eq=False):
+    """A task in its owner's hands. Mutable; belongs to one dispatcher at a time.
+
+    `sink` and `index` are the submitter's: the core carries them and never looks inside. (`gc=False` is safe because no
+    sink holds its task; tasks come by the million and would each slow the collector down.)
+    """
+
+    spec: TaskSpec
+    sink: Any
+    index: int
+    retries_left: int = 0
+    worker: str = ""  # process id of the worker that has it; "" while it waits here
+    is_cancelled: bool = False
+
+
+class WorkerSlot:
+    """One worker, as its dispatcher sees it."""
+
+    __slots__ = (
+        "address", "functions_sent", "idle_since_s", "is_blocked", "is_retiring", "is_taking_back", "lease", "outstanding", "pid", "runs_left",
+        "sent_s", "token",
+    )  # fmt: skip
+
+    def __init__(self, address: Address, *, lease: int, pid: int, runs_max: int | None, token: Any = None) -> None:
+        self.address = address
+        self.lease = lease
+        self.pid = pid
+        self.token = token  # what the shell knows of the worker
+        self.outstanding: dict[int, Task] = {}  # by task number, in the order sent, which is the order run
+        self.functions_sent: set[int] = set()
+        self.runs_left = runs_max
+        self.is_retiring = False
+        self.is_blocked = False  # its task waits for other tasks
+        self.is_taking_back = False
+        self.idle_since_s = 0.0
+        self.sent_s = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it may be sent tasks."""
+        return not (self.is_retiring or self.is_blocked)
+
+
+class Batch(msgspec.Struct, frozen=True, gc=False):
+    """Tasks to send to a worker, with the numbers of the functions that it has not got yet."""
+
+    slot: WorkerSlot
+    tasks: list[Task]
+    functions: list[int]
+
+
+class Dispatcher:
+    """Queue, workers and measured durations of one worker set."""
+
+    def __init__(self, *, runs_max: int | None = None) -> None:
+        self.queue: deque[Task] = deque()
+        self.slots: dict[str, WorkerSlot] = {}
+        self.runs_max = runs_max
+        self.outstanding_count = 0  # Invariant: the sum of len(slot.outstanding)
+        self._mean_s: dict[int, float] = {}  # by function number
+
+    # --- workers
+
+    def add_worker(self, address: Address, *, lease: int, pid: int, token: Any = None) -> WorkerSlot:
+        """A worker is ready for tasks."""
+        slot = WorkerSlot(address, lease=lease, pid=pid, runs_max=self.runs_max, token=token)
+        self.slots[address.process_id] = slot
+        return slot
+
+    def remove_worker(self, process_id: str) -> list[Task]:
+        """The worker is gone; its unfinished tasks, in the order it would have run them."""
+        slot = self.slots.pop(process_id, None)
+        if slot is None:
+            return []
+        tasks = list(slot.outstanding.values())
+        slot.outstanding.clear()
+        self.outstanding_count -= len(tasks)
+        for task in tasks:
+            task.worker = ""
+        return tasks
+
+    # --- tasks
+
+    def submit(self, tasks: Iterable[Task]) -> None:
+        """Queue tasks behind those that wait."""
+        self.queue.extend(tasks)
+
+    def requeue(self, tasks: list[Task]) -> None:
+        """Queue tasks again, ahead of those that wait, in their old order."""
+        for task in reversed(tasks):
+            task.worker = ""
+            self.queue.appendleft(task)
+
+    def finish(self, process_id: str, results: list[TaskResult], run_ns: int) -> list[tuple[Task, TaskResult]]:
+        """Note what a worker has finished; the tasks with their results. Tasks it gave back are queued again."""
+        slot = self.slots.get(process_id)
+        if slot is None:
+            return []
+        outstanding = slot.outstanding
+        finished: list[tuple[Task, TaskResult]] = []
+        returned: list[Task] = []
+        for result in results:
+            task = outstanding.pop(result.number, None)
+            if task is None:
+                continue  # taken from a worker that was believed dead
+            if result.status == TaskStatus.RETURNED:
+                returned.append(task)
+            else:
+                finished.append((task, result))
+        self.outstanding_count -= len(finished) + len(returned)
+        if returned or not results:
+            slot.is_taking_back = False
+            if slot.runs_left is not None:
+                slot.runs_left += len(returned)
+            self.requeue([task for task in returned if not task.is_cancelled])
+            finished.extend(
+                (task, TaskResult(task.spec.number, TaskStatus.CANCELLED, b""))
+                for task in returned
+                if task.is_cancelled
+            )
+        if run_ns and len(finished) > 0:
+            self._measure(finished, run_ns)
+        return finished
+
+    def _measure(self, finished: list[tuple[Task, TaskResult]], run_ns: int) -> None:
+        sample_s = run_ns * 1e-9 / len(finished)
+        function = finished[-1][0].spec.function
+        old = self._mean_s.get(function)
+        if old is None:
+            self._mean_s[function] = sample_s
+            if len(self._mean_s) > 1000:  # programs that submit a fresh lambda each time
+                del self._mean_s[next(iter(self._mean_s))]
+        else:
+            # Half and half: durations drift, and the first run of a function also imports what it needs.
+            self._mean_s[function] = (old + sample_s) / 2
+
+    # --- decisions
+
+    def fill(self, now_s: float) -> list[Batch]:
+        """Send what should be sent now."""
+        batches: list[Batch] = []
+        if not self.queue or not self.slots:
+            return batches
+        # Emptiest first, so that every worker has something before any has a backlog.
+        open_slots = sorted((slot for slot in self.slots.values() if slot.is_open), key=_backlog)
+        for slot in open_slots:
+            if not self._drop_cancelled():
+                break
+            count = self._room(slot, len(open_slots))
+            if count > 0:
+                batches.append(self._take(slot, count, now_s))
+        return batches
+
+    def _drop_cancelled(self) -> bool:
+        queue = self.queue
+        while queue and queue[0].is_cancelled:
+            queue.popleft()
+        return bool(queue)
+
+    def _room(self, slot: WorkerSlot, workers: int) -> int:
+        """How many of the queue's tasks `slot` should get."""
+        held = len(slot.outstanding)
+        mean_s = self._mean_s.get(self.queue[0].spec.function)
+        if mean_s is None:
+            limit = 1
+        elif mean_s >= LONG_TASK_S:
+            limit = 1
+        elif mean_s >= BACKLOG_S:
+            limit = 2
+        else:
+            limit = min(OUTSTANDING_MAX, int(BACKLOG_S / max(mean_s, 1e-7)) + 1)
+            # An equal share, so that a short queue of tiny tasks still uses every worker.
+            limit = min(limit, -(-(len(self.queue) + self.outstanding_count) // workers))
+            # Refill in halves: a message for every finished task would cost more than the tasks.
+            if held and held * 2 > limit:
+                return 0
+        room = limit - held
+        if slot.runs_left is not None:
+            room = min(room, slot.runs_left)
+        return room
+
+    def _take(self, slot: WorkerSlot, count: int, now_s: float) -> Batch:
+        queue, outstanding, sent = self.queue, slot.outstanding, slot.functions_sent
+        process_id = slot.address.process_id
+        tasks: list[Task] = []
+        functions: list[int] = []
+        first_mean_s = self._mean_s.get(queue[0].spec.function)
+        first_function = queue[0].spec.function
+        while queue and len(tasks) < count:
+            task = queue[0]
+            function = task.spec.function
+            if function != first_function and self._mean_s.get(function, LONG_TASK_S) > (first_mean_s or 0) * 2:
+                break  # of unknown or longer duration: it gets a decision of its own
+            queue.popleft()
+            if task.is_cancelled:
+                continue
+            task.worker = process_id
+            tasks.append(task)
+            outstanding[task.spec.number] = task
+            if function and function not in sent:
+                sent.add(function)
+                functions.append(function)
+        self.outstanding_count += len(tasks)
+        if slot.runs_left is not None:
+            slot.runs_left -= len(tasks)
+        slot.sent_s = now_s
+        return Batch(slot, tasks, functions)
+
+    def has_room(self) -> bool:
+        """Whether a task submitted now would be sent at once (some worker has nothing to do)."""
+        return any(not slot.outstanding and slot.is_open for slot in self.slots.values())
+
+    def take_back(self, now_s: float) -> list[tuple[WorkerSlot, int]]:
+        """Whom to ask for how many unstarted tasks, because another worker has nothing to do."""
+        if self.queue or len(self.slots) < 2:
+            return []
+        idle = sum(1 for slot in self.slots.values() if not slot.outstanding and slot.is_open)
+        asked: list[tuple[WorkerSlot, int]] = []
+        for slot in sorted(self.slots.values(), key=_backlog, reverse=True):
+            unstarted = len(slot.outstanding) - 1
+            if len(asked) >= idle or unstarted < 1:
+                break
+            if not slot.is_taking_back and now_s - slot.sent_s >= TAKE_BACK_AFTER_S:
+                slot.is_taking_back = True
+                asked.append((slot, (unstarted + 1) // 2))
+        return asked
+
+    def next_look_s(self, now_s: float) -> float | None:
+        """When `take_back` is worth asking again, if ever; monotonic seconds."""
+        if self.queue or not self.has_room():
+            return None
+        times = [
+            slot.sent_s + TAKE_BACK_AFTER_S
+            for slot in self.slots.values()
+            if len(slot.outstanding) > 1 and not slot.is_taking_back
+        ]
+        return max(min(times), now_s) if times else None
+
+    def mean_of_next_s(self) -> float | None:
+        """Measured duration of the queue's first task, in seconds; None while unknown."""
+        return self._mean_s.get(self.queue[0].spec.function) if self.queue else None
+
+    def retire_due(self) -> list[WorkerSlot]:
+        """Workers that have run as many tasks as they may, and have nothing left to do."""
+        due = [
+            slot
+            for slot in self.slots.values()
+            if slot.runs_left is not None and slot.runs_left <= 0 and not slot.outstanding and not slot.is_retiring
+        ]
+        for slot in due:
+            slot.is_retiring = True
+        return due
+
+    def clear(self) -> list[Task]:
+        """Take everything out of the queue."""
+        tasks = [task for task in self.queue if not task.is_cancelled]
+        self.queue.clear()
+        return tasks
+
+
+def _backlog(slot: WorkerSlot) -> int:
+    return len(slot.outstanding)

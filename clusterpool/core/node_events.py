@@ -1,0 +1,146 @@
+"""What a node's machine hears (past tense) and what it asks its shell to do (imperative).
+
+The parts' own events and commands (object store, transfers, membership) pass through as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from clusterpool.core.messages import Address, JobPart, Message
+
+
+class Event(msgspec.Struct, frozen=True, gc=False):
+    """Base of the events."""
+
+
+class Command(msgspec.Struct, frozen=True, gc=False):
+    """Base of the commands."""
+
+
+# --- events ---------------------------------------------------------------------------------------------------------
+
+
+class ProcessJoined(Event):
+    """A driver, worker or tool of this host has said who it is."""
+
+    address: Address
+    kind: str
+    pid: int
+    job: JobPart | None
+    wants_logs: bool
+
+
+class ProcessLeft(Event):
+    """Its connection is closed."""
+
+    address: Address
+
+
+class MessageArrived(Event):
+    """From a process of this node, or through another node."""
+
+    source: Address
+    message: Message
+
+
+class WorkerEnded(Event):
+    """A worker process was waited for, and all it printed was read. `text` says how and probably why."""
+
+    process_id: str
+    exit_code: int
+    text: str
+
+
+class ForkFailed(Event):
+    """There is no such worker."""
+
+    process_id: str
+    text: str
+
+
+class PagesReserved(Event):
+    """Answer to ReservePages: the arena's file has them."""
+
+    client: str
+    request: int
+    object_id: str
+    offset: int
+    size_bytes: int
+
+
+class StoreReturned(Event):
+    """Answer to CallStore."""
+
+    tag: int
+    value: Any
+
+
+class StoreRaised(Event):
+    """CallStore failed; `kind` is the name of the exception's class."""
+
+    tag: int
+    kind: str
+    text: str
+
+
+class ActorEventRead(Event):
+    """The change feed says that an actor changed."""
+
+    actor_id: str
+
+
+class TimePassed(Event):
+    """A tick of the clock, every TICK_S seconds."""
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+class Send(Command):
+    """Send a message to a process, here or on another node, in order with all others to it."""
+
+    destination: Address
+    message: Message
+
+
+class ForkWorker(Command):
+    """Start a worker process."""
+
+    process_id: str
+    job: JobPart
+    env: dict[str, str]
+    name: str
+
+
+class EndWorker(Command):
+    """Send a worker process this signal."""
+
+    process_id: str
+    signal: int
+
+
+class ReservePages(Command):
+    """Make sure that the arena's file has these bytes; answer PagesReserved or ArenaExhausted, at once."""
+
+    client: str
+    request: int
+    object_id: str
+    offset: int
+    size_bytes: int
+
+
+class CallStore(Command):
+    """Call this operation of the control store; answer StoreReturned or StoreRaised."""
+
+    tag: int
+    operation: str
+    arguments: dict[str, Any]
+
+
+class StopNode(Command):
+    """End the node in good order."""
+
+    text: str

@@ -1,0 +1,209 @@
+"""The objects' half of a node: its store, and the transfers in and out of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clusterpool.core import messages as m
+from clusterpool.core import store_messages as s
+from clusterpool.core import transfer_messages as t
+from clusterpool.core.messages import Address
+from clusterpool.core.node_events import PagesReserved, ReservePages, Send
+from clusterpool.core.store_index import StoreIndex
+from clusterpool.core.transfer_serving import ServingTable
+from clusterpool.core.transfers import TransferTable
+
+# Names of the node's own clients of its store; process ids never hold a colon.
+_PULL, _SERVE = "pull:", "serve:"
+Commands = list[Any]
+
+
+class NodeObjects:
+    """Creates, pins, pulls and frees objects for the processes of one node."""
+
+    def __init__(self, node_id: str, capacity_bytes: int) -> None:
+        self.node_id = node_id
+        self.store = StoreIndex(capacity_bytes)
+        self.pulls = TransferTable()
+        self.servings = ServingTable()
+        self._wanted: dict[tuple[str, int], m.StoredValue] = {}  # pins not answered yet, by client and request
+        self._addresses: dict[str, Address] = {}
+        self._now_s = 0.0
+
+    # --- messages of processes
+
+    def message(self, source: Address, message: m.Message, now_s: float) -> Commands | None:
+        """Handle a message about objects; None when it is about something else."""
+        self._now_s = now_s
+        client = source.process_id
+        if isinstance(message, m.CreateObject):
+            return self._put(
+                s.ObjectCreateRequested(client, message.request, message.object_id, message.size_bytes, True)
+            )
+        if isinstance(message, m.SealObject):
+            return self._put(s.ObjectSealed(client, message.object_id))
+        if isinstance(message, m.AbortObject):
+            return self._put(s.ObjectAborted(client, message.object_id))
+        if isinstance(message, m.PinObject):
+            return self._pin(client, message)
+        if isinstance(message, m.UnpinObjects):
+            return self._put(s.Unpinned(client, message.object_ids))
+        if isinstance(message, m.FreeObjects):
+            return [command for object_id in message.object_ids for command in self._put(s.ObjectFreed(object_id))]
+        if type(message) in _TRANSFER_MESSAGES:
+            return self._transfer(t.PeerSpoke(source.node_id, message))
+        return None
+
+    def _pin(self, client: str, message: m.PinObject) -> Commands:
+        stored = message.stored
+        self._wanted[(client, message.request)] = stored
+        if stored.object_id in self.store.objects:
+            return self._put(s.PinRequested(client, message.request, stored.object_id))
+        return self._pull(client, message.request, stored)
+
+    def _pull(self, client: str, request: int, stored: m.StoredValue) -> Commands:
+        others = [node_id for node_id in stored.node_ids if node_id != self.node_id]
+        if not others:
+            text = f"object {stored.object_id} is not on node {self.node_id} any more, and no other node has a copy"
+            return self._refuse(client, request, "lost", text)
+        event = t.PullRequested(f"{client}/{request}", stored.object_id, others, stored.size_bytes)
+        return self._transfer(event)
+
+    def _refuse(self, client: str, request: int, kind: str, text: str) -> Commands:
+        self._wanted.pop((client, request), None)
+        return [Send(Address(self.node_id, client), m.StoreFailed(request, kind, text))]
+
+    # --- events of the shell
+
+    def store_event(self, event: s.StoreEvent, now_s: float) -> Commands:
+        """The disk or the clock has something for the store."""
+        self._now_s = now_s
+        return self._put(event)
+
+    def pages_reserved(self, event: PagesReserved, now_s: float) -> Commands:
+        """The arena has the pages of a create."""
+        self._now_s = now_s
+        if event.client.startswith(_PULL):
+            return self._transfer(t.RoomGranted(event.object_id, event.offset))
+        return [Send(Address(self.node_id, event.client), m.ObjectCreated(event.request, event.offset))]
+
+    def process_left(self, process_id: str, now_s: float, *, is_owner: bool = True) -> Commands:
+        """A process ended: its pins go, and the objects that it owned."""
+        self._now_s = now_s
+        for key in [key for key in self._wanted if key[0] == process_id]:
+            del self._wanted[key]
+        commands = self._put(s.ClientGone(process_id))
+        prefix = process_id + "."
+        for object_id in [object_id for object_id in self.store.objects if object_id.startswith(prefix)]:
+            commands += self._put(s.ObjectFreed(object_id))
+        return commands
+
+    def node_lost(self, node_id: str, now_s: float) -> Commands:
+        """Another node is gone."""
+        self._now_s = now_s
+        return self._transfer(t.PeerLost(node_id))
+
+    def time_passed(self, now_s: float) -> Commands:
+        """A tick of the clock."""
+        self._now_s = now_s
+        return self._put(s.Tick()) + self._transfer(t.TimePassed())
+
+    # --- the parts' commands
+
+    def _put(self, event: s.StoreEvent) -> Commands:
+        commands: Commands = []
+        for command in self.store.handle(event, self._now_s):
+            commands += self._store_command(command)
+        return commands
+
+    def _store_command(self, command: s.StoreCommand) -> Commands:
+        if isinstance(command, s.GrantCreate):
+            return [
+                ReservePages(command.client, command.request, command.object_id, command.offset, command.size_bytes)
+            ]
+        if isinstance(command, s.GrantPin):
+            return self._pin_granted(command)
+        if isinstance(command, (s.ReplyAlreadyExists, s.RefuseCreate)):
+            return self._create_refused(command)
+        if isinstance(command, (s.ReplyMissing, s.RefusePin)):
+            return self._pin_refused(command)
+        if isinstance(command, s.ReportGone):
+            return []  # owners learn of it when they ask; rebuilding by lineage will want it sooner
+        return [command]  # the disk's
+
+    def _pin_granted(self, command: s.GrantPin) -> Commands:
+        if command.client.startswith(_SERVE):
+            return self._serve(
+                t.ServingPinned(command.request, command.object_id, command.offset, command.size_bytes)
+            )
+        if self._wanted.pop((command.client, command.request), None) is None:
+            return self._put(s.Unpinned(command.client, [command.object_id]))
+        message = m.ObjectPinned(command.request, command.offset, command.size_bytes, command.is_scarce)
+        return [Send(Address(self.node_id, command.client), message)]
+
+    def _create_refused(self, command: s.ReplyAlreadyExists | s.RefuseCreate) -> Commands:
+        is_known = isinstance(command, s.ReplyAlreadyExists)
+        if command.client.startswith(_PULL):
+            if isinstance(command, s.RefuseCreate):
+                return self._transfer(t.RoomRefused(command.object_id, command.kind.value, command.text))
+            return self._transfer(t.FoundHere(command.object_id))
+        kind = "exists" if is_known else command.kind.value  # type: ignore[union-attr]
+        text = "the object exists" if is_known else command.text  # type: ignore[union-attr]
+        return [Send(Address(self.node_id, command.client), m.StoreFailed(command.request, kind, text))]
+
+    def _pin_refused(self, command: s.ReplyMissing | s.RefusePin) -> Commands:
+        is_gone = isinstance(command, s.ReplyMissing)
+        if command.client.startswith(_SERVE):
+            return self._serve(t.ServingRefused(command.request, is_gone, command.text))
+        stored = self._wanted.get((command.client, command.request))
+        if is_gone and stored is not None and any(node_id != self.node_id for node_id in stored.node_ids):
+            return self._pull(command.client, command.request, stored)
+        kind = "lost" if is_gone else command.kind.value  # type: ignore[union-attr]
+        return self._refuse(command.client, command.request, kind, command.text)
+
+    def _transfer(self, event: t.TransferEvent) -> Commands:
+        commands: Commands = []
+        if not isinstance(event, (t.PullRequested, t.RoomGranted, t.RoomRefused, t.FoundHere)):
+            commands += self._serve(event)
+        for command in self.pulls.handle(event, self._now_s):
+            commands += self._transfer_command(command)
+        return commands
+
+    def _serve(self, event: t.TransferEvent) -> Commands:
+        commands: Commands = []
+        for command in self.servings.handle(event, self._now_s):
+            commands += self._transfer_command(command)
+        return commands
+
+    def _transfer_command(self, command: t.TransferCommand) -> Commands:
+        if isinstance(command, t.SendToNode):
+            return [Send(Address(command.node_id, command.node_id), command.message)]
+        if isinstance(command, t.AllocateForPull):
+            event = s.ObjectCreateRequested(_PULL, 0, command.object_id, command.size_bytes, False)
+            return self._put(event)
+        if isinstance(command, t.SealPull):
+            return self._put(s.ObjectSealed(_PULL, command.object_id))
+        if isinstance(command, t.AbortPull):
+            return self._put(s.ObjectAborted(_PULL, command.object_id))
+        if isinstance(command, t.PinForServing):
+            return self._put(s.PinRequested(_SERVE, command.serving, command.object_id))
+        if isinstance(command, t.UnpinForServing):
+            return self._put(s.Unpinned(_SERVE, [command.object_id]))
+        if isinstance(command, (t.ReportPulled, t.ReportPullFailed)):
+            return self._pull_ended(command)
+        return [command]  # the arena's: WriteChunk, ReadChunk
+
+    def _pull_ended(self, command: t.ReportPulled | t.ReportPullFailed) -> Commands:
+        commands: Commands = []
+        for requester in command.requesters:
+            client, _, request = requester.partition("/")
+            if isinstance(command, t.ReportPulled):
+                commands += self._put(s.PinRequested(client, int(request), command.object_id))
+            else:
+                commands += self._refuse(client, int(request), command.kind, command.text)
+        return commands
+
+
+_TRANSFER_MESSAGES = frozenset(
+    {t.OpenTransfer, t.TransferOpened, t.TransferRefused, t.SendChunk, t.ChunkData, t.CloseTransfer}
+)

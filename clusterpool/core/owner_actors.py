@@ -1,0 +1,183 @@
+"""The actors' half of an owner: channels to actors, and the leases of those that this process created."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from clusterpool.core import messages as m
+from clusterpool.core import owner_events as e
+from clusterpool.core.actors import ActorChannel
+from clusterpool.core.messages import Address, TaskStatus
+
+if TYPE_CHECKING:
+    from clusterpool.core.owner import OwnerMachine
+
+Commands = list[e.Command]
+
+
+class OwnerActors:
+    """All actors that this process has a handle of."""
+
+    def __init__(self, owner: OwnerMachine) -> None:
+        self._owner = owner
+        self.channels: dict[str, ActorChannel] = {}
+        self.channel_of_process: dict[str, ActorChannel] = {}
+        self._channel_of_request: dict[int, ActorChannel] = {}
+        self._envs: dict[str, e.SetupPlan] = {}
+
+    # --- from the shell
+
+    def opened(self, event: e.ActorOpened, now_s: float) -> Commands:
+        """Create an actor: request a worker; the creation task waits for its arguments meanwhile."""
+        owner = self._owner
+        channel = self.channels[event.actor.actor_id] = ActorChannel(event.actor)
+        channel.is_creator = True
+        channel.creation = event.creation
+        channel.request = next(owner.requests)
+        self._channel_of_request[channel.request] = channel
+        self._envs[event.actor.actor_id] = event.setup
+        job = msgspec.structs.replace(owner.job, detached=event.actor.detached)
+        commands: Commands = [e.Send(owner.node, m.RequestWorkers(channel.request, 1, event.demand, job))]
+        if event.arguments is not None:
+            commands += owner.await_arguments(event.creation, event.arguments, channel, now_s)
+        else:
+            owner.tasks[event.creation.spec.number] = event.creation
+        return commands
+
+    def met(self, event: e.ActorMet, _now_s: float) -> Commands:
+        """A handle of somebody else's actor arrived."""
+        if event.actor.actor_id in self.channels:
+            return []
+        channel = self.channels[event.actor.actor_id] = ActorChannel(event.actor)
+        if event.actor.address is not None:
+            self.channel_of_process[event.actor.address.process_id] = channel
+            return self._owner.objects._watch(event.actor.address)
+        return self._locate(channel)
+
+    def _locate(self, channel: ActorChannel) -> Commands:
+        request = next(self._owner.requests)
+        self._channel_of_request[request] = channel
+        return [e.Send(self._owner.node, m.LocateActor(request, channel.actor.actor_id, "", ""))]
+
+    def calls_submitted(self, event: e.ActorCallsSubmitted, _now_s: float) -> Commands:
+        """Calls without references, in order."""
+        channel = self.channels[event.actor_id]
+        tasks = self._owner.tasks
+        for task in event.tasks:
+            tasks[task.spec.number] = task
+            if task.sink is None:
+                self._owner.objects.expect_results(task)
+        if channel.actor.state == "dead":
+            return self._owner.checked([e.FailTasks(event.tasks, "actor_died", channel.actor.text)])
+        channel.submit(event.tasks)
+        return self.send_ready(channel)
+
+    def send_ready(self, channel: ActorChannel) -> Commands:
+        """Send the calls that can go."""
+        if channel.actor.state == "dead" and channel.queue:
+            return self._owner.checked(channel.died(channel.actor.text))
+        commands: Commands = []
+        for tasks, send in channel.send_ready(self._owner.functions):
+            commands += self._owner.hand_over_arguments(send.destination, tasks)
+            commands.append(send)
+        return commands
+
+    # --- from the node and the actor's worker
+
+    def granted(self, _source: Address, message: m.WorkerGranted, _now_s: float) -> Commands:
+        """The worker of an actor that we create."""
+        channel = self._channel_of_request.pop(message.request, None)
+        worker = message.worker
+        if channel is None:
+            node = Address(worker.address.node_id, worker.address.node_id)
+            return [e.Send(node, m.ReleaseWorkers([worker.lease], True))]
+        channel.lease = worker.lease
+        channel.actor = msgspec.structs.replace(channel.actor, address=worker.address)
+        self.channel_of_process[worker.address.process_id] = channel
+        setup = self._envs.pop(channel.actor.actor_id, e.SetupPlan())
+        env = dict(setup.env)
+        if worker.gpu_ids:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, worker.gpu_ids))
+        commands: Commands = [e.Send(worker.address, m.SetupWorker(env, b"", setup.name, worker.lease))]
+        return commands + self.send_ready(channel)
+
+    def request_failed(self, message: m.RequestFailed) -> Commands:
+        """No worker for an actor."""
+        channel = self._channel_of_request.pop(message.request, None)
+        if channel is None:
+            return []
+        return self._died(channel, message.text)
+
+    def finished(self, source: Address, message: m.TasksFinished) -> Commands:
+        """Results of calls, or of the creation."""
+        channel = self.channel_of_process.get(source.process_id)
+        if channel is None:
+            return []
+        finished = channel.finished(message.results)
+        creation = channel.creation
+        commands: Commands = []
+        rest = []
+        for task, result in finished:
+            if task is not creation:
+                rest.append((task, result))
+                continue
+            commands += self._created(channel, result)
+        worker = m.WorkerPart(source, 0, "", channel.lease)
+        return commands + self._owner.settle(rest, worker)
+
+    def _created(self, channel: ActorChannel, result: m.TaskResult) -> Commands:
+        creation = channel.creation
+        assert creation is not None
+        self._owner.tasks.pop(creation.spec.number, None)
+        commands = self._owner.objects.release_arguments(creation)
+        if result.status == TaskStatus.OK:
+            channel.actor = msgspec.structs.replace(channel.actor, state="alive")
+            commands.append(e.Send(self._owner.node, m.ActorChanged(channel.actor)))
+            commands.append(e.ActorMoved(channel.actor))
+            return commands + self.send_ready(channel)
+        error = result.payload if result.status == TaskStatus.ERROR else b""
+        address = channel.actor.address
+        commands += self._died(channel, "its constructor raised an exception", error)
+        if address is not None:
+            node = Address(address.node_id, address.node_id)
+            commands.append(e.Send(node, m.KillWorker(channel.lease, 15, "the actor's constructor failed")))
+        return commands
+
+    def located(self, message: m.ActorLocated) -> Commands:
+        """The node found (or did not find) an actor that we have a handle of."""
+        channel = self._channel_of_request.pop(message.request, None)
+        if channel is None:
+            return []
+        if message.actor.state != "alive" or message.actor.address is None:
+            return self._died(channel, message.actor.text or "the actor is not known any more")
+        channel.actor = message.actor
+        self.channel_of_process[message.actor.address.process_id] = channel
+        commands = self._owner.objects._watch(message.actor.address)
+        return [*commands, e.ActorMoved(channel.actor), *self.send_ready(channel)]
+
+    def process_gone(self, address: Address, text: str) -> Commands:
+        """A process ended; it may have been an actor's worker."""
+        channel = self.channel_of_process.pop(address.process_id, None)
+        return self._died(channel, text) if channel is not None else []
+
+    def node_gone(self, node_id: str, text: str) -> Commands:
+        """A node is lost, with its actors."""
+        commands: Commands = []
+        for channel in list(self.channel_of_process.values()):
+            if channel.actor.address is not None and channel.actor.address.node_id == node_id:
+                commands += self.process_gone(channel.actor.address, text)
+        return commands
+
+    def _died(self, channel: ActorChannel, text: str, error: bytes = b"") -> Commands:
+        if channel.actor.state == "dead":
+            return []
+        commands = self._owner.checked(channel.died(text, error))
+        if channel.creation is not None:
+            self._owner.tasks.pop(channel.creation.spec.number, None)
+            commands += self._owner.objects.release_arguments(channel.creation)
+        if channel.is_creator:
+            commands.append(e.Send(self._owner.node, m.ActorChanged(channel.actor)))
+        commands.append(e.ActorMoved(channel.actor))
+        return commands

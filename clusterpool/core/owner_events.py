@@ -1,0 +1,266 @@
+"""What an owner's machine hears (past tense) and what it asks its shell to do (imperative)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from clusterpool.core.dispatch import Task
+from clusterpool.core.messages import (
+    ActorPart,
+    Address,
+    Message,
+    Reference,
+    TaskResult,
+    ValuePart,
+    WorkerDemand,
+    WorkerPart,
+)
+
+
+class Event(msgspec.Struct, frozen=True, gc=False):
+    """Base of the events."""
+
+
+class Command(msgspec.Struct, frozen=True, gc=False):
+    """Base of the commands."""
+
+
+class SetupPlan(msgspec.Struct, frozen=True, gc=False):
+    """What each worker of a set is told before its first task."""
+
+    name: str = ""
+    env: dict[str, str] = {}
+    payload: bytes = b""  # pickle of (initializer, initargs), or empty
+
+
+class TaskArguments(msgspec.Struct, frozen=True, gc=False):
+    """The references that a task carries, apart from its payload."""
+
+    dependencies: list[Reference]  # replaced by their values before the task starts, by slot
+    references: list[Reference]  # inside the payload, passed on as references
+    payload_object: Reference | None = None  # the payload itself, when it is large
+
+
+# --- events ---------------------------------------------------------------------------------------------------------
+
+
+class SetOpened(Event):
+    """A worker set is wanted. `size` None: as many leases as the queue needs."""
+
+    set_number: int
+    demand: WorkerDemand
+    setup: SetupPlan
+    size: int | None
+    runs_max: int | None = None
+
+
+class SetResized(Event):
+    """A group shall have another size."""
+
+    set_number: int
+    size: int
+
+
+class SetClosed(Event):
+    """No more tasks will come; the workers end when all is done."""
+
+    set_number: int
+
+
+class SetTerminated(Event):
+    """End the set's workers at once; its tasks are cancelled."""
+
+    set_number: int
+
+
+class FunctionAdded(Event):
+    """A function was pickled under this number."""
+
+    number: int
+    payload: bytes
+
+
+class TasksSubmitted(Event):
+    """Tasks without references."""
+
+    set_number: int
+    tasks: list[Task]
+
+
+class TaskWithArgumentsSubmitted(Event):
+    """A task with references among its arguments. `actor_id`: for a call of an actor."""
+
+    set_number: int
+    actor_id: str
+    task: Task
+    arguments: TaskArguments
+
+
+class ActorOpened(Event):
+    """This process creates an actor: lease a worker and make it there."""
+
+    actor: ActorPart
+    demand: WorkerDemand
+    setup: SetupPlan
+    creation: Task
+    arguments: TaskArguments | None
+
+
+class ActorMet(Event):
+    """This process got a handle of somebody else's actor."""
+
+    actor: ActorPart
+
+
+class ActorCallsSubmitted(Event):
+    """Calls without references, in order."""
+
+    actor_id: str
+    tasks: list[Task]
+
+
+class TaskCancelAsked(Event):
+    """The user wants this task not to run, or (force) to stop. The answer is `OwnerMachine.cancelled`."""
+
+    number: int
+    force: bool
+    interrupt: bool = False
+
+
+class ReferencesHeld(Event):
+    """References arrived in a message."""
+
+    references: list[Reference]
+
+
+class ReferencesMade(Event):
+    """Python references were made here of objects that this process knows already, or is about to ask for."""
+
+    references: list[Reference]
+
+
+class ReferencesDropped(Event):
+    """Local references went: (owner, number) pairs, one an instance."""
+
+    keys: list[tuple[Address, int]]
+
+
+class ValuePut(Event):
+    """The user put a value: a new object of this process."""
+
+    number: int
+    value: ValuePart
+
+
+class ValueWanted(Event):
+    """Somebody here waits for this object."""
+
+    reference: Reference
+
+
+class MessageArrived(Event):
+    """From another process."""
+
+    source: Address
+    message: Message
+
+
+class ProcessGone(Event):
+    """A connection broke, or the node says so."""
+
+    address: Address
+    text: str
+
+
+class TimePassed(Event):
+    """`next_wakeup_s` has come."""
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+class Send(Command):
+    """Send a message to a process, in order with all others to it."""
+
+    destination: Address
+    message: Message
+
+
+class DeliverResults(Command):
+    """Tasks with a sink have ended."""
+
+    results: list[tuple[Task, TaskResult]]
+    worker: Any  # WorkerPart of the worker that ran them
+
+
+class FailTasks(Command):
+    """Tasks with a sink will never have a result. `kind` names the error class."""
+
+    tasks: list[Task]
+    kind: str
+    text: str
+    worker: Any = None
+    error: bytes = b""  # the exception to raise instead, when there is one
+
+
+class ValuesKnown(Command):
+    """These objects have values now."""
+
+    keys: list[tuple[Address, int]]
+
+
+class SetWorkerJoined(Command):
+    """A worker of a group is ready."""
+
+    set_number: int
+    worker: WorkerPart
+
+
+class SetWorkerLeft(Command):
+    """A worker of a group is gone."""
+
+    set_number: int
+    worker: WorkerPart
+    exit_code: int
+    text: str
+    was_expected: bool
+
+
+class SetSetupFailed(Command):
+    """A worker's initializer raised this."""
+
+    set_number: int
+    error: bytes
+    text: str
+
+
+class SetEnded(Command):
+    """A closed or terminated set has no worker left."""
+
+    set_number: int
+
+
+class StreamMoved(Command):
+    """A generator task has a new item, or an end."""
+
+    number: int
+
+
+class ActorMoved(Command):
+    """An actor's state changed."""
+
+    actor: ActorPart
+
+
+class Stream:
+    """What a generator task has yielded so far."""
+
+    __slots__ = ("count", "is_ended", "items")
+
+    def __init__(self) -> None:
+        self.items: list[int] = []  # object numbers, by index
+        self.count: int | None = None  # known once it has ended well
+        self.is_ended = False
+

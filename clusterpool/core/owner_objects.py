@@ -1,0 +1,335 @@
+"""The objects' half of an owner: values, arguments that are not known yet, references that come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from clusterpool.core import messages as m
+from clusterpool.core import owner_events as e
+from clusterpool.core.dispatch import Task
+from clusterpool.core.messages import Address, Reference, TaskStatus, ValuePart
+from clusterpool.core.ownership import BorrowedObject, Dropped, OwnedObject, OwnershipTable
+
+Commands = list[e.Command]
+
+
+class OwnerObjects:
+    """Objects owned and borrowed, tasks that wait for them, streams."""
+
+    def __init__(self, address: Address, node: Address, numbers: Iterator[int]) -> None:
+        self.address = address
+        self.node = node
+        self.table = OwnershipTable(address)
+        self.streams: dict[int, e.Stream] = {}
+        self.on_known: Callable[[Task, float], Commands] = lambda _task, _now_s: []
+        self._numbers = numbers
+        self._arguments: dict[int, e.TaskArguments] = {}  # by task number
+        self._missing: dict[int, int] = {}  # by task number, how many arguments are not known yet
+        self._asked: dict[int, Reference] = {}  # by request number
+        self._watched: set[Address] = set()
+        self._now_s = 0.0
+
+    # --- arguments
+
+    def expect_arguments(
+        self, task: Task, arguments: e.TaskArguments, requests: Iterator[int]
+    ) -> tuple[Commands, bool]:
+        """Keep a task's references alive and ask for unknown values; whether all are known already."""
+        number = task.spec.number
+        self._arguments[number] = arguments
+        commands: Commands = []
+        missing = 0
+        for reference in arguments.dependencies:
+            self.table.pin(reference)
+            if self.table.value_of(reference) is None:
+                missing += 1
+                self._record_of(reference).waiting_tasks.append(task)
+                commands += self.wanted(reference, next(requests))
+        for reference in arguments.references:
+            self.table.hold(reference)
+        if arguments.payload_object is not None:
+            self.table.pin(arguments.payload_object)
+        if missing:
+            self._missing[number] = missing
+        return commands, missing == 0
+
+    def _record_of(self, reference: Reference) -> OwnedObject | BorrowedObject:
+        if reference.owner == self.address:
+            return self.table.owned[reference.number]
+        return self.table.borrowed[(reference.owner, reference.number)]
+
+    def put_arguments(self, task: Task) -> e.FailTasks | None:
+        """Write the values into the task; the failure when one of them is an error."""
+        arguments = self._arguments[task.spec.number]
+        values: list[ValuePart] = []
+        for reference in arguments.dependencies:
+            value = self.table.value_of(reference)
+            assert value is not None, "a dependency lost its value"
+            if value.error:
+                return e.FailTasks([task], "dependency", "an argument's task failed", None, value.error)
+            if value.lost_kind:
+                return e.FailTasks([task], value.lost_kind, value.lost)
+            values.append(value)
+        if values:
+            assert task.spec.extras is not None
+            extras = msgspec.structs.replace(task.spec.extras, arguments=values)
+            task.spec = msgspec.structs.replace(task.spec, extras=extras)
+        return None
+
+    def release_arguments(self, task: Task) -> Commands:
+        """The task has ended, one way or another."""
+        arguments = self._arguments.pop(task.spec.number, None)
+        if arguments is None:
+            return []
+        self._missing.pop(task.spec.number, None)
+        dropped = [self.table.unpin(reference) for reference in arguments.dependencies]
+        dropped += [self.table.drop(reference.owner, reference.number) for reference in arguments.references]
+        if arguments.payload_object is not None:
+            dropped.append(self.table.unpin(arguments.payload_object))
+        return self._let_go([item for item in dropped if item is not None])
+
+    def hand_over(self, receiver: Address, references: list[Reference]) -> Commands:
+        """References go to another process with the next message: tell their owners first."""
+        if not references:
+            return []
+        commands: Commands = [
+            e.Send(owner, m.AddBorrower(receiver, numbers))
+            for owner, numbers in self.table.hand_over(receiver, references)
+        ]
+        return commands + self._watch(receiver)
+
+    def hold_result(self, result: m.TaskResult) -> None:
+        """Keep the references inside a result that goes to a sink; the shell drops them after loading it."""
+        assert result.extras is not None
+        for value in [result.extras.value, *result.extras.values]:
+            if value is not None:
+                for reference in value.references:
+                    self.table.hold(reference, was_handed=True)
+
+    # --- values
+
+    def expect_results(self, task: Task) -> None:
+        """A task without a sink is being submitted: its results are objects, each with one reference already."""
+        extras = task.spec.extras
+        returns = extras.returns if extras is not None else 1
+        for offset in range(returns):  # none for a stream (-1), which makes its objects as it goes
+            self.table.create(task.spec.number + offset)
+
+    def task_ended(self, task: Task, result: m.TaskResult) -> Commands:
+        """A task without a sink has a result: its objects get their values."""
+        extras = task.spec.extras
+        returns = extras.returns if extras is not None else 1
+        if returns == -1:
+            return self._stream_ended(task, result)
+        if result.extras is not None:
+            self.hold_result(result)
+            values = result.extras.values or [result.extras.value or ValuePart()]
+        else:
+            values = [_value_of_result(result)] * returns
+        commands: Commands = []
+        for offset, value in enumerate(values[:returns]):
+            commands += self.set_value(task.spec.number + offset, value)
+        return commands
+
+    def task_failed(self, task: Task, failure: e.FailTasks) -> Commands:
+        """A task without a sink will never have a result."""
+        value = ValuePart(error=failure.error) if failure.error else ValuePart(lost_kind=failure.kind, lost=failure.text)
+        extras = task.spec.extras
+        returns = extras.returns if extras is not None else 1
+        if returns == -1:
+            return self._stream_failed(task.spec.number, value)
+        commands: Commands = []
+        for offset in range(returns):
+            commands += self.set_value(task.spec.number + offset, value)
+        return commands
+
+    def set_value(self, number: int, value: ValuePart) -> Commands:
+        """An owned object gets its value; those who wait for it are served."""
+        record, dropped = self.table.set_value(number, value)
+        if record is None:
+            return self._let_go([dropped] if dropped is not None else [])
+        commands: Commands = [e.ValuesKnown([(self.address, number)])]
+        for asker, request in record.askers:
+            commands += self._answer(asker, request, value)
+        record.askers.clear()
+        waiting, record.waiting_tasks = record.waiting_tasks, []
+        commands += self._wake(waiting)
+        dropped = self.table.settle(record)
+        return commands + self._let_go([dropped] if dropped is not None else [])
+
+    def _wake(self, tasks: list[Task]) -> Commands:
+        commands: Commands = []
+        for task in tasks:
+            left = self._missing.get(task.spec.number, 0) - 1
+            if left > 0:
+                self._missing[task.spec.number] = left
+            elif self._missing.pop(task.spec.number, None) is not None:
+                commands += self.on_known(task, self._now_s)
+        return commands
+
+    def wanted(self, reference: Reference, request: int) -> Commands:
+        """Somebody here waits for a value: ask its owner, once."""
+        if reference.owner == self.address:
+            return []
+        borrowed = self.table.borrowed.get((reference.owner, reference.number))
+        if borrowed is None or borrowed.is_asked:
+            return []
+        borrowed.is_asked = True
+        self._asked[request] = reference
+        return [*self._watch(reference.owner), e.Send(reference.owner, m.ResolveObject(request, reference.number))]
+
+    def asked(self, source: Address, message: m.ResolveObject) -> Commands:
+        """A borrower wants a value of ours."""
+        record = self.table.owned.get(message.number)
+        if record is None:
+            gone = ValuePart(lost_kind="object_lost", lost="its owner has freed the object")
+            return [e.Send(source, m.ObjectResolved(message.request, gone))]
+        if record.value is None:
+            record.askers.append((source, message.request))
+            return []
+        return self._answer(source, message.request, record.value)
+
+    def _answer(self, asker: Address, request: int, value: ValuePart) -> Commands:
+        commands = self.hand_over(asker, value.references)
+        commands.append(e.Send(asker, m.ObjectResolved(request, value)))
+        return commands
+
+    def resolved(self, message: m.ObjectResolved, now_s: float) -> Commands:
+        """The owner answered."""
+        self._now_s = now_s
+        reference = self._asked.pop(message.request, None)
+        for inner in message.value.references:
+            self.table.hold(inner, was_handed=True)
+        if reference is None:
+            return []
+        return self._borrowed_known((reference.owner, reference.number), message.value)
+
+    def _borrowed_known(self, key: tuple[Address, int], value: ValuePart) -> Commands:
+        borrowed = self.table.borrowed.get(key)
+        if borrowed is None:
+            return self.dropped([(inner.owner, inner.number) for inner in value.references])
+        borrowed.value = value
+        waiting, borrowed.waiting_tasks = borrowed.waiting_tasks, []
+        return [e.ValuesKnown([key]), *self._wake(waiting)]
+
+    # --- references
+
+    def dropped(self, keys: list[tuple[Address, int]]) -> Commands:
+        """Local references went."""
+        items = [self.table.drop(owner, number) for owner, number in keys]
+        return self._let_go([item for item in items if item is not None])
+
+    def _let_go(self, items: list[Dropped]) -> Commands:
+        commands: Commands = []
+        while items:
+            item = items.pop()
+            if item.owner != self.address:
+                commands.append(e.Send(item.owner, m.RemoveBorrower([item.number], [item.handed])))
+            elif item.value is not None and item.value.stored is not None:
+                stored = item.value.stored
+                commands += [
+                    e.Send(Address(node_id, node_id), m.FreeObjects([stored.object_id])) for node_id in stored.node_ids
+                ]
+            for inner in item.inner:
+                dropped = self.table.drop(inner.owner, inner.number)
+                if dropped is not None:
+                    items.append(dropped)
+        return commands
+
+    def add_borrower(self, message: m.AddBorrower) -> Commands:
+        """Somebody passed references of ours on."""
+        dropped = self.table.add_borrower(message.borrower, message.numbers)
+        return self._watch(message.borrower) + self._let_go(dropped)
+
+    def remove_borrower(self, source: Address, message: m.RemoveBorrower) -> Commands:
+        """A borrower let go."""
+        return self._let_go(self.table.remove_borrower(source, message.numbers, message.counts))
+
+    def _watch(self, address: Address) -> Commands:
+        if address in self._watched or address == self.address:
+            return []
+        self._watched.add(address)
+        return [e.Send(Address(address.node_id, address.node_id), m.WatchProcess(address.process_id))]
+
+    # --- the end of others
+
+    def process_gone(self, address: Address, text: str) -> Commands:
+        """A process ended: it borrows nothing, and what it owned is lost."""
+        self._watched.discard(address)
+        commands = self._let_go(self.table.forget_process(address))
+        for key, borrowed in list(self.table.borrowed.items()):
+            if key[0] == address and borrowed.value is None:
+                lost = ValuePart(lost_kind="owner_died", lost=f"the process that owned the object has ended: {text}")
+                commands += self._borrowed_known(key, lost)
+        return commands
+
+    def node_gone(self, node_id: str, text: str) -> Commands:
+        """A node is lost: its processes are gone, and the copies of objects in its arena."""
+        addresses = {key[0] for key in self.table.borrowed if key[0].node_id == node_id}
+        addresses |= {address for address in self._watched if address.node_id == node_id}
+        commands: Commands = []
+        for address in sorted(addresses):
+            commands += self.process_gone(address, text)
+        for record in list(self.table.owned.values()):
+            stored = record.value.stored if record.value is not None else None
+            if stored is None or node_id not in stored.node_ids:
+                continue
+            left = [other for other in stored.node_ids if other != node_id]
+            if left:
+                record.value = msgspec.structs.replace(
+                    record.value, stored=msgspec.structs.replace(stored, node_ids=left)
+                )
+            else:
+                record.value = ValuePart(lost_kind="object_lost", lost=f"its only copy was on node {node_id}: {text}")
+        return commands
+
+    # --- streams
+
+    def open_stream(self, number: int) -> e.Stream:
+        """A generator task is about to be submitted."""
+        stream = self.streams[number] = e.Stream()
+        return stream
+
+    def stream_item(self, message: m.StreamItem) -> Commands:
+        """A generator task has yielded."""
+        stream = self.streams.get(message.number)
+        for inner in message.value.references:
+            self.table.hold(inner, was_handed=True)
+        if stream is None or message.index < len(stream.items):
+            return []  # closed, or a retry repeats what the first attempt has sent
+        number = next(self._numbers)
+        self.table.create(number)
+        stream.items.append(number)
+        return [*self.set_value(number, message.value), e.StreamMoved(message.number)]
+
+    def _stream_ended(self, task: Task, result: m.TaskResult) -> Commands:
+        stream = self.streams.get(task.spec.number)
+        if stream is None:
+            return []
+        if result.status == TaskStatus.STREAM_END:
+            stream.count = int(result.payload)
+            stream.is_ended = True
+            return [e.StreamMoved(task.spec.number)]
+        return self._stream_failed(task.spec.number, _value_of_result(result))
+
+    def _stream_failed(self, number: int, value: ValuePart) -> Commands:
+        stream = self.streams.get(number)
+        if stream is None:
+            return []
+        item = next(self._numbers)
+        self.table.create(item)
+        stream.items.append(item)
+        stream.is_ended = True
+        return [*self.set_value(item, value), e.StreamMoved(number)]
+
+
+def _value_of_result(result: m.TaskResult) -> ValuePart:
+    if result.status == TaskStatus.OK:
+        return ValuePart(payload=result.payload)
+    if result.status == TaskStatus.ERROR:
+        return ValuePart(error=result.payload)
+    if result.status == TaskStatus.CANCELLED:
+        return ValuePart(lost_kind="cancelled", lost="the task was cancelled")
+    return ValuePart(lost_kind="object_lost", lost=result.payload.decode(errors="replace"))

@@ -1,0 +1,421 @@
+"""One node's leases: who may use which of its workers, with what resources, and who waits.
+
+    RequestWorkers --> [pending] --fits--> starting (a fork) --joined--> granted --released--> idle, or ended
+                          |  \\--another node is better--> passed on
+                          +--no node could ever--> RequestFailed
+
+Task leases are bounded by free resources and reuse idle workers of the same job; groups and actors get fresh processes.
+Groups without resources of their own are not bounded: two pools of two on two cores must both run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from clusterpool.core import messages as m
+from clusterpool.core.messages import Address, WorkerKind
+from clusterpool.core.node_events import Command, EndWorker, ForkWorker, Send
+from clusterpool.core.placement import Candidate, bytes_by_node, choose_node, spread_group
+from clusterpool.core.resources import Amounts, ResourcePool, to_amounts
+
+# A request goes from node to node at most so often; then it waits where it is. More would chase a view that is old.
+HOPS_MAX = 3
+SIGKILL = 9
+
+
+class Pending:
+    """A request, or what is left of it."""
+
+    __slots__ = ("amounts", "count", "demand", "hops", "job", "key", "origin", "request", "starting")
+
+    def __init__(self, message: m.RequestWorkers, origin: Address) -> None:
+        self.request = message.request
+        self.origin = origin
+        self.key = (origin, message.request)
+        self.count = message.count
+        self.demand = message.demand
+        self.job = message.job
+        self.hops = message.hops
+        self.amounts: Amounts = to_amounts(message.demand.resources)
+
+
+class Lease:
+    """A worker in somebody's hands. `is_blocked`: its CPU is lent to others."""
+
+    __slots__ = ("amounts", "gpu_ids", "is_blocked", "is_granted", "kind", "number", "origin", "request", "worker")
+
+    def __init__(self, number: int, pending: Pending, worker: Worker, gpu_ids: list[int]) -> None:
+        self.number = number
+        self.origin = pending.origin
+        self.request = pending.request
+        self.kind = pending.demand.kind
+        self.amounts = pending.amounts
+        self.gpu_ids = gpu_ids
+        self.worker = worker
+        self.is_granted = False
+        self.is_blocked = False
+
+
+class Worker:
+    """A worker process of this node."""
+
+    __slots__ = ("actor_id", "end_text", "has_joined", "is_ending", "job", "lease", "name", "pid", "process_id")
+
+    def __init__(self, process_id: str, job: m.JobPart, name: str) -> None:
+        self.process_id = process_id
+        self.job = job
+        self.name = name
+        self.pid = 0
+        self.lease: Lease | None = None
+        self.has_joined = False
+        self.is_ending = False
+        self.end_text = ""  # why we ended it, when we did
+        self.actor_id = ""
+
+
+class Scheduler:
+    """The leases of one node."""
+
+    def __init__(
+        self, node_id: str, host: str, total: dict[str, float], *, process_ids: Iterator[str]
+    ) -> None:
+        self.node_id = node_id
+        self.host = host
+        self.pool = ResourcePool(total)
+        self.pending: list[Pending] = []
+        self.leases: dict[int, Lease] = {}
+        self.workers: dict[str, Worker] = {}
+        self.idle: dict[str, list[Worker]] = {}  # by job id
+        self.peers: list[Candidate] = []  # the trusted other nodes, newest known state
+        self._process_ids = process_ids
+        self._last_lease = 0
+        self._watched: set[Address] = set()
+        self._reclaim_asked = False
+
+    # --- requests
+
+    def requested(self, source: Address, message: m.RequestWorkers) -> list[Command]:
+        """An owner, or another node for it, wants workers."""
+        pending = Pending(message, message.origin or source)
+        commands: list[Command] = []
+        if pending.origin.node_id != self.node_id and pending.origin not in self._watched:
+            # A lease of an owner elsewhere must end when that owner does.
+            self._watched.add(pending.origin)
+            home = Address(pending.origin.node_id, pending.origin.node_id)
+            commands.append(Send(home, m.WatchProcess(pending.origin.process_id)))
+        if pending.demand.kind == WorkerKind.GROUP and pending.hops == 0:
+            return commands + self._place_group(pending)
+        self.pending.append(pending)
+        return commands + self.advance()
+
+    def _place_group(self, pending: Pending) -> list[Command]:
+        counts = spread_group([self._self_candidate(), *self.peers], pending.amounts, pending.count)
+        if not counts:
+            return [self._infeasible(pending, pending.count)]
+        commands: list[Command] = []
+        for node_id, count in counts.items():
+            if node_id == self.node_id:
+                pending.count = count
+                pending.hops = 1
+                self.pending.append(pending)
+            else:
+                commands.append(self._pass_on(pending, node_id, count))
+        return commands + self.advance()
+
+    def cancelled(self, source: Address, message: m.CancelRequest) -> list[Command]:
+        """An owner needs fewer workers than it asked for; those passed on to other nodes come and go back."""
+        count = message.count
+        for pending in list(self.pending):
+            if pending.key == (source, message.request) and count > 0:
+                taken = min(count, pending.count)
+                pending.count -= taken
+                count -= taken
+                if pending.count == 0:
+                    self.pending.remove(pending)
+        return self.advance()
+
+    def advance(self) -> list[Command]:
+        """Grant, pass on or refuse what is pending."""
+        commands: list[Command] = []
+        blocked: set[tuple[tuple[str, int], ...]] = set()
+        for pending in list(self.pending):
+            shape = tuple(sorted(pending.amounts.items()))
+            if shape in blocked and not pending.demand.strategy:
+                continue
+            commands += self._serve(pending)
+            if pending.count == 0:
+                self.pending.remove(pending)
+            else:
+                blocked.add(shape)  # first come, first served among equals
+        if self.pending and not self._reclaim_asked:
+            commands += self._ask_back()
+        if not self.pending:
+            self._reclaim_asked = False
+        return commands
+
+    def _serve(self, pending: Pending) -> list[Command]:
+        commands: list[Command] = []
+        while pending.count > 0:
+            target = self._target_of(pending)
+            if target is None:
+                commands.append(self._infeasible(pending, pending.count))
+                pending.count = 0
+            elif target != self.node_id:
+                commands.append(self._pass_on(pending, target, 1))
+                pending.count -= 1
+            elif self.pool.fits(pending.amounts) or self._is_unbounded(pending):
+                commands += self._grant_one(pending)
+                pending.count -= 1
+            else:
+                break
+        return commands
+
+    def _is_unbounded(self, pending: Pending) -> bool:
+        return pending.demand.kind == WorkerKind.GROUP and not pending.amounts
+
+    def _target_of(self, pending: Pending) -> str | None:
+        """The node that should serve the next worker of this request: here, another, or none at all."""
+        demand = pending.demand
+        must_be_elsewhere = demand.strategy.startswith("node:") and demand.strategy != f"node:{self.node_id}"
+        if pending.hops >= HOPS_MAX or (demand.kind == WorkerKind.GROUP and pending.hops):
+            return self.node_id if self.pool.could_ever_fit(pending.amounts) else None
+        if not self.peers and not must_be_elsewhere:
+            return self.node_id if self.pool.could_ever_fit(pending.amounts) else None
+        is_simple = not demand.strategy and not bytes_by_node(demand)
+        if is_simple and self.pool.fits(pending.amounts):
+            return self.node_id
+        target = choose_node([self._self_candidate(), *self.peers], pending.amounts, demand)
+        if target is None or target == self.node_id:
+            return target
+        peer = next(peer for peer in self.peers if peer.node_id == target)
+        if demand.strategy or not self.pool.could_ever_fit(pending.amounts):
+            return target
+        if all(peer.free.get(name, 0) >= amount for name, amount in pending.amounts.items()):
+            return target
+        return self.node_id  # full everywhere: wait at home, and look again when the view changes
+
+    def _self_candidate(self) -> Candidate:
+        workers = sum(1 for lease in self.leases.values() if lease.kind == WorkerKind.GROUP)
+        return Candidate(self.node_id, self.pool.total, self.pool.free, len(self.pending), workers, True)
+
+    def _pass_on(self, pending: Pending, node_id: str, count: int) -> Command:
+        # Remember what we sent there until the node's next heartbeat says it itself.
+        for position, peer in enumerate(self.peers):
+            if peer.node_id == node_id:
+                free = dict(peer.free)
+                for name, amount in pending.amounts.items():
+                    free[name] = free.get(name, 0) - amount * count
+                workers = peer.workers + (count if pending.demand.kind == WorkerKind.GROUP else 0)
+                self.peers[position] = peer._replace(free=free, workers=workers)
+        message = m.RequestWorkers(
+            pending.request, count, pending.demand, pending.job, pending.hops + 1, pending.origin
+        )
+        return Send(Address(node_id, node_id), message)
+
+    def _infeasible(self, pending: Pending, count: int) -> Command:
+        wanted = ", ".join(f"{amount:g} {name}" for name, amount in sorted(pending.demand.resources.items()))
+        nodes = [self._self_candidate(), *self.peers]
+        have = "; ".join(
+            f"{node.node_id}: " + ", ".join(f"{amount / 10_000:g} {name}" for name, amount in sorted(node.total.items()))
+            for node in nodes
+        )
+        where = f" with strategy {pending.demand.strategy!r}" if pending.demand.strategy else ""
+        text = (
+            f"{pending.demand.name or 'a worker'} needs {wanted or 'nothing special'}{where}, which no node of the "
+            f"cluster could give even when idle ({have}); ask for less, or add a node that has it"
+        )
+        return Send(pending.origin, m.RequestFailed(pending.request, count, "infeasible", text))
+
+    # --- granting
+
+    def _grant_one(self, pending: Pending) -> list[Command]:
+        gpu_ids = self.pool.take(pending.amounts)
+        reusable = self.idle.get(pending.job.job_id) if pending.demand.kind == WorkerKind.TASK else None
+        # A GPU's index goes through the environment, which is read once, when CUDA starts: a fresh process for each.
+        worker = reusable.pop() if reusable and not gpu_ids and not pending.demand.env else None
+        self._last_lease += 1
+        if worker is not None:
+            lease = self.leases[self._last_lease] = Lease(self._last_lease, pending, worker, gpu_ids)
+            worker.lease = lease
+            return [self._granted(lease)]
+        worker = Worker(next(self._process_ids), pending.job, pending.demand.name)
+        worker.actor_id = pending.demand.actor_id
+        lease = self.leases[self._last_lease] = Lease(self._last_lease, pending, worker, gpu_ids)
+        worker.lease = lease
+        self.workers[worker.process_id] = worker
+        return [ForkWorker(worker.process_id, pending.job, pending.demand.env, pending.demand.name)]
+
+    def _granted(self, lease: Lease) -> Command:
+        lease.is_granted = True
+        worker = lease.worker
+        part = m.WorkerPart(
+            Address(self.node_id, worker.process_id), worker.pid, self.host, lease.number, lease.gpu_ids
+        )
+        return Send(lease.origin, m.WorkerGranted(lease.request, part))
+
+    def _ask_back(self) -> list[Command]:
+        origins = {lease.origin for lease in self.leases.values() if lease.kind == WorkerKind.TASK}
+        self._reclaim_asked = bool(origins)
+        return [Send(origin, m.ReclaimLeases()) for origin in sorted(origins)]
+
+    # --- workers come and go
+
+    def worker_joined(self, process_id: str, pid: int) -> list[Command]:
+        """A forked worker is ready for messages."""
+        worker = self.workers.get(process_id)
+        if worker is None:
+            return []
+        worker.pid = pid
+        worker.has_joined = True
+        if worker.lease is None:
+            return [self._end(worker, "nobody wants it any more")]
+        return [self._granted(worker.lease)]
+
+    def fork_failed(self, process_id: str, text: str) -> list[Command]:
+        """No such worker will come."""
+        worker = self.workers.pop(process_id, None)
+        if worker is None or worker.lease is None:
+            return []
+        lease = worker.lease
+        self._free(lease)
+        failed = m.RequestFailed(lease.request, 1, "start_failed", f"a worker could not be started: {text}")
+        return [Send(lease.origin, failed), *self.advance()]
+
+    def worker_ended(self, process_id: str, exit_code: int, text: str) -> list[Command]:
+        """A worker process is gone."""
+        worker = self.workers.pop(process_id, None)
+        if worker is None:
+            return []
+        idle = self.idle.get(worker.job.job_id, [])
+        if worker in idle:
+            idle.remove(worker)
+        lease = worker.lease
+        if lease is None:
+            return self.advance()
+        self._free(lease)
+        text = worker.end_text or text
+        address = Address(self.node_id, process_id)
+        if lease.is_granted:
+            message: m.Message = m.WorkerExited(lease.number, address, exit_code, text)
+        else:
+            message = m.RequestFailed(lease.request, 1, "start_failed", f"a worker ended while it started: {text}")
+        return [Send(lease.origin, message), *self.advance()]
+
+    def _free(self, lease: Lease) -> None:
+        if self.leases.pop(lease.number, None) is None:
+            return
+        amounts = lease.amounts
+        if lease.is_blocked:
+            amounts = {name: amount for name, amount in amounts.items() if name != "CPU"}
+        self.pool.give_back(amounts, lease.gpu_ids)
+        lease.worker.lease = None
+
+    def released(self, message: m.ReleaseWorkers) -> list[Command]:
+        """An owner needs these workers no more."""
+        commands: list[Command] = []
+        for number in message.leases:
+            lease = self.leases.get(number)
+            if lease is None:
+                continue
+            worker = lease.worker
+            is_reusable = lease.kind == WorkerKind.TASK and not message.ends and not lease.gpu_ids
+            self._free(lease)
+            idle = self.idle.setdefault(worker.job.job_id, [])
+            if is_reusable and len(idle) < self._idle_max():
+                idle.append(worker)
+            else:
+                commands.append(self._end(worker, "its owner let it go"))
+        self._reclaim_asked = False
+        return commands + self.advance()
+
+    def _idle_max(self) -> int:
+        # Each costs some megabytes; fewer than CPUs would mean forks in a program's ordinary course.
+        return max(2, 2 * (self.pool.total.get("CPU", 0) // 10_000))
+
+    def kill(self, source: Address, message: m.KillWorker) -> list[Command]:
+        """An owner wants its worker dead at once."""
+        lease = self.leases.get(message.lease)
+        if lease is None or lease.origin != source:
+            return []
+        lease.worker.is_ending = True
+        lease.worker.end_text = message.text
+        return [EndWorker(lease.worker.process_id, message.signal)]
+
+    def kill_actor(self, actor_id: str) -> list[Command]:
+        """End the worker that holds this actor, if it is here."""
+        return [
+            self._end(worker, "the actor was killed with clusterpool.kill()")
+            for worker in self.workers.values()
+            if worker.actor_id == actor_id
+        ]
+
+    def _end(self, worker: Worker, text: str) -> Command:
+        worker.is_ending = True
+        worker.end_text = text
+        return EndWorker(worker.process_id, SIGKILL)
+
+    # --- blocked workers lend their CPU
+
+    def blocked(self, process_id: str) -> list[Command]:
+        """A worker waits for tasks that need a CPU themselves."""
+        worker = self.workers.get(process_id)
+        lease = worker.lease if worker is not None else None
+        if lease is None or lease.is_blocked:
+            return []
+        lease.is_blocked = True
+        self.pool.give_back({"CPU": lease.amounts.get("CPU", 0)} if "CPU" in lease.amounts else {}, [])
+        return self.advance()
+
+    def unblocked(self, process_id: str) -> list[Command]:
+        """It goes on at once; the node has less than nothing for a while rather than keep it waiting."""
+        worker = self.workers.get(process_id)
+        lease = worker.lease if worker is not None else None
+        if lease is None or not lease.is_blocked:
+            return []
+        lease.is_blocked = False
+        if "CPU" in lease.amounts:
+            self.pool.take({"CPU": lease.amounts["CPU"]})
+        return []
+
+    # --- owners come and go
+
+    def owner_ended(self, address: Address, *, ends_job: str = "") -> list[Command]:
+        """An owner is gone: nobody waits for its tasks. `ends_job`: it was this job's driver."""
+        self._watched.discard(address)
+        self.pending = [
+            pending
+            for pending in self.pending
+            if pending.origin != address and not (ends_job and pending.job.job_id == ends_job and not pending.job.detached)
+        ]
+        commands: list[Command] = []
+        for worker in self.workers.values():
+            if worker.job.detached:
+                continue
+            is_of_job = bool(ends_job) and worker.job.job_id == ends_job
+            is_leased = worker.lease is not None and worker.lease.origin == address
+            if is_of_job or is_leased:
+                commands.append(self._end(worker, "its owner has ended"))
+        if ends_job:
+            self.idle.pop(ends_job, None)
+        return commands + self.advance()
+
+    def peers_changed(self, peers: list[Candidate]) -> list[Command]:
+        """The view of the cluster has changed."""
+        self.peers = peers
+        return self.advance()
+
+    def counts_by_state(self) -> dict[str, float]:
+        """Figures for people."""
+        return {
+            "workers": float(len(self.workers)),
+            "idle": float(sum(len(idle) for idle in self.idle.values())),
+            "leases": float(len(self.leases)),
+            "pending": float(sum(pending.count for pending in self.pending)),
+        }
+
+
+def job_of_worker(job: m.JobPart, owner: Address) -> m.JobPart:
+    """The job as a worker's own requests carry it."""
+    return msgspec.structs.replace(job, owner=owner)

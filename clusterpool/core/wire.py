@@ -1,0 +1,37 @@
+"""Messages to bytes and back; what is no message of ours is refused here."""
+
+from __future__ import annotations
+
+from typing import Any, Union
+
+import msgspec
+
+from clusterpool.core import messages as m
+from clusterpool.core import transfer_messages as t
+
+AnyMessage = Union[
+    m.SetupWorker, m.WorkerReady, m.WorkerSetupFailed, m.StartTasks, m.TasksFinished, m.TaskStarted, m.StreamItem,
+    m.TakeBackTasks, m.CancelTasks, m.RetireWorker, m.ResolveObject, m.ObjectResolved, m.AddBorrower,
+    m.RemoveBorrower, m.WatchProcess, m.ProcessEnded, m.NodeLost, m.Hello, m.RegisterProcess, m.Registered,
+    m.LeaveNode, m.LeftNode, m.RequestWorkers, m.CancelRequest, m.WorkerGranted, m.RequestFailed, m.ReleaseWorkers,
+    m.KillWorker, m.ReclaimLeases, m.WorkerExited, m.WorkerBlocked, m.WorkerUnblocked, m.LogLines, m.CreateObject,
+    m.ObjectCreated, m.StoreFailed, m.SealObject, m.AbortObject, m.PinObject, m.ObjectPinned, m.UnpinObjects,
+    m.FreeObjects, m.RegisterActor, m.ActorChanged, m.LocateActor, m.ActorLocated, m.KillActor, m.DescribeCluster,
+    m.ClusterDescribed, m.StopNode, m.Relay, m.Undeliverable,
+    t.OpenTransfer, t.TransferOpened, t.TransferRefused, t.SendChunk, t.ChunkData, t.CloseTransfer,
+]  # fmt: skip
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyMessage)
+
+encode = _encoder.encode
+encode_into = _encoder.encode_into
+
+
+def decode(frame: bytes | bytearray | memoryview) -> m.Message:
+    """The message in `frame`.
+
+    Raises: msgspec.MsgspecError when the bytes are no message of ours.
+    """
+    message: m.Message = _decoder.decode(frame)
+    return message

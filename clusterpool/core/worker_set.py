@@ -1,0 +1,397 @@
+"""A set of workers held by one owner: leases of one resource shape, or a group with a common initializer.
+
+    wanted -> requested -> granted -> setting up -> ready -> retiring -> exited
+                  |            (GROUP only)           |
+                  +-- cancelled             returned to the node (TASK only)
+
+A group keeps its size: whoever exits is replaced while the set is open. A lease set follows its queue.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clusterpool.core.dispatch import BACKLOG_S, Dispatcher, Task
+from clusterpool.core.messages import (
+    Address,
+    CancelRequest,
+    CancelTasks,
+    FunctionPart,
+    JobPart,
+    KillWorker,
+    ReleaseWorkers,
+    RequestWorkers,
+    RetireWorker,
+    SetupWorker,
+    StartTasks,
+    TakeBackTasks,
+    TaskResult,
+    WorkerDemand,
+    WorkerPart,
+)
+from clusterpool.core.owner_events import (
+    Command,
+    FailTasks,
+    Send,
+    SetEnded,
+    SetSetupFailed,
+    SetupPlan,
+    SetWorkerJoined,
+    SetWorkerLeft,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+SIGTERM, SIGKILL = 15, 9  # the core imports no signal module
+
+# An idle lease is kept this long, so that a loop of calls, each waiting for its result, does not lease each time.
+# Longer would keep CPUs from others; they can ask for it sooner (ReclaimLeases).
+LINGER_S = 0.1
+# Requests outstanding beyond this bring no speed on any cluster in sight, and each costs its node memory.
+REQUESTED_MAX = 256
+# An initializer that has failed this often in a row, with no success, will not get better by itself.
+SETUP_FAILURES_MAX = 4
+
+
+class WorkerSet:
+    """One set. Its owner's machine calls it and carries its commands on."""
+
+    def __init__(
+        self,
+        number: int,
+        *,
+        node: Address,
+        job: JobPart,
+        demand: WorkerDemand,
+        setup: SetupPlan,
+        size: int | None,
+        runs_max: int | None,
+        requests: Iterator[int],
+        functions: dict[int, bytes],
+    ) -> None:
+        self.number = number
+        self.node = node
+        self.job = job
+        self.demand = demand
+        self.setup = setup
+        self.size = size
+        self.dispatcher = Dispatcher(runs_max=runs_max)
+        self.held: dict[str, WorkerPart] = {}  # by process id: setting up, ready or retiring
+        self.ready: set[str] = set()
+        self.requested: dict[int, int] = {}  # by request number, how many are still to come
+        self.is_closing = False
+        self.is_terminated = False
+        self.failed_text = ""
+        self._expected: set[str] = set()  # process ids whose end is our own wish
+        self._setup_failures = 0
+        self._requests = requests
+        self._functions = functions
+        self._on_sent: Callable[[Address, list[Task]], list[Command]] | None = None
+        self._is_ended = False
+
+    # --- what the composite asks
+
+    def on_sent(self, callback: Callable[[Address, list[Task]], list[Command]]) -> None:
+        """Have `callback` account for references before tasks go to a worker."""
+        self._on_sent = callback
+
+    @property
+    def is_group(self) -> bool:
+        """Whether the set has a size of its own."""
+        return self.size is not None
+
+    def submit(self, tasks: list[Task], now_s: float) -> list[Command]:
+        """Queue tasks and send what can be sent."""
+        if self.failed_text:
+            return [FailTasks(tasks, "setup_failed", self.failed_text)]
+        self.dispatcher.submit(tasks)
+        return self.advance(now_s)
+
+    def advance(self, now_s: float) -> list[Command]:
+        """Send tasks, move them between workers, ask for workers or let them go."""
+        commands = self._send_batches(now_s)
+        for slot, count in self.dispatcher.take_back(now_s):
+            commands.append(Send(slot.address, TakeBackTasks(count)))
+        for slot in self.dispatcher.retire_due():
+            self._expected.add(slot.address.process_id)
+            commands.append(Send(slot.address, RetireWorker()))
+        if self.is_closing:
+            self._close_if_done(commands)
+        elif self.is_group:
+            self._keep_size(commands)
+        else:
+            self._follow_queue(commands, now_s)
+        return commands
+
+    def next_wakeup_s(self, now_s: float) -> float | None:
+        """When `advance` should be called even if nothing happens."""
+        look_s = self.dispatcher.next_look_s(now_s)
+        if self.is_group or self.dispatcher.queue:
+            return look_s
+        idle = [slot.idle_since_s for slot in self.dispatcher.slots.values() if not slot.outstanding]
+        if idle:
+            release_s = min(idle) + LINGER_S
+            return release_s if look_s is None else min(release_s, look_s)
+        return look_s
+
+    # --- what happens to workers
+
+    def granted(self, request: int, worker: WorkerPart, now_s: float) -> list[Command]:
+        """A node gave us a worker."""
+        was_wanted = request in self.requested
+        self._count_down(request, 1)
+        process_id = worker.address.process_id
+        if (self.is_closing and not self.dispatcher.queue) or (self.is_group and not was_wanted):
+            # It was on its way when the request was cancelled.
+            return [Send(self._node_of(worker), ReleaseWorkers([worker.lease], self.is_group))]
+        self.held[process_id] = worker
+        env = dict(self.setup.env)
+        if worker.gpu_ids:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, worker.gpu_ids))
+        setup = SetupWorker(env, self.setup.payload, self.setup.name, worker.lease)
+        if self.is_group:
+            return [Send(worker.address, setup)]
+        commands: list[Command] = [Send(worker.address, setup)] if env else []
+        return commands + self.worker_ready(process_id, now_s)
+
+    def worker_ready(self, process_id: str, now_s: float) -> list[Command]:
+        """The worker's setup is done."""
+        worker = self.held.get(process_id)
+        if worker is None or process_id in self.ready:
+            return []
+        self._setup_failures = 0
+        self.ready.add(process_id)
+        slot = self.dispatcher.add_worker(worker.address, lease=worker.lease, pid=worker.pid, token=worker)
+        slot.idle_since_s = now_s
+        return [SetWorkerJoined(self.number, worker), *self.advance(now_s)]
+
+    def setup_failed(self, process_id: str, error: bytes, now_s: float) -> list[Command]:
+        """The worker's initializer raised; the worker ends by itself."""
+        self._expected.add(process_id)
+        self._setup_failures += 1
+        text = f"the initializer of {self.setup.name or 'the worker'} raised an exception"
+        commands: list[Command] = [SetSetupFailed(self.number, error, text)]
+        if self._setup_failures >= SETUP_FAILURES_MAX * max(1, self.size or 1):
+            self.failed_text = f"{text} {self._setup_failures} times in a row; no worker will be tried again"
+            tasks = self.dispatcher.clear()
+            if tasks:
+                commands.append(FailTasks(tasks, "setup_failed", self.failed_text, None, error))
+        return commands
+
+    def exited(self, process_id: str, exit_code: int, text: str, now_s: float) -> list[Command]:
+        """A worker is no more; its tasks are tried again or fail."""
+        worker = self.held.pop(process_id, None)
+        if worker is None:
+            return []
+        was_expected = process_id in self._expected
+        self._expected.discard(process_id)
+        self.ready.discard(process_id)
+        commands: list[Command] = [SetWorkerLeft(self.number, worker, exit_code, text, was_expected)]
+        commands += self._save_tasks(self.dispatcher.remove_worker(process_id), worker, text)
+        return commands + self.advance(now_s)
+
+    def _save_tasks(self, tasks: list[Task], worker: WorkerPart, text: str) -> list[Command]:
+        again: list[Task] = []
+        failed: list[Task] = []
+        cancelled: list[Task] = []
+        for position, task in enumerate(tasks):
+            if task.is_cancelled or self.is_terminated:
+                cancelled.append(task)
+            elif position > 0 or task.retries_left > 0:
+                # Workers run their tasks in order, so only the first can be the one that killed it.
+                task.retries_left -= position == 0
+                again.append(task)
+            else:
+                failed.append(task)
+        self.dispatcher.requeue(again)
+        commands: list[Command] = []
+        if failed:
+            commands.append(FailTasks(failed, "worker_died", text, worker))
+        if cancelled:
+            commands.append(FailTasks(cancelled, "cancelled", "the task was cancelled", worker))
+        return commands
+
+    def request_failed(self, request: int, count: int, kind: str, text: str) -> list[Command]:
+        """Workers that were asked for will never come."""
+        self._count_down(request, count)
+        if self.is_group and (self.held or kind == "start_failed" and self.ready):
+            return []
+        self.failed_text = text if self.is_group else ""
+        tasks = self.dispatcher.clear()
+        return [FailTasks(tasks, kind, text)] if tasks else []
+
+    def finished(
+        self, process_id: str, results: list[TaskResult], run_ns: int, is_blocked: bool
+    ) -> tuple[list[tuple[Task, TaskResult]], WorkerPart | None]:
+        """A worker reports; the tasks that are done. Call `advance` afterwards."""
+        slot = self.dispatcher.slots.get(process_id)
+        if slot is None:
+            return [], None
+        slot.is_blocked = is_blocked
+        return self.dispatcher.finish(process_id, results, run_ns), slot.token
+
+    # --- the user's wishes
+
+    def resize(self, size: int, now_s: float) -> list[Command]:
+        """Grow or shrink a group; those that go finish what they have."""
+        self.size = size
+        surplus = len(self.held) - len(self._expected) + sum(self.requested.values()) - size
+        commands: list[Command] = []
+        for request, count in list(self.requested.items()):
+            cancelled = min(count, max(0, surplus))
+            if cancelled:
+                surplus -= cancelled
+                self._count_down(request, cancelled)
+                commands.append(Send(self.node, CancelRequest(request, cancelled)))
+        for slot in sorted(self.dispatcher.slots.values(), key=lambda slot: len(slot.outstanding)):
+            if surplus <= 0:
+                break
+            if not slot.is_retiring:
+                surplus -= 1
+                slot.is_retiring = True
+                self._expected.add(slot.address.process_id)
+                commands.append(Send(slot.address, RetireWorker()))
+        return commands + self.advance(now_s)
+
+    def close(self, now_s: float) -> list[Command]:
+        """No more tasks will come."""
+        self.is_closing = True
+        return self.advance(now_s)
+
+    def terminate(self) -> list[Command]:
+        """End all workers and cancel all tasks, now."""
+        self.is_closing = self.is_terminated = True
+        commands = self._cancel_requests()
+        tasks = self.dispatcher.clear()
+        for process_id, worker in self.held.items():
+            self._expected.add(process_id)
+            commands.append(Send(self._node_of(worker), KillWorker(worker.lease, SIGTERM, "terminated")))
+        for process_id in list(self.dispatcher.slots):
+            tasks += self.dispatcher.remove_worker(process_id)
+        if tasks:
+            commands.append(FailTasks(tasks, "cancelled", "the pool was terminated"))
+        self._end_if_empty(commands)
+        return commands
+
+    def kill_running(self, task: Task) -> list[Command]:
+        """Stop a task that runs, by ending its worker."""
+        worker = self.held.get(task.worker)
+        if worker is None:
+            return []
+        task.is_cancelled = True
+        self._expected.add(task.worker)
+        return [Send(self._node_of(worker), KillWorker(worker.lease, SIGKILL, "a task of it was cancelled"))]
+
+    def interrupt(self, task: Task) -> list[Command]:
+        """Ask a worker to drop or interrupt a task."""
+        slot = self.dispatcher.slots.get(task.worker)
+        if slot is None:
+            return []
+        return [Send(slot.address, CancelTasks([task.spec.number], True))]
+
+    def give_back_idle(self) -> list[Command]:
+        """Others wait for CPUs: return the leases that do nothing."""
+        return self._release([slot.address.process_id for slot in self.dispatcher.slots.values() if not slot.outstanding])
+
+    # --- parts of `advance`
+
+    def _send_batches(self, now_s: float) -> list[Command]:
+        commands: list[Command] = []
+        for batch in self.dispatcher.fill(now_s):
+            if self._on_sent is not None:
+                commands += self._on_sent(batch.slot.address, batch.tasks)
+            functions = [FunctionPart(number, self._functions[number]) for number in batch.functions]
+            commands.append(Send(batch.slot.address, StartTasks(functions, [task.spec for task in batch.tasks])))
+        return commands
+
+    def _keep_size(self, commands: list[Command]) -> None:
+        assert self.size is not None
+        living = len(self.held) - len(self._expected)
+        missing = self.size - living - sum(self.requested.values())
+        if missing > 0 and not self.failed_text:
+            commands.append(self._request(missing))
+
+    def _follow_queue(self, commands: list[Command], now_s: float) -> None:
+        dispatcher = self.dispatcher
+        requested = sum(self.requested.values())
+        wanted = min(REQUESTED_MAX, self._leases_wanted())
+        usable = sum(1 for slot in dispatcher.slots.values() if not slot.outstanding and slot.is_open)
+        if wanted > requested + usable:
+            commands.append(self._request(wanted - requested - usable))
+        elif requested and wanted < requested:
+            for request, count in list(self.requested.items()):
+                cancelled = min(count, requested - wanted)
+                if cancelled:
+                    requested -= cancelled
+                    self._count_down(request, cancelled)
+                    commands.append(Send(self.node, CancelRequest(request, cancelled)))
+        if dispatcher.queue:
+            return
+        idle: list[str] = []
+        for process_id, slot in dispatcher.slots.items():
+            if slot.outstanding:
+                slot.idle_since_s = now_s
+            elif now_s - slot.idle_since_s >= LINGER_S:
+                idle.append(process_id)
+        commands += self._release(idle)
+
+    def _leases_wanted(self) -> int:
+        queued = len(self.dispatcher.queue)
+        mean_s = self.dispatcher.mean_of_next_s()
+        if mean_s is None or mean_s >= BACKLOG_S:
+            return queued
+        return int(queued * mean_s / BACKLOG_S) + (1 if queued else 0)
+
+    def _release(self, process_ids: list[str]) -> list[Command]:
+        commands: list[Command] = []
+        for process_id in process_ids:
+            worker = self.held.pop(process_id)
+            self.ready.discard(process_id)
+            self.dispatcher.remove_worker(process_id)
+            commands.append(Send(self._node_of(worker), ReleaseWorkers([worker.lease], False)))
+        return commands
+
+    def _request(self, count: int) -> Command:
+        request = next(self._requests)
+        self.requested[request] = count
+        return Send(self.node, RequestWorkers(request, count, self.demand, self.job))
+
+    def _cancel_requests(self) -> list[Command]:
+        commands: list[Command] = [
+            Send(self.node, CancelRequest(request, count)) for request, count in self.requested.items()
+        ]
+        self.requested.clear()
+        return commands
+
+    def _close_if_done(self, commands: list[Command]) -> None:
+        if self.dispatcher.queue or self.dispatcher.outstanding_count:
+            return
+        commands += self._cancel_requests()
+        for process_id, worker in list(self.held.items()):
+            if process_id in self._expected:
+                continue
+            self._expected.add(process_id)
+            if not self.is_group:
+                commands += self._release([process_id])
+            elif process_id in self.ready:
+                self.dispatcher.slots[process_id].is_retiring = True
+                commands.append(Send(worker.address, RetireWorker()))
+            else:
+                commands.append(Send(worker.address, RetireWorker()))
+        self._end_if_empty(commands)
+
+    def _end_if_empty(self, commands: list[Command]) -> None:
+        if not self.held and not self._is_ended:
+            self._is_ended = True
+            commands.append(SetEnded(self.number))
+
+    def _count_down(self, request: int, count: int) -> None:
+        left = self.requested.get(request, 0) - count
+        if left > 0:
+            self.requested[request] = left
+        else:
+            self.requested.pop(request, None)
+
+    def _node_of(self, worker: WorkerPart) -> Address:
+        return Address(worker.address.node_id, worker.address.node_id)

@@ -1,0 +1,329 @@
+"""`ProcessPoolExecutor`: the standard library's, on the workers of a cluster."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from clusterpool.futures import engine
+from clusterpool.futures.map_run import MapRun
+from clusterpool.futures.pool_state import PoolState, TaskFuture, close_when_dropped
+from clusterpool.futures.worker_process import WorkerProcess
+
+T = TypeVar("T")
+
+# How long reading `_processes` waits for workers that are being started: they take milliseconds, a loaded
+# machine a second; a worker that cannot start must not hang the reader.
+_WORKERS_READY_S = 10.0
+
+
+class ProcessPoolExecutor(concurrent.futures.Executor):
+    """Runs calls in worker processes of a cluster, on this machine or on many.
+
+    All arguments of the standard executor mean what they mean there. `max_workers` None takes a worker for
+    each CPU of the cluster; workers start at the first call. Beyond the standard:
+
+    - `address`: the cluster, where the usual rule would not find it.
+    - `resources`: what each worker needs, by name, such as `{"GPU": 1}`.
+    - `retries`: how often a call whose worker died is run again. 0 keeps the standard rule: the first
+      worker that dies breaks the pool, and every pending call ends with BrokenProcessPool.
+
+    Source: https://docs.python.org/3/library/concurrent.futures.html#processpoolexecutor (up to 3.14)
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        mp_context: Any = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        *,
+        max_tasks_per_child: int | None = None,
+        address: str | None = None,
+        resources: dict[str, float] | None = None,
+        retries: int = 0,
+        name: str = "executor",
+    ) -> None:
+        if max_workers is not None and max_workers <= 0:
+            raise ValueError("max_workers must be greater than 0")
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        _check_tasks_per_child(max_tasks_per_child, mp_context)
+        _check_retries(retries)
+        self._size = max_workers
+        self._context = mp_context
+        self._options: dict[str, Any] = {
+            "address": address,
+            "resources": resources,
+            "name": name,
+            "tasks_per_worker_max": max_tasks_per_child,
+        }
+        if initializer is not None:
+            self._options |= {"initializer": _initialize, "initargs": (initializer, tuple(initargs))}
+        self._pool = PoolState(retries=retries)
+        self._relatives: list[
+            ProcessPoolExecutor
+        ] = []  # made by `options(resources=)`, shut down with this one
+        close_when_dropped(self, self._pool)
+
+    # ------------------------------------------------------------------ calls
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:
+        """Schedule `fn(*args, **kwargs)`; every keyword belongs to `fn`.
+
+        Raises:
+            RuntimeError: the executor was shut down, or the interpreter is ending.
+            BrokenProcessPool: a worker died or could not run the initializer.
+        """
+        pool = self._pool
+        future: TaskFuture = TaskFuture()
+        future._handle = pool
+        pool.pending.add(future)
+        try:
+            future._task_number = (pool.send or self._open())(fn, args, kwargs, future)
+        except BaseException:
+            pool.pending.discard(future)
+            if pool.is_closed or pool.failure is not None:  # perhaps just now, by another thread
+                pool.refuse()
+            raise
+        return future
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        """As `map(fn, *iterables)`; values in order.
+
+        `timeout`: seconds from this call on. `chunksize`: items a task; 1 is as fast as more, because small
+        tasks travel together anyway. `buffersize`: read the iterables lazily, with so many tasks' results
+        outstanding.
+
+        Raises:
+            TimeoutError: at `next`, when the value is not there in time.
+        """
+        return self._map(fn, iterables, timeout, chunksize, buffersize)
+
+    def _map(
+        self,
+        fn: Callable[..., T],
+        iterables: Sequence[Iterable[Any]],
+        timeout: float | None,
+        chunksize: int,
+        buffersize: int | None,
+        **options: Any,
+    ) -> Iterator[T]:
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None and not isinstance(buffersize, int):
+            raise TypeError("buffersize must be an integer or None")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be None or > 0")
+        end_time = None if timeout is None else timeout + time.monotonic()
+        if self._pool.send is None:
+            self._open()
+        items = iter(iterables[0]) if len(iterables) == 1 else zip(*iterables, strict=False)
+        kind = engine.chunk_kind(is_star=len(iterables) != 1)
+        run = MapRun(self._pool, fn, _chunks(items, chunksize), kind=kind, **options)
+        run.send(buffersize)
+        values = run.results(end_time, is_lazy=buffersize is not None)
+        if buffersize is None:
+            return values
+        # A lazy map still needs its executor: were it collected, the rest of the items would be lost in
+        # silence.
+        return _keeping(self, values)
+
+    def options(
+        self,
+        *,
+        retries: int | None = None,
+        resources: dict[str, float] | None = None,
+        name: str | None = None,
+    ) -> concurrent.futures.Executor:
+        """An executor whose calls have other options.
+
+        `retries` alone: the same workers. `resources` or `name`: workers of its own, as many, which are
+        shut down with this executor's.
+        """
+        if retries is not None:
+            _check_retries(retries)
+        if resources is None and name is None:
+            return ExecutorView(self, self._pool.retries if retries is None else retries)
+        relative = ProcessPoolExecutor(self._size, retries=self._pool.retries if retries is None else retries)
+        relative._context = self._context
+        relative._options = dict(self._options)
+        relative._options.update(
+            {k: v for k, v in (("resources", resources), ("name", name)) if v is not None}
+        )
+        self._relatives.append(relative)
+        return relative
+
+    def _open(self) -> Callable[..., int]:
+        return self._pool.open(self._size, **self._options)
+
+    # ------------------------------------------------------------------ the end
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Accept no more calls; with `wait`, return when all are done and the workers have ended."""
+        self._pool.close()
+        if cancel_futures:
+            self._pool.cancel_pending()
+        for relative in self._relatives:
+            relative.shutdown(wait=False, cancel_futures=cancel_futures)
+        if wait:
+            for executor in (self, *self._relatives):
+                executor._pool.wait_ended()
+
+    def terminate_workers(self) -> None:
+        """Send SIGTERM to the workers; running calls end as broken, waiting ones are cancelled."""
+        group = self._pool.group
+        workers = [] if group is None or self._pool.is_closed else group.workers()
+        self.shutdown(wait=False, cancel_futures=True)
+        here = socket.gethostname()
+        if any(worker.host != here for worker in workers):
+            # A signal does not reach another machine, the engine does: there the workers are killed.
+            self._pool.break_pool("its workers were ended by terminate_workers()", RuntimeError("terminated"))
+        for worker in workers:
+            try:
+                if worker.host == here:
+                    os.kill(worker.pid, signal.SIGTERM)
+            except ProcessLookupError:  # it ended by itself
+                pass
+
+    def kill_workers(self) -> None:
+        """Kill the workers now; running calls end as broken, waiting ones are cancelled."""
+        is_open = self._pool.group is not None and not self._pool.is_closed
+        self.shutdown(wait=False, cancel_futures=True)
+        if is_open:
+            self._pool.break_pool("its workers were killed by kill_workers()", RuntimeError("killed"))
+
+    # ------------------------------------------------------------------ what programs read of the standard
+    # executor
+
+    @property
+    def _max_workers(self) -> int:
+        if self._size is None:
+            self._open()
+            assert self._pool.group is not None
+            self._size = self._pool.group.size
+        return self._size
+
+    @property
+    def _mp_context(self) -> Any:
+        import multiprocessing
+
+        return self._context or multiprocessing.get_context()
+
+    @property
+    def _broken(self) -> str | bool:
+        return self._pool.failure or False
+
+    @property
+    def _shutdown_thread(self) -> bool:
+        return self._pool.is_closed
+
+    @property
+    def _processes(self) -> dict[int, WorkerProcess] | None:
+        """The workers by pid; None after `shutdown`, as there."""
+        pool, group = self._pool, self._pool.group
+        if pool.is_closed:
+            return None
+        if group is None:
+            return {}
+        engine.wait_until(
+            lambda: len(group.workers()) >= group.size or pool.failure is not None, _WORKERS_READY_S
+        )
+        return {worker.pid: WorkerProcess(worker, pool) for worker in group.workers()}
+
+
+class ExecutorView(concurrent.futures.Executor):
+    """The same workers with another number of retries; `shutdown` is the executor's."""
+
+    def __init__(self, executor: ProcessPoolExecutor, retries: int) -> None:
+        self._executor = executor
+        self._retries = retries
+        if retries > 0:
+            executor._pool.is_tolerant = True
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:
+        pool = self._executor._pool
+        future: TaskFuture = TaskFuture()
+        future._handle = pool
+        pool.pending.add(future)
+        try:
+            send = pool.send or self._executor._open()
+            future._task_number = send(fn, args, kwargs, future, retries=self._retries)
+        except BaseException:
+            pool.pending.discard(future)
+            if pool.is_closed or pool.failure is not None:
+                pool.refuse()
+            raise
+        return future
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        return self._executor._map(fn, iterables, timeout, chunksize, buffersize, retries=self._retries)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._executor.shutdown(wait, cancel_futures=cancel_futures)
+
+
+def _initialize(initializer: Callable[..., object], initargs: tuple[Any, ...]) -> None:
+    """Run the user's initializer in a worker; the log record is the standard library's."""
+    try:
+        initializer(*initargs)
+    except BaseException:
+        logging.getLogger("concurrent.futures").critical("Exception in initializer:", exc_info=True)
+        raise
+
+
+def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    if size == 1:
+        return ([item] for item in items)
+    return iter(lambda: list(itertools.islice(items, size)), [])
+
+
+def _keeping(executor: ProcessPoolExecutor, values: Iterator[T]) -> Iterator[T]:
+    try:
+        yield from values
+    finally:
+        del executor
+
+
+def _check_retries(retries: int) -> None:
+    if not isinstance(retries, int):
+        raise TypeError(f"retries must be an integer: {retries!r}")
+    if retries < 0:
+        raise ValueError(f"retries must be >= 0: {retries}")
+
+
+def _check_tasks_per_child(tasks_max: int | None, mp_context: Any) -> None:
+    if tasks_max is None:
+        return
+    if not isinstance(tasks_max, int):
+        raise TypeError("max_tasks_per_child must be an integer")
+    if tasks_max <= 0:
+        raise ValueError("max_tasks_per_child must be >= 1")
+    # Our workers are always fresh, so there is no need for this; but a program that is told so there is
+    # told so here.
+    if mp_context is not None and mp_context.get_start_method(allow_none=False) == "fork":
+        raise ValueError(
+            "max_tasks_per_child is incompatible with the 'fork' multiprocessing start method; "
+            "supply a different mp_context."
+        )

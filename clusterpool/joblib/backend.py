@@ -1,0 +1,253 @@
+"""The joblib backend: each `Parallel` call runs on a warm worker group of the cluster.
+
+    Parallel ── submit(batch, callback) ──► Job (the engine's sink) ──► WorkerGroup
+        ▲                                     │ task_done, in the thread that turns the client's loop
+        └───── callback(job) ◄────────────────┘  joblib takes the result out and submits the next batch
+
+Nested calls follow joblib's own rule, as loky's do: inside a worker the first level runs in threads, deeper
+ones one after another, so nesting neither multiplies processes nor waits for a worker that is busy waiting.
+A call that names `backend="clusterpool"` inside a worker gets workers of its own.
+
+Source: https://joblib.readthedocs.io/en/stable/custom_parallel_backend.html
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING, Any
+
+from joblib.parallel import AutoBatchingMixin, ParallelBackendBase
+
+from clusterpool import errors
+from clusterpool.joblib import engine
+from clusterpool.joblib.batch import run_batch, uniform_batch, uniform_function
+from clusterpool.joblib.warm_groups import WarmGroup, WarmGroups
+
+if TYPE_CHECKING:
+    from clusterpool.client.worker_group import GroupWorker
+
+# Thread pools of numerical libraries, which joblib limits in its workers as well.
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMBA_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
+# loky's. Longer holds memory, shorter starts workers anew in a program that computes something between its
+# calls.
+_IDLE_TIMEOUT_S = 300.0
+
+_warm_groups = WarmGroups()
+
+
+class TerminatedWorkerError(errors.WorkerDied, BrokenProcessPool):
+    """A worker of a `Parallel` call was killed or crashed; the call ends, and the next one has a fresh
+    worker."""
+
+
+class Job:
+    """A batch in flight: the engine's sink, and the future-like object that joblib keeps."""
+
+    __slots__ = ("_callback", "_error", "_is_done", "_value")
+
+    def __init__(self, callback: Callable[[Job], object] | None) -> None:
+        self._callback = callback
+        self._is_done = False
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    def task_done(
+        self, index: int, value: Any, error: BaseException | None, worker: GroupWorker | None
+    ) -> None:
+        self._value, self._error = value, error
+        self._is_done = True
+        if self._callback is not None:
+            self._callback(self)
+
+    def done(self) -> bool:
+        return self._is_done
+
+    def result(self, timeout: float | None = None) -> Any:
+        if not self._is_done and not engine.wait_until(self.done, timeout):
+            raise FutureTimeoutError()
+        error = self._error
+        if error is None:
+            return self._value
+        if isinstance(error, (errors.WorkerDied, errors.NodeDied)):
+            raise TerminatedWorkerError(
+                f"A worker process of joblib.Parallel ended while it ran a batch of tasks: {error} This can "
+                "be a crash in compiled code or too little memory; a smaller n_jobs needs less of it."
+            ) from error
+        raise error
+
+    get = result  # what joblib before 1.5 calls it
+
+
+class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]
+    """`joblib.parallel_config(backend="clusterpool", ...)`.
+
+    - `address`: the cluster, where the usual rule would not find it.
+    - `resources`: what each worker needs, by name, such as `{"GPU": 1}`.
+    - `retries`: how often a batch whose worker died is run again; with 0 the call raises
+    TerminatedWorkerError.
+    - `idle_worker_timeout`: seconds for which the workers are kept for the next call.
+    """
+
+    supports_retrieve_callback = True
+    supports_inner_max_num_threads = True
+    supports_sharedmem = False
+    uses_threads = False
+
+    def __init__(
+        self,
+        nesting_level: int | None = None,
+        inner_max_num_threads: int | None = None,
+        *,
+        address: str | None = None,
+        resources: dict[str, float] | None = None,
+        retries: int = 0,
+        idle_worker_timeout: float | None = None,
+    ) -> None:
+        if not isinstance(retries, int) or retries < 0:
+            raise ValueError(f"retries must be an integer >= 0: {retries!r}")
+        super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
+        self._options: dict[str, Any] = {
+            "address": address,
+            "resources": resources,
+            "retries": retries,
+            "idle_worker_timeout": idle_worker_timeout,
+        }
+        self._warm: WarmGroup | None = None
+        self._idle_timeout_s = _IDLE_TIMEOUT_S
+        self._batch_by_function: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+    def __reduce__(self) -> Any:
+        # Without the group: a backend that reaches a worker opens its own there.
+        return _rebuild, (type(self), self.nesting_level, self.inner_max_num_threads, self._options)
+
+    # ------------------------------------------------------------------ size
+
+    def effective_n_jobs(self, n_jobs: int | None) -> int:
+        """As loky's, with the CPUs of the cluster in place of the machine's."""
+        if n_jobs == 0:
+            raise ValueError("n_jobs == 0 in Parallel has no meaning")
+        if n_jobs is None:
+            return 1
+        if n_jobs < 0:
+            return max(engine.cluster_cpus(self._options["address"]) + 1 + n_jobs, 1)
+        return n_jobs
+
+    # ------------------------------------------------------------------ the life of a call
+
+    def configure(
+        self,
+        n_jobs: int | None = 1,
+        parallel: Any = None,
+        prefer: str | None = None,
+        require: str | None = None,
+        idle_worker_timeout: float | None = None,
+        **memmapping: Any,
+    ) -> int:
+        """Take a group of workers; the options for memory-mapped files are needless here."""
+        size = self.effective_n_jobs(n_jobs)
+        self.parallel = parallel
+        if idle_worker_timeout is None:
+            idle_worker_timeout = self._options["idle_worker_timeout"]
+        self._idle_timeout_s = _IDLE_TIMEOUT_S if idle_worker_timeout is None else idle_worker_timeout
+        # One job joblib runs itself, in this process.
+        if size > 1:
+            self._take_group(size)
+        return size
+
+    def _take_group(self, size: int) -> None:
+        address, resources, retries = (self._options[k] for k in ("address", "resources", "retries"))
+        client = engine.connect(address)
+        env = self._thread_limits(size)
+        key = (tuple(env.items()), tuple(sorted((resources or {}).items())), retries, address)
+        self._warm = _warm_groups.take(
+            key,
+            size,
+            client,
+            lambda: engine.open_group(
+                size, client=client, name="joblib", resources=resources, retries=retries, env=env
+            ),
+        )
+
+    def _thread_limits(self, n_jobs: int) -> dict[str, str]:
+        """Environment of the workers, so that their libraries together do not run more threads than CPUs.
+
+        As joblib documents it: `inner_max_num_threads`, else what the user's environment says, else an
+        equal share.
+        """
+        limit = self.inner_max_num_threads
+        share = max(engine.cluster_cpus(self._options["address"]) // n_jobs, 1)
+        env = {
+            name: str(limit if limit is not None else os.environ.get(name, share))
+            for name in _THREAD_VARIABLES
+        }
+        if "ENABLE_IPC" not in os.environ:
+            env["ENABLE_IPC"] = "1"  # lets the TBB schedulers of the processes share the CPUs
+        return env
+
+    def start_call(self) -> None:
+        # Shipped functions are for one call: the next may find their globals or closures changed.
+        self._batch_by_function.clear()
+
+    def terminate(self) -> None:
+        """Let the workers wait for the next call."""
+        self._batch_by_function.clear()
+        warm, self._warm = self._warm, None
+        if warm is not None:
+            _warm_groups.give_back(warm, self._idle_timeout_s)
+        self.reset_batch_stats()
+
+    def abort_everything(self, ensure_ready: bool = True) -> None:
+        """Kill the workers, for nothing else stops a running task; new ones start in milliseconds."""
+        self._batch_by_function.clear()
+        warm, self._warm = self._warm, None
+        if warm is not None:
+            warm.group.terminate()
+            if ensure_ready:
+                self._take_group(warm.group.size)
+
+    # ------------------------------------------------------------------ batches
+
+    def submit(self, func: Any, callback: Callable[[Any], object] | None = None) -> Job:
+        warm = self._warm
+        if warm is None:
+            raise RuntimeError(
+                "this Parallel call was ended or aborted; read its generator to the end before the next call"
+            )
+        job = Job(callback)
+        items = getattr(func, "items", ())
+        function = uniform_function(items) if items else None
+        if function is None:
+            warm.group.submit(run_batch, (func,), {}, job)
+            return job
+        batch = self._batch_by_function.get(function)
+        if batch is None:
+            nested_backend, nested_n_jobs = self.get_nested_backend()
+            batch = uniform_batch(function, nested_backend, nested_n_jobs)
+            self._batch_by_function[function] = batch
+        warm.group.submit(batch, ([(args, kwargs) for _, args, kwargs in items],), {}, job)
+        return job
+
+    apply_async = submit  # joblib before 1.5
+
+    def retrieve_result_callback(self, out: Job) -> Any:
+        return out.result()
+
+    def retrieve_result(self, out: Job, timeout: float | None = None) -> Any:
+        return out.result(timeout)
+
+
+def _rebuild(
+    kind: type[ClusterpoolBackend], level: int | None, threads_max: int | None, options: dict[str, Any]
+) -> Any:
+    return kind(level, threads_max, **options)

@@ -1,0 +1,370 @@
+"""The node's loop: one thread that carries messages between its processes, its machine, and the outside.
+
+    drivers, workers --unix sockets--+              +--> zygote (forks, ends workers)
+    other nodes ------zmq, TCP-------+-- NodeMachine+--> arena, disk thread (spill)
+    zygote, log pipes, threads ------+              +--> control-store thread
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import select
+import signal
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator
+from time import monotonic
+from typing import Any
+
+import msgspec
+
+from clusterpool import ids
+from clusterpool.config import detect_memory_bytes
+from clusterpool.core import messages as m
+from clusterpool.core import node_events as e
+from clusterpool.core import wire
+from clusterpool.core.cluster_view import NodeRecord
+from clusterpool.core.membership import JoinRequested
+from clusterpool.core.messages import Address, Message
+from clusterpool.core.node import TICK_S, NodeMachine
+from clusterpool.errors import ProtocolError
+from clusterpool.node.disk import DiskThread
+from clusterpool.node.store_thread import StoreThread
+from clusterpool.node.workers import WorkerProcesses
+from clusterpool.object_store.arena import Arena
+from clusterpool.processes.death import open_pidfd
+from clusterpool.processes.launch import NodeStart
+from clusterpool.processes.zygote import Zygote
+from clusterpool.transport import stream
+
+logger = logging.getLogger(__name__)
+
+# The control store's client takes a tenth of a second of CPU to import: let the first tasks go first.
+STORE_DELAY_S = 0.3
+
+
+class NodeShell:
+    """A running node. `open` it, then `run` until it is told to stop."""
+
+    def __init__(self, start: NodeStart, zygote: Zygote) -> None:
+        self.start = start
+        self.config = start.config
+        self.node_id = self.config.node_id
+        self.address = Address(self.node_id, self.node_id)
+        self.paths = self.config.paths
+        self.epoll = select.epoll()
+        self.connections: dict[str, stream.Connection] = {}  # by process id
+        self._by_fd: dict[int, Callable[[int], None]] = {}
+        self._posted: deque[Any] = deque()
+        self._post_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._is_stopping = False
+        self._last_tick_s = monotonic()
+        self._started_s = monotonic()
+        self.rejected_frames = 0
+        self.host = socket.gethostname()
+        self.workers = WorkerProcesses(self, zygote)
+        self.store = StoreThread(self.config, self.post)
+        self.peers: Any = None
+
+    def open(self) -> None:
+        """Listen, make the arena, and tell the launcher that the node is ready."""
+        config, paths = self.config, self.paths
+        for folder in (paths.process_sockets_folder, paths.logs_folder):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.arena = Arena.create(paths.arena_file.name, config.object_store_bytes, fallback_folder=paths.folder)
+        self.disk = DiskThread(config, self.arena, self.post)
+        port = 0
+        if config.listen_port is not None:
+            from clusterpool.node.peers import ClusterKeys, Peers
+
+            keys = ClusterKeys.read(config.keys_file or "")
+            self.peers = Peers(self.node_id, keys, host=config.listen_host, port=config.listen_port)
+            port = self.peers.port
+            self.watch(self.peers.fileno(), lambda _: self._peers_ready())
+        self.record = self._make_record(port)
+        self.machine = NodeMachine(
+            self.record,
+            arena_bytes=self.arena.capacity_bytes,
+            is_embedded=config.is_embedded,
+            is_head=config.is_head,
+            process_ids=_worker_ids(),
+        )
+        self._listener = stream.listen(paths.node_socket)
+        self.watch(self._listener.fileno(), lambda _: self._accept())
+        self.watch(self._post_fd, lambda _: self._read_posted())
+        self.workers.open()
+        self._watch_driver()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.post(e.StopNode("it got a signal to end")))
+        self.execute(self.machine.handle(JoinRequested(self.record), monotonic()))
+        if not config.is_embedded:
+            self.store.start()
+        self.start.report_ready(port=port, node_socket=str(paths.node_socket), arena_bytes=self.arena.capacity_bytes)
+
+    def _make_record(self, port: int) -> NodeRecord:
+        config = self.config
+        resources = {"CPU": config.num_cpus, "memory": config.memory_bytes, **config.resources}
+        if config.num_gpus:
+            resources["GPU"] = config.num_gpus
+        resources[f"node:{self.node_id}"] = 1.0
+        labels = dict(config.labels)
+        if config.is_head:
+            labels["head"] = "yes"
+        return NodeRecord(
+            node_id=self.node_id,
+            host=config.listen_host,
+            port=port,
+            public_key="",
+            resources=resources,
+            labels=labels,
+            host_name=self.host,
+            pid=os.getpid(),
+            session_folder=config.session_folder,
+            python_version=platform.python_version(),
+        )
+
+    def _watch_driver(self) -> None:
+        if self.config.driver_pid is None:
+            return
+        try:
+            pidfd = open_pidfd(self.config.driver_pid)
+        except OSError:
+            self.post(e.StopNode("its driver has ended"))
+            return
+        self.watch(pidfd, lambda _: self.stop("its driver has ended"))
+
+    # --- the loop
+
+    def watch(self, fd: int, on_ready: Callable[[int], None]) -> None:
+        """Call `on_ready(epoll mask)` whenever there is something to read."""
+        self._by_fd[fd] = on_ready
+        self.epoll.register(fd, select.EPOLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        """Forget a descriptor; call it before closing."""
+        self._by_fd.pop(fd, None)
+        with contextlib.suppress(OSError, ValueError):
+            self.epoll.unregister(fd)
+
+    def post(self, event: Any) -> None:
+        """Have the loop handle an event; from any thread."""
+        self._posted.append(event)
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self._post_fd, 1)
+
+    def handle(self, event: Any) -> None:
+        """Put an event to the machine and carry out what it says."""
+        self.execute(self.machine.handle(event, monotonic()))
+
+    def run(self) -> int:
+        """Turn the loop until the node stops; the exit code."""
+        try:
+            while not self._is_stopping:
+                wait_s = max(0.0, self._last_tick_s + TICK_S - monotonic())
+                for fd, mask in self.epoll.poll(wait_s):
+                    on_ready = self._by_fd.get(fd)
+                    if on_ready is not None:
+                        on_ready(mask)
+                now_s = monotonic()
+                if now_s - self._last_tick_s >= TICK_S:
+                    self._last_tick_s = now_s
+                    self.handle(e.TimePassed())
+                    if not self.store.is_started and now_s - self._started_s > STORE_DELAY_S:
+                        self.store.start()
+        finally:
+            self._close()
+        return 0
+
+    def stop(self, text: str) -> None:
+        """End the loop after this turn."""
+        logger.info("node %s: stopping (%s)", self.node_id, text)
+        self._is_stopping = True
+
+    def _close(self) -> None:
+        self.workers.close()
+        self.store.stop()
+        self.disk.stop()
+        for connection in self.connections.values():
+            connection.close()
+        if self.peers is not None:
+            self.peers.close()
+        self._listener.close()
+        self.arena.unlink()
+        self.start.remove_files()
+
+    def _read_posted(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._post_fd)
+        while self._posted:
+            event = self._posted.popleft()
+            if isinstance(event, e.StopNode):
+                self.stop(event.text)
+            else:
+                self.handle(event)
+
+    # --- processes of this host
+
+    def _accept(self) -> None:
+        for connection in stream.accept(self._listener):
+            fd = connection.fileno()
+            self.watch(fd, lambda mask, connection=connection: self._connection_ready(connection, mask))  # type: ignore[misc]
+            connection.send(m.Hello(m.PROTOCOL_VERSION, self.address, "node", os.getpid(), "", platform.python_version()))
+
+    def _connection_ready(self, connection: stream.Connection, mask: int) -> None:
+        if mask & select.EPOLLOUT and connection.has_unsent:
+            connection.flush()
+            if not connection.has_unsent:
+                self.epoll.modify(connection.fileno(), select.EPOLLIN)
+        if mask & ~select.EPOLLOUT:
+            self.receive(connection)
+
+    def receive(self, connection: stream.Connection) -> bool:
+        """Handle what a process has sent; whether its connection has ended."""
+        try:
+            frames, ended = connection.receive()
+            for frame in frames:
+                self._arrived(connection, wire.decode(frame))
+        except (msgspec.MsgspecError, ProtocolError) as exc:
+            self.rejected_frames += 1
+            logger.warning("dropped a connection that sent no message of ours: %s", exc)
+            ended = True
+        if ended:
+            self._disconnected(connection)
+        return ended
+
+    def drain(self, process_id: str) -> None:
+        """A process has ended: handle all that it had sent, before its end is reported."""
+        connection = self.connections.get(process_id)
+        while connection is not None and not connection.is_closed:
+            if self.receive(connection):
+                return
+
+    def _arrived(self, connection: stream.Connection, message: Message) -> None:
+        kind = type(message)
+        if kind is m.Hello:
+            self._greeted(connection, message)  # type: ignore[arg-type]
+        elif connection.peer is None:
+            raise ProtocolError("a message came before the greeting")
+        elif kind is m.Relay:
+            self._relay(message)  # type: ignore[arg-type]
+        elif kind is m.RegisterProcess:
+            self._registered(connection, message)  # type: ignore[arg-type]
+        else:
+            self.handle(e.MessageArrived(connection.peer.address, message))  # type: ignore[attr-defined]
+
+    def _greeted(self, connection: stream.Connection, hello: m.Hello) -> None:
+        if hello.protocol != m.PROTOCOL_VERSION:
+            raise ProtocolError(f"it speaks protocol {hello.protocol}, we speak {m.PROTOCOL_VERSION}")
+        connection.peer = hello
+        self.connections[hello.address.process_id] = connection
+
+    def _registered(self, connection: stream.Connection, message: m.RegisterProcess) -> None:
+        hello = connection.peer
+        assert isinstance(hello, m.Hello)
+        total = self.machine.membership.view.total().get("CPU", 0.0)
+        answer = m.Registered(
+            self.node_id, self.config.cluster_id, self.host, str(self.arena.path), self.arena.capacity_bytes,
+            str(self.paths.process_sockets_folder), max(total, self.config.num_cpus),
+        )  # fmt: skip
+        connection.send(answer)
+        self.handle(e.ProcessJoined(hello.address, hello.kind, hello.pid, message.job, message.wants_logs))
+
+    def _disconnected(self, connection: stream.Connection) -> None:
+        self.unwatch(connection.fileno())
+        connection.close()
+        hello = connection.peer
+        if isinstance(hello, m.Hello) and self.connections.get(hello.address.process_id) is connection:
+            del self.connections[hello.address.process_id]
+            self.handle(e.ProcessLeft(hello.address))
+
+    # --- sending
+
+    def send(self, destination: Address, message: Message) -> None:
+        """Send a message to a process anywhere."""
+        if destination.node_id == self.node_id:
+            if destination.process_id == self.node_id:
+                self.post(e.MessageArrived(self.address, message))
+                return
+            connection = self.connections.get(destination.process_id)
+            if connection is not None:
+                connection.send(message)
+                self._watch_output(connection)
+            return
+        self._send_to_node(m.Relay(destination, self.address, wire.encode(message)))
+
+    def _watch_output(self, connection: stream.Connection) -> None:
+        if connection.has_unsent:
+            with contextlib.suppress(OSError, ValueError):
+                self.epoll.modify(connection.fileno(), select.EPOLLIN | select.EPOLLOUT)
+
+    def _relay(self, relay: m.Relay) -> None:
+        destination = relay.destination
+        if destination.node_id != self.node_id:
+            self._send_to_node(relay)
+        elif destination.process_id == self.node_id:
+            self.handle(e.MessageArrived(relay.source, wire.decode(relay.body)))
+        else:
+            connection = self.connections.get(destination.process_id)
+            if connection is not None:
+                connection.send(relay)
+                self._watch_output(connection)
+            elif relay.source.node_id != self.node_id or relay.source.process_id != self.node_id:
+                self.send(relay.source, m.Undeliverable(destination))
+
+    def _send_to_node(self, relay: m.Relay) -> None:
+        node_id = relay.destination.node_id
+        view = self.machine.membership.view.get(node_id)
+        if view is None or self.peers is None:
+            if relay.source != self.address:
+                self.send(relay.source, m.Undeliverable(relay.destination))
+            return
+        self.peers.send(node_id, view.address, wire.encode(relay))
+
+    def _peers_ready(self) -> None:
+        for node_id, frame in self.peers.receive():
+            try:
+                message = wire.decode(frame)
+                if not isinstance(message, m.Relay):
+                    raise ProtocolError("nodes exchange relays only")
+                self._relay(message)
+            except (msgspec.MsgspecError, ProtocolError) as exc:
+                self.rejected_frames += 1
+                logger.warning("dropped a frame of node %s: %s", node_id, exc)
+
+    # --- commands
+
+    def execute(self, commands: list[Any]) -> None:
+        """Carry out what the machine said, in order."""
+        for command in commands:
+            if isinstance(command, e.Send):
+                self.send(command.destination, command.message)
+            elif isinstance(command, e.ForkWorker):
+                self.workers.fork(command)
+            elif isinstance(command, e.EndWorker):
+                self.workers.end(command)
+            elif isinstance(command, e.ReservePages):
+                self.handle(self.disk.reserve(command))
+            elif isinstance(command, e.StopNode):
+                self.stop(command.text)
+            elif not self.disk.take(command, self.send):
+                self.store.put(command)
+                if isinstance(command, e.CallStore) and command.operation != "register_job":
+                    self.store.start()
+
+    def memory_text(self) -> str:
+        """How much memory the host has left, for the text of a worker's death."""
+        total = detect_memory_bytes()
+        with contextlib.suppress(OSError, ValueError), open("/proc/meminfo") as file:  # noqa: PTH123
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    free = int(line.split()[1]) * 1024
+                    return f"the node had {free / 2**30:.1f} of {total / 2**30:.1f} GiB of memory free"
+        return ""
+
+
+def _worker_ids() -> Iterator[str]:
+    while True:
+        yield ids.new_process_id("w")

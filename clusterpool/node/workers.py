@@ -1,0 +1,138 @@
+"""The worker processes of a node: their forks, what they print, and their ends."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from clusterpool.core import messages as m
+from clusterpool.core import node_events as e
+from clusterpool.processes.logs import LogPipe, WorkerLog
+from clusterpool.processes.sweep import SESSION_VARIABLE
+from clusterpool.processes.zygote import ForkFailed, WorkerExited, WorkerForked, Zygote, ZygoteDied
+
+if TYPE_CHECKING:
+    from clusterpool.node.shell import NodeShell
+
+logger = logging.getLogger(__name__)
+
+
+class _WorkerProcess:
+    """One worker, between its fork and its end."""
+
+    def __init__(self, command: e.ForkWorker) -> None:
+        self.job = command.job
+        self.name = command.name
+        self.pid = 0
+        self.pipes: list[LogPipe] = []
+        self.log: WorkerLog | None = None
+
+
+class WorkerProcesses:
+    """Forks workers through the zygote, and passes on what they print."""
+
+    def __init__(self, shell: NodeShell, zygote: Zygote) -> None:
+        self._shell = shell
+        self._zygote = zygote
+        self._workers: dict[str, _WorkerProcess] = {}
+
+    def open(self) -> None:
+        """Listen to the zygote."""
+        self._shell.watch(self._zygote.fileno(), lambda _: self._zygote_ready())
+
+    def fork(self, command: e.ForkWorker) -> None:
+        """Start a worker process."""
+        shell, job = self._shell, command.job
+        self._workers[command.process_id] = _WorkerProcess(command)
+        env: dict[str, str | None] = {}
+        if job.host == shell.host:
+            # As children of the driver would, workers on its host have its environment.
+            env.update({name: value for name, value in job.env.items() if name != SESSION_VARIABLE})
+        env.update(command.env)
+        spec = {
+            "env": env,
+            "process_id": command.process_id,
+            "node_id": shell.node_id,
+            "node_socket": str(shell.paths.node_socket),
+            "processes_folder": str(shell.paths.process_sockets_folder),
+            "name": command.name,
+            "job": msgspec.msgpack.encode(msgspec.structs.replace(job, env={})),
+        }
+        self._zygote.fork_worker(command.process_id, spec)
+
+    def end(self, command: e.EndWorker) -> None:
+        """Send a worker a signal."""
+        self._zygote.kill_worker(command.process_id, command.signal)
+
+    def close(self) -> None:
+        """End all workers, and the zygote."""
+        self._zygote.close()
+
+    def _zygote_ready(self) -> None:
+        for event in self._zygote.read_events():
+            if isinstance(event, WorkerForked):
+                self._forked(event)
+            elif isinstance(event, WorkerExited):
+                self._exited(event)
+            elif isinstance(event, ForkFailed):
+                self._workers.pop(event.worker_id, None)
+                self._shell.handle(e.ForkFailed(event.worker_id, event.reason))
+            elif isinstance(event, ZygoteDied):
+                logger.error("the zygote has died: %s", event.reason)
+                self._shell.stop(f"its zygote has died: {event.reason}")
+                return
+
+    def _forked(self, event: WorkerForked) -> None:
+        worker = self._workers[event.worker_id]
+        worker.pid = event.pid
+        worker.log = WorkerLog(self._shell.paths.logs_folder / f"{event.worker_id}.log")
+        for fd, stream in ((event.stdout_fd, "stdout"), (event.stderr_fd, "stderr")):
+            pipe = LogPipe(fd, stream, worker.log)
+            worker.pipes.append(pipe)
+            self._shell.watch(fd, lambda _, worker=worker, pipe=pipe: self._pipe_ready(worker, pipe))  # type: ignore[misc]
+
+    def _pipe_ready(self, worker: _WorkerProcess, pipe: LogPipe) -> None:
+        self._pass_on(worker, pipe, [line.text for line in pipe.read()])
+        if pipe.is_at_end:
+            self._shell.unwatch(pipe.fileno())
+            pipe.close()
+
+    def _pass_on(self, worker: _WorkerProcess, pipe: LogPipe, lines: list[str]) -> None:
+        if lines:
+            stream = 1 if pipe.stream == "stdout" else 2
+            message = m.LogLines(worker.name, worker.pid, self._shell.node_id, stream, lines)
+            self._shell.send(worker.job.owner, message)
+
+    def _exited(self, event: WorkerExited) -> None:
+        worker = self._workers.pop(event.worker_id, None)
+        if worker is None:
+            return
+        for pipe in worker.pipes:
+            if pipe.fileno() >= 0:
+                self._shell.unwatch(pipe.fileno())
+                self._pass_on(worker, pipe, [line.text for line in [*pipe.read(), *pipe.close()]])
+        if worker.log is not None:
+            worker.log.close()
+        # Results that it had sent must arrive before the news of its end.
+        self._shell.drain(event.worker_id)
+        self._shell.handle(e.WorkerEnded(event.worker_id, event.exit_code, self._end_text(worker, event)))
+
+    def _end_text(self, worker: _WorkerProcess, event: WorkerExited) -> str:
+        who = f"worker {event.worker_id} ({worker.name or 'task'}, pid {event.pid}) on node {self._shell.node_id}"
+        peak = f"its memory had peaked at {event.peak_rss_bytes / 2**20:.0f} MiB"
+        if event.exit_code >= 0:
+            return f"{who} ended with exit code {event.exit_code} ({peak})"
+        name = str(-event.exit_code)
+        with contextlib.suppress(ValueError):
+            name = f"{-event.exit_code} ({signal.Signals(-event.exit_code).name})"
+        text = f"{who} was killed by signal {name}; {peak}"
+        if event.exit_code == -signal.SIGKILL:
+            memory = self._shell.memory_text()
+            text += f"; {memory}; if nobody sent the signal, the kernel ended it for want of memory: use fewer workers"
+        elif event.exit_code in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
+            text += "; a crash in C code, or a stack overflow: its log holds what it printed last"
+        return text

@@ -1,0 +1,1 @@
+"""Values, functions and exceptions as bytes; the only package that knows pickle and cloudpickle."""

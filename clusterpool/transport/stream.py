@@ -1,0 +1,217 @@
+"""Frames over a UNIX stream socket: a 4-byte little-endian length, then one encoded message.
+
+    send(message) --> [out buffer, empty nearly always] --> socket --> [in buffer] --> receive() -> [frame, ...]
+
+Not thread-safe: the owner of a connection (a client under its lock, a node's only thread) calls everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections import deque
+from pathlib import Path
+
+from clusterpool.core.messages import Message
+from clusterpool.core.wire import encode_into
+from clusterpool.errors import ProtocolError
+
+# A frame holds a batch of tasks whose payloads are small (large values travel through the arena), or one chunk of a
+# transfer. More than this is no message of ours.
+FRAME_BYTES_MAX = 256 * 1024 * 1024
+# Large enough for a batch of some thousand tasks to go out in one system call; the kernel may grant less.
+SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
+_RECEIVE_BYTES = 256 * 1024
+_LENGTH = struct.Struct("<I")
+
+
+class Connection:
+    """One end of a stream socket, non-blocking."""
+
+    __slots__ = ("_in", "_out", "_out_bytes", "_scratch", "is_closed", "peer", "socket")
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
+        self.socket = sock
+        self.peer: object = None  # whatever the owner wants to find here
+        self.is_closed = False
+        self._in = bytearray()
+        self._out: deque[memoryview] = deque()
+        self._out_bytes = 0
+        self._scratch = bytearray(4096)
+
+    def fileno(self) -> int:
+        """The socket's descriptor, for epoll; -1 once closed."""
+        return self.socket.fileno()
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether the kernel's buffer was full: wait until the socket is writable, then call `flush`."""
+        return bool(self._out)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """How much waits for the other side to read."""
+        return self._out_bytes
+
+    def send(self, message: Message) -> None:
+        """Send now as much as the kernel takes, the rest on `flush`. A broken connection swallows it."""
+        scratch = self._scratch
+        encode_into(message, scratch, 4)
+        _LENGTH.pack_into(scratch, 0, len(scratch) - 4)
+        self._send_bytes(scratch)
+
+    def send_frame(self, body: bytes | memoryview) -> None:
+        """Send a message that is encoded already."""
+        self._send_bytes(_LENGTH.pack(len(body)) + body)
+
+    def _send_bytes(self, frame: bytes | bytearray) -> None:
+        if self.is_closed:
+            return
+        sent = 0
+        if not self._out:
+            try:
+                sent = self.socket.send(frame)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            except OSError:
+                # The reading side finds the end of the stream and reports it with its cause.
+                self._out.clear()
+                return
+            if sent == len(frame):
+                return
+        rest = memoryview(bytes(memoryview(frame)[sent:]))
+        self._out.append(rest)
+        self._out_bytes += len(rest)
+
+    def flush(self) -> None:
+        """Go on sending what had to wait."""
+        out = self._out
+        while out:
+            try:
+                sent = self.socket.send(out[0])
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                out.clear()
+                self._out_bytes = 0
+                return
+            self._out_bytes -= sent
+            if sent == len(out[0]):
+                out.popleft()
+            else:
+                out[0] = out[0][sent:]
+
+    def receive(self) -> tuple[list[bytes], bool]:
+        """The whole frames that have arrived, and whether the stream has ended.
+
+        Raises: ProtocolError when a length is beyond what we ever send.
+        """
+        ended = False
+        while True:
+            try:
+                chunk = self.socket.recv(_RECEIVE_BYTES)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError:
+                ended = True
+                break
+            if not chunk:
+                ended = True
+                break
+            if not self._in:
+                frames, rest = split_frames(chunk)
+                if rest:
+                    self._in += rest
+            else:
+                self._in += chunk
+                frames, rest = split_frames(self._in) if self._is_whole_frame_in() else ([], None)
+                if rest is not None:
+                    self._in = bytearray(rest)
+            if frames:
+                # More may be waiting: epoll is level-triggered and will say so.
+                return frames, False
+            if len(chunk) < _RECEIVE_BYTES:
+                break
+        return [], ended
+
+    def _is_whole_frame_in(self) -> bool:
+        waiting = self._in
+        return len(waiting) >= 4 and len(waiting) >= 4 + _LENGTH.unpack_from(waiting, 0)[0]
+
+    def close(self) -> None:
+        """Close the socket; may be called twice."""
+        if not self.is_closed:
+            self.is_closed = True
+            self._out.clear()
+            self.socket.close()
+
+
+def split_frames(received: bytes | bytearray) -> tuple[list[bytes], bytes]:
+    """The whole frames at the start of `received`, and the rest.
+
+    Raises: ProtocolError for a frame longer than FRAME_BYTES_MAX.
+    """
+    frames: list[bytes] = []
+    position, end = 0, len(received)
+    view = memoryview(received)
+    try:
+        while end - position >= 4:
+            (length,) = _LENGTH.unpack_from(received, position)
+            if length > FRAME_BYTES_MAX:
+                raise ProtocolError(
+                    f"a frame of {length} bytes was announced, {FRAME_BYTES_MAX} are allowed; "
+                    "the other side is not clusterpool, or of another version"
+                )
+            if end - position - 4 < length:
+                break
+            frames.append(bytes(view[position + 4 : position + 4 + length]))
+            position += 4 + length
+        return frames, bytes(view[position:])
+    finally:
+        view.release()
+
+
+def listen(path: Path | str) -> socket.socket:
+    """A listening socket at `path`, which only this user can open."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # noqa: PTH108
+        sock.bind(str(path))
+        os.chmod(path, 0o600)  # noqa: PTH101
+        sock.listen(512)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def accept(listener: socket.socket) -> list[Connection]:
+    """The connections that are waiting."""
+    accepted: list[Connection] = []
+    while True:
+        try:
+            sock, _ = listener.accept()
+        except OSError:
+            return accepted
+        accepted.append(Connection(sock))
+
+
+def connect(path: Path | str) -> Connection:
+    """A connection to the process that listens at `path`.
+
+    Raises: OSError when nobody does.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.connect(str(path))
+    except OSError:
+        sock.close()
+        raise
+    return Connection(sock)

@@ -1,0 +1,126 @@
+"""One task, from its spec to its result."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from clusterpool import errors, ids
+from clusterpool.client.values import INLINE_BYTES_MAX, NONE_PAYLOAD
+from clusterpool.core import messages as m
+from clusterpool.core.messages import Address, ResultExtras, TaskKind, TaskResult, TaskSpec, TaskStatus, ValuePart
+from clusterpool.serialization.exceptions import unpicklable_result
+from clusterpool.serialization.packing import dumps_value
+
+if TYPE_CHECKING:
+    from clusterpool.worker.task_runner import TaskRunner
+
+
+class CallRunner:
+    """Runs calls of functions and methods for a worker."""
+
+    def __init__(self, runner: TaskRunner) -> None:
+        self._runner = runner
+
+    def run(self, owner: Address, spec: TaskSpec) -> TaskResult:
+        """Run a task in this thread. User errors become ERROR results; SystemExit ends the process."""
+        runner = self._runner
+        extras = spec.extras
+        try:
+            if spec.kind == TaskKind.CREATE_ACTOR:
+                return self._create_actor(owner, spec)
+            value = self.call_of(owner, spec)()
+            if extras is not None and extras.returns == -1:
+                return self._stream(owner, spec, value)
+            if extras is not None and extras.returns != 1:
+                return self._several(owner, spec, value, extras.returns)
+            return self.result(owner, spec, value)
+        except errors.TaskCancelled as exc:
+            if exc.args and exc.args[0] == "the task was cancelled while it ran":
+                return TaskResult(spec.number, TaskStatus.CANCELLED, b"")
+            return self.error(spec, exc)
+        except errors.ObjectLost as exc:
+            return self.error(spec, exc)
+        except (Exception, KeyboardInterrupt) as exc:
+            return self.error(spec, exc)
+        finally:
+            if extras is not None:
+                runner.drop_references(spec)
+
+    def call_of(self, owner: Address, spec: TaskSpec) -> Callable[[], Any]:
+        """What is to be called, with its arguments loaded."""
+        runner = self._runner
+        args, kwargs = runner.arguments_of(spec)
+        kind = spec.kind
+        if kind == TaskKind.ACTOR_CALL:
+            assert spec.extras is not None
+            method = runner.actor.method(spec.extras.method)
+            return lambda: method(*args, **kwargs)
+        if spec.function:
+            function = runner.function_of(owner, spec.function)
+        else:
+            function, *rest = args
+            args = tuple(rest)
+        if kind == TaskKind.MAP:
+            return lambda: list(map(function, args[0]))
+        if kind == TaskKind.STARMAP:
+            return lambda: [function(*item) for item in args[0]]
+        return lambda: function(*args, **kwargs)
+
+    def result(self, owner: Address, spec: TaskSpec, value: Any) -> TaskResult:
+        """An OK or STORED result."""
+        if value is None:
+            return TaskResult(spec.number, TaskStatus.OK, NONE_PAYLOAD)
+        try:
+            serialized = dumps_value(value)
+        except Exception as exc:
+            return self.error(spec, unpicklable_result(value, exc))
+        if not serialized.references and serialized.size_bytes <= INLINE_BYTES_MAX:
+            return TaskResult(spec.number, TaskStatus.OK, serialized.to_bytes())
+        runner = self._runner
+        references = [reference.part for reference in serialized.references]
+        if references:
+            runner.client.hand_over(owner, references)
+        part = runner.runtime.values.part_of(serialized, ids.object_id(owner.process_id, spec.number), references)
+        return TaskResult(spec.number, TaskStatus.STORED, b"", ResultExtras(part))
+
+    def error(self, spec: TaskSpec, exc: BaseException) -> TaskResult:
+        """An ERROR result."""
+        name = spec.extras.name if spec.extras is not None else ""
+        return TaskResult(spec.number, TaskStatus.ERROR, self._runner.dump(exc, name))
+
+    def _several(self, owner: Address, spec: TaskSpec, value: Any, returns: int) -> TaskResult:
+        values = list(value) if returns else []
+        if len(values) != returns:
+            raise ValueError(f"the task has num_returns={returns}, but returned {len(values)} values")
+        parts = [
+            self._runner.part_of(owner, item, ids.object_id(owner.process_id, spec.number + offset))
+            for offset, item in enumerate(values)
+        ]
+        return TaskResult(spec.number, TaskStatus.MULTIPLE, b"", ResultExtras(None, parts))
+
+    def _stream(self, owner: Address, spec: TaskSpec, iterable: Any) -> TaskResult:
+        if not inspect.isgenerator(iterable) and not hasattr(iterable, "__iter__"):
+            raise TypeError(f"a streaming task must return an iterable, not {type(iterable).__name__}")
+        count = 0
+        for item in iterable:
+            self.send_item(owner, spec, count, item)
+            count += 1
+        return TaskResult(spec.number, TaskStatus.STREAM_END, str(count).encode())
+
+    def send_item(self, owner: Address, spec: TaskSpec, index: int, item: Any) -> None:
+        """Send one item of a generator to the owner, at once."""
+        runner = self._runner
+        part: ValuePart = runner.part_of(owner, item, f"{owner.process_id}.{spec.number}s{index}")
+        runner.client.send(owner, m.StreamItem(spec.number, index, part))
+
+    def _create_actor(self, owner: Address, spec: TaskSpec) -> TaskResult:
+        from clusterpool.worker.actor import ActorRunner
+
+        runner = self._runner
+        assert spec.extras is not None
+        args, kwargs = runner.arguments_of(spec)
+        cls = runner.function_of(owner, spec.function)
+        runner.actor = ActorRunner(runner, cls(*args, **kwargs), concurrency=spec.extras.concurrency)
+        return TaskResult(spec.number, TaskStatus.OK, NONE_PAYLOAD)

@@ -1,0 +1,50 @@
+"""A worker's life: forked by the zygote, which has imported this module, it joins its node and runs what it is sent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+from typing import Any
+
+import msgspec
+
+from clusterpool.client import api
+from clusterpool.client.client import Client
+from clusterpool.client.runtime import Runtime
+from clusterpool.core import messages as m
+from clusterpool.core.messages import Address
+from clusterpool.serialization.functions import install_main_module
+from clusterpool.worker.task_runner import TaskRunner
+
+
+def main(spec: dict[str, Any]) -> int:
+    """Run one worker until it is retired; its exit code. `spec`: plain values from the node."""
+    job = msgspec.msgpack.decode(spec["job"], type=m.JobPart)
+    install_main_module()
+    _adopt_environment(job)
+    client = Client(
+        node_socket=spec["node_socket"],
+        processes_folder=spec["processes_folder"],
+        address=Address(spec["node_id"], spec["process_id"]),
+        job=job,
+        kind="worker",
+    )
+    runtime = Runtime(client)
+    runner = TaskRunner(runtime, name=spec["name"])
+    client.on_worker_message = runner.message
+    client.on_thread_turn = runner.turn_by_thread
+    api.install(runtime)
+    client.start(wants_logs=False)
+    return runner.run()
+
+
+def _adopt_environment(job: m.JobPart) -> None:
+    """What a child of the driver would have: its working folder and its module search path."""
+    if job.host != socket.gethostname():
+        return
+    with contextlib.suppress(OSError):
+        os.chdir(job.cwd)
+    known = set(job.sys_path)
+    sys.path[:] = [*job.sys_path, *(entry for entry in sys.path if entry not in known)]

@@ -1,0 +1,304 @@
+"""Runs tasks in the order they come: the main thread runs user code, and turns the client's loop when it has none.
+
+    messages --(whoever turns the loop)--> pending --main thread--> results --> owner
+                                              ^  |
+                                 taken back, cancelled
+
+Results gather while a batch of tiny tasks runs and go out together; when a task runs for longer than the loop's
+hand-back time, the I/O thread takes over the loop and sends what has gathered.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections import deque
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any
+
+from clusterpool import errors
+from clusterpool.client.submission import Slot
+from clusterpool.core import messages as m
+from clusterpool.core import owner_events as e
+from clusterpool.core.messages import Address, Reference, TaskResult, TaskSpec, TaskStatus, ValuePart
+from clusterpool.serialization.exceptions import dump_exception, unpicklable_result
+from clusterpool.serialization.functions import loads_function
+from clusterpool.serialization.packing import dumps_value, loads
+from clusterpool.worker.calls import CallRunner
+
+if TYPE_CHECKING:
+    from clusterpool.client.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+# Finished results wait for this long at most while more tiny tasks run.
+FLUSH_NS = 1_000_000
+FLUSH_RESULTS = 1000
+_FAILED_SETUP_EXIT_CODE = 1
+
+
+class TaskRunner:
+    """The tasks of one worker."""
+
+    def __init__(self, runtime: Runtime, *, name: str) -> None:
+        self.runtime = runtime
+        self.client = runtime.client
+        self.name = name
+        self.functions: dict[tuple[Address, int], Any] = {}  # by owner and number: payload until used, then callable
+        self.pending: deque[tuple[Address, TaskSpec]] = deque()
+        self.setups: deque[tuple[Address, m.SetupWorker]] = deque()
+        self.is_retiring = False
+        self.current: tuple[Address, int] | None = None  # the task that the main thread runs
+        self.cancelled: set[tuple[Address, int]] = set()
+        self.actor: Any = None  # worker.actor.ActorRunner
+        self.calls = CallRunner(self)
+        self._results: list[TaskResult] = []
+        self._results_owner: Address | None = None
+        self._run_ns = 0
+        self._flushed_ns = 0
+        self._is_blocked = False
+        self._main_ident = threading.get_ident()
+        self.client.on_block = self._block
+        self.client.on_unblock = self._unblock
+        signal.signal(signal.SIGINT, self._interrupted)
+
+    # --- the main thread
+
+    def run(self) -> int:
+        """Run tasks until the worker is retired or its node is gone; the exit code."""
+        loop, client, pending = self.client.loop, self.client, self.pending
+        while True:
+            loop.wait_until(lambda: bool(pending or self.setups or self.is_retiring or client.is_closed))
+            if client.is_closed:
+                return 0
+            if self.setups:
+                owner, setup = self.setups.popleft()
+                if not self._set_up(owner, setup):
+                    return _FAILED_SETUP_EXIT_CODE
+            if pending:
+                self._run_pending()
+            elif self.is_retiring and not self.setups:
+                self._end()
+                return 0
+
+    def _end(self) -> None:
+        if self.actor is not None:
+            self.actor.close()
+        self.flush()
+        self.runtime.shutdown()
+
+    def _run_pending(self) -> None:
+        pending = self.pending
+        while True:
+            try:
+                owner, spec = pending.popleft()
+            except IndexError:
+                break
+            key = (owner, spec.number)
+            if self.cancelled and key in self.cancelled:
+                self.cancelled.discard(key)
+                self.add_result(owner, TaskResult(spec.number, TaskStatus.CANCELLED, b""))
+                continue
+            if spec.kind >= m.TaskKind.CREATE_ACTOR and self._is_for_actor(owner, spec):
+                continue
+            self.current = key
+            started_ns = perf_counter_ns()
+            try:
+                result = self.calls.run(owner, spec)
+            except errors.TaskCancelled:  # the interrupt hit outside of the user's code
+                result = TaskResult(spec.number, TaskStatus.CANCELLED, b"")
+            self.current = None
+            ended_ns = perf_counter_ns()
+            self._run_ns += ended_ns - started_ns
+            self.add_result(owner, result)
+            if ended_ns - self._flushed_ns > FLUSH_NS or len(self._results) >= FLUSH_RESULTS:
+                if pending:
+                    self.flush()
+        self.flush()
+
+    def _is_for_actor(self, owner: Address, spec: TaskSpec) -> bool:
+        """Hand a call to the actor's own threads or coroutines, when it has them."""
+        return self.actor is not None and self.actor.take(owner, spec)
+
+    def _set_up(self, owner: Address, setup: m.SetupWorker) -> bool:
+        import os
+
+        os.environ.update(setup.env)
+        if setup.name:
+            self.name = setup.name
+        if setup.payload:
+            try:
+                (function, *args), _ = loads(setup.payload)
+                loads_function(function, node_id=self.client.address.node_id)(*args)
+            except BaseException as exc:
+                error = self.dump(exc, "initializer")
+                self.client.send(owner, m.WorkerSetupFailed(setup.lease, error))
+                return False
+        self.client.send(owner, m.WorkerReady(setup.lease))
+        return True
+
+    # --- results (any thread)
+
+    def add_result(self, owner: Address, result: TaskResult) -> None:
+        """Keep a result until the next flush."""
+        if owner != self._results_owner:
+            self.flush()
+            self._results_owner = owner
+        self._results.append(result)
+
+    def flush(self) -> None:
+        """Send the results that have gathered."""
+        self._flushed_ns = perf_counter_ns()
+        results, owner = self._results, self._results_owner
+        if not results or owner is None:
+            return
+        self._results = []
+        run_ns, self._run_ns = self._run_ns, 0
+        self.client.send(owner, m.TasksFinished(results, run_ns, self._is_blocked))
+
+    def turn_by_thread(self) -> None:
+        """The I/O thread has taken the loop: the main thread is busy, so what it had finished goes out now."""
+        if self._results:
+            self.flush()
+
+    # --- waiting inside a task
+
+    def _block(self) -> None:
+        if threading.get_ident() != self._main_ident or self.current is None:
+            return
+        owner = self.current[0]
+        self._is_blocked = True
+        returned = self._give_back(owner, len(self.pending))
+        self._results_owner = self._results_owner or owner
+        self.flush()
+        self.client.send(owner, m.TasksFinished(returned, 0, True))
+        self.client.send(self.client.node, m.WorkerBlocked())
+
+    def _unblock(self) -> None:
+        if not self._is_blocked or threading.get_ident() != self._main_ident:
+            return
+        self._is_blocked = False
+        self.client.send(self.client.node, m.WorkerUnblocked())
+        if self.current is not None:
+            self.client.send(self.current[0], m.TasksFinished([], 0, False))
+
+    def _give_back(self, owner: Address, count: int) -> list[TaskResult]:
+        """Take unstarted tasks of `owner` from the end; results that say so."""
+        returned: list[TaskResult] = []
+        kept: list[tuple[Address, TaskSpec]] = []
+        while self.pending and len(returned) < count:
+            try:
+                item = self.pending.pop()
+            except IndexError:
+                break
+            if item[0] == owner and item[1].kind < m.TaskKind.CREATE_ACTOR:
+                returned.append(TaskResult(item[1].number, TaskStatus.RETURNED, b""))
+                self._drop_references(item[1])
+            else:
+                kept.append(item)
+        self.pending.extend(reversed(kept))
+        returned.reverse()
+        return returned
+
+    # --- messages (whoever turns the loop, under the client's lock)
+
+    def message(self, source: Address, message: m.Message) -> None:
+        """Take note of a message to this worker."""
+        if isinstance(message, m.StartTasks):
+            for function in message.functions:
+                self.functions[(source, function.number)] = function.payload
+            for spec in message.tasks:
+                if spec.extras is not None:
+                    self._hold_references(spec)
+                self.pending.append((source, spec))
+        elif isinstance(message, m.TakeBackTasks):
+            self.client.send(source, m.TasksFinished(self._give_back(source, message.count), 0, self._is_blocked))
+        elif isinstance(message, m.CancelTasks):
+            self._cancel(source, message)
+        elif isinstance(message, m.SetupWorker):
+            self.setups.append((source, message))
+        elif isinstance(message, m.RetireWorker):
+            self.is_retiring = True
+
+    def _cancel(self, source: Address, message: m.CancelTasks) -> None:
+        for number in message.numbers:
+            key = (source, number)
+            if self.actor is not None and self.actor.cancel(key):
+                continue
+            if any(item[0] == source and item[1].number == number for item in list(self.pending)):
+                self.cancelled.add(key)
+            elif self.current == key and message.interrupt:
+                self.cancelled.add(key)
+                signal.pthread_kill(self._main_ident, signal.SIGINT)
+
+    def _interrupted(self, _signal_number: int, _frame: Any) -> None:
+        """SIGINT reaches the main thread: raise in the task that is to be cancelled, and nowhere else."""
+        if self.current is not None and self.current in self.cancelled and not self.client.is_lock_mine:
+            self.cancelled.discard(self.current)
+            raise errors.TaskCancelled("the task was cancelled while it ran")
+
+    # --- references
+
+    def _references_of(self, spec: TaskSpec) -> list[Reference]:
+        extras = spec.extras
+        if extras is None:
+            return []
+        return [*extras.references, *(inner for part in extras.arguments for inner in part.references)]
+
+    def _hold_references(self, spec: TaskSpec) -> None:
+        references = self._references_of(spec)
+        if references:
+            self.client.handle_event(e.ReferencesHeld(references))
+
+    def _drop_references(self, spec: TaskSpec) -> None:
+        for reference in self._references_of(spec):
+            self.client.release_reference(reference.owner, reference.number)
+
+    drop_references = _drop_references
+
+    # --- loading and dumping
+
+    def function_of(self, owner: Address, number: int) -> Any:
+        """A function that was shipped.
+
+        Raises: VersionMismatch when it needs what this node has not.
+        """
+        key = (owner, number)
+        function = self.functions[key]
+        if isinstance(function, bytes):
+            function = self.functions[key] = loads_function(function, node_id=self.client.address.node_id)
+        return function
+
+    def arguments_of(self, spec: TaskSpec) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a task, with the values of its references in place."""
+        extras = spec.extras
+        if extras is None:
+            arguments: tuple[tuple[Any, ...], dict[str, Any]] = loads(spec.payload)
+            return arguments
+        values = self.runtime.values
+        args, kwargs = values.load_stored(extras.stored) if extras.stored is not None else loads(spec.payload)
+        if extras.arguments:
+            loaded = [values.load(part) for part in extras.arguments]
+            args = tuple(loaded[arg.index] if type(arg) is Slot else arg for arg in args)
+            kwargs = {name: loaded[arg.index] if type(arg) is Slot else arg for name, arg in kwargs.items()}
+        return args, kwargs
+
+    def dump(self, exc: BaseException, task_name: str) -> bytes:
+        """An exception as the owner gets it."""
+        return dump_exception(exc, node_id=self.client.address.node_id, pid=self.client.pid, task_name=task_name)
+
+    def part_of(self, owner: Address, value: Any, object_id: str) -> ValuePart:
+        """A result on its way to `owner`: its references are handed over first.
+
+        Raises: SerializationFailed; StoreFull, ObjectTooLarge.
+        """
+        try:
+            serialized = dumps_value(value)
+        except Exception as exc:
+            raise unpicklable_result(value, exc) from exc
+        references = [reference.part for reference in serialized.references]
+        if references:
+            self.client.hand_over(owner, references)
+        return self.runtime.values.part_of(serialized, object_id, references)
+

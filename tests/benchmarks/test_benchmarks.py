@@ -1,0 +1,107 @@
+"""The benchmarks judge rightly, and their smallest run goes through."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.contenders import MODULE_BY_CONTENDER
+from benchmarks.figures import CONTENDERS, FIGURES, MEMCPY, Ceiling, Speedup
+from benchmarks.report import judge, rows_of, summary_of
+from benchmarks.runner import Results, SampleFailed, parse, run_all, run_sample, scaled
+from benchmarks.sample import MARK
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("bar", "costs", "is_met"),
+    [
+        (Speedup("ray", 2), {"clusterpool": 1.0, "ray": 2.0}, True),
+        (Speedup("ray", 2), {"clusterpool": 1.0, "ray": 1.9}, False),
+        (Speedup("multiprocessing", 0.8), {"clusterpool": 1.2, "multiprocessing": 1.0}, True),
+        (Speedup("ray", 2), {"clusterpool": 1.0}, None),
+        (Speedup("ray", 2), {"ray": 2.0}, None),
+        (Ceiling(20), {"clusterpool": 20.0}, True),
+        (Ceiling(20), {"clusterpool": 20.1, "ray": 1.0}, False),
+        (Ceiling(20), {"ray": 1.0}, None),
+    ],
+)
+def test_a_bar_is_judged_by_the_medians(
+    bar: Speedup | Ceiling, costs: dict[str, float], is_met: bool | None
+) -> None:
+    assert judge(bar, costs, "MB").is_met is is_met
+
+
+def test_the_median_is_over_the_rounds_and_rows_count_bars() -> None:
+    results = Results()
+    for seconds in (5.0, 1.0, 2.0):
+        results.add("map_chunk1", "clusterpool", {"seconds": seconds, "cpu_us": 1.0})
+        results.add("map_chunk1", "multiprocessing", {"seconds": 6.0, "cpu_us": 2.0})
+    assert results.median("map_chunk1", "clusterpool", "seconds") == 2.0
+    figures = [figure for figure in FIGURES if figure.name == "map_chunk1"]
+    previous = {"medians": {"map_chunk1": {"cpu_us": {"clusterpool": 3.0}}}}
+    rows = rows_of(figures, results, previous)
+    assert summary_of(rows) == "1 bars met, 0 missed, 0 without a sample"
+    assert rows[1].judgement() == "reported; was 3 us"
+
+
+def test_only_elapsed_seconds_are_scaled_up() -> None:
+    assert scaled({"seconds": 2.0, "cpu_us": 3.0}, 10) == {"seconds": 20.0, "cpu_us": 3.0}
+
+
+def test_a_sample_is_found_among_the_prints_of_a_library() -> None:
+    assert parse(f"warning\n{MARK}" + '{"seconds": 1.5}\nbye\n') == {"seconds": 1.5}
+    with pytest.raises(SampleFailed, match="no sample"):
+        parse("warning\n")
+
+
+def test_a_contender_that_fails_is_reported_and_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fail(figure: object, contender: str, **options: object) -> dict[str, float]:
+        asked.append(contender)
+        raise SampleFailed("the end of its output")
+
+    monkeypatch.setattr("benchmarks.runner.run_sample", fail)
+    results = run_all(FIGURES[:1], ["loky"], repeats=3, quick=True, report=lambda line: None)
+    assert asked == ["loky"]
+    assert results.failures == {"submit": {"loky": "the end of its output"}}
+
+
+def test_an_unknown_figure_fails_with_the_end_of_the_output() -> None:
+    figure = FIGURES[0]
+    with pytest.raises(SampleFailed, match="KeyError"):
+        run_sample(
+            type(figure)("no_such_figure", figure.metrics, figure.contenders),
+            "multiprocessing",
+            quick=True,
+            environment={"PYTHONPATH": str(ROOT)},
+        )
+
+
+def test_every_bar_is_against_somebody_who_is_measured() -> None:
+    assert {*CONTENDERS, MEMCPY} == set(MODULE_BY_CONTENDER)
+    for figure in FIGURES:
+        for metric in figure.metrics:
+            for bar in metric.bars:
+                assert not isinstance(bar, Speedup) or bar.against in figure.contenders, (figure.name, bar)
+
+
+def test_the_smallest_run_goes_through(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--repeats", "1", "--only", "apply"]
+    command += ["--contenders", "multiprocessing,futures", "--output", str(tmp_path)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    medians = json.loads((tmp_path / "partial.json").read_text())["medians"]["apply"]["round_trip_us"]
+    assert set(medians) == {"multiprocessing", "futures"} and all(value > 0 for value in medians.values())
+    assert "| Pool.apply round trip, median |" in (tmp_path / "partial.md").read_text()
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "partial.png").read_bytes().startswith(b"\x89PNG")
+    else:
+        assert "no chart" in process.stdout

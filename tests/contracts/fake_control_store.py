@@ -1,0 +1,256 @@
+"""A control store in memory, for tests and simulations: passes the contract suite of the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import msgspec
+
+from clusterpool.control_store.port import DEAD, ActorEntry, Event, EventsLost, package_digest
+from clusterpool.core.cluster_view import NodeEntry, NodeLoad, NodeRecord, NodesSnapshot
+from clusterpool.core.membership import HeartbeatAnswer
+from clusterpool.errors import NameTaken, NotConnected
+
+
+class FakeControlStore:
+    """All clients share one object. `now_s` is the server's clock. Set `is_away` to make every call fail."""
+
+    def __init__(self, now_s: Callable[[], float], *, events_max: int = 10_000) -> None:
+        self.is_away = False
+        self._now_s = now_s
+        self._events_max = events_max
+        self._events: list[Event] = []
+        self._event_number = 0
+        self._losses = 0
+        self._reset()
+
+    def lose_everything(self) -> None:
+        """As a server that restarts without its data."""
+        self._losses += 1
+        self._event_number = 0
+        self._events = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._generation = ""
+        self._generation_by_node: dict[str, str] = {}
+        self._incarnation = 0
+        self._entry_by_node: dict[str, NodeEntry] = {}
+        self._record_by_job: dict[str, bytes] = {}
+        self._actor_by_id: dict[str, ActorEntry] = {}
+        self._package_by_digest: dict[str, bytes] = {}
+        self._values: dict[str, tuple[bytes, float | None]] = {}
+
+    def _reach(self) -> None:
+        if self.is_away:
+            raise NotConnected("the fake store is away")
+
+    def _publish(self, kind: str, fields: Mapping[str, str]) -> int:
+        self._event_number += 1
+        self._events.append(Event(self._event_number, kind, dict(fields)))
+        del self._events[: -self._events_max]
+        return self._event_number
+
+    # Nodes
+
+    def register_node(self, record: NodeRecord) -> int:
+        self._reach()
+        self._incarnation += 1
+        self._enlist(record, self._incarnation)
+        return self._incarnation
+
+    def restore_node(self, record: NodeRecord, incarnation: int) -> bool:
+        self._reach()
+        current = self._entry_by_node.get(record.node_id)
+        if current is not None:
+            return current.incarnation == incarnation
+        if not self._has_forgotten(record.node_id, incarnation):
+            return False
+        self._incarnation = max(self._incarnation, incarnation)
+        self._enlist(record, incarnation)
+        return True
+
+    def _enlist(self, record: NodeRecord, incarnation: int) -> None:
+        self._generation = self._generation or f"generation-{self._losses}"
+        self._generation_by_node[record.node_id] = self._generation
+        self._entry_by_node[record.node_id] = NodeEntry(record, incarnation, self._now_us(), 0.0)
+        text = msgspec.json.encode(record).decode()
+        fields = {"node_id": record.node_id, "incarnation": str(incarnation), "record": text}
+        self._publish("node_joined", fields)
+
+    def _now_us(self) -> int:
+        return round(self._now_s() * 1e6)
+
+    def _has_forgotten(self, node_id: str, incarnation: int) -> bool:
+        return self._generation_by_node.get(node_id) != self._generation or self._incarnation < incarnation
+
+    def heartbeat(self, node_id: str, incarnation: int, load: NodeLoad) -> HeartbeatAnswer:
+        self._reach()
+        current = self._entry_by_node.get(node_id)
+        if current is None:
+            has_forgotten = self._has_forgotten(node_id, incarnation)
+            return HeartbeatAnswer.FORGOTTEN if has_forgotten else HeartbeatAnswer.FENCED
+        if current.incarnation != incarnation:
+            return HeartbeatAnswer.FENCED
+        self._entry_by_node[node_id] = NodeEntry(current.record, incarnation, self._now_us(), 0.0, load)
+        return HeartbeatAnswer.ACCEPTED
+
+    def declare_node_dead(self, node_id: str, incarnation: int, reason: str) -> bool:
+        return self._end_node(node_id, incarnation, "node_died", reason)
+
+    def remove_node(self, node_id: str, incarnation: int) -> bool:
+        return self._end_node(node_id, incarnation, "node_left", "")
+
+    def _end_node(self, node_id: str, incarnation: int, kind: str, reason: str) -> bool:
+        self._reach()
+        current = self._entry_by_node.get(node_id)
+        if current is None or current.incarnation != incarnation:
+            return False
+        del self._entry_by_node[node_id]
+        self._publish(kind, {"node_id": node_id, "incarnation": str(incarnation), "reason": reason})
+        return True
+
+    def list_nodes(self) -> NodesSnapshot:
+        self._reach()
+        nodes = [
+            msgspec.structs.replace(entry, silence_s=(self._now_us() - entry.heartbeat_us) / 1e6)
+            for _, entry in sorted(self._entry_by_node.items())
+        ]
+        return NodesSnapshot(nodes, self._event_number, self._generation)
+
+    # Jobs
+
+    def register_job(self, job_id: str, record: bytes) -> None:
+        self._reach()
+        if job_id not in self._record_by_job:
+            self._publish("job_started", {"job_id": job_id})
+        self._record_by_job[job_id] = record
+
+    def finish_job(self, job_id: str, reason: str = "") -> bool:
+        self._reach()
+        if self._record_by_job.pop(job_id, None) is None:
+            return False
+        self._publish("job_finished", {"job_id": job_id, "reason": reason})
+        return True
+
+    def list_jobs(self) -> dict[str, bytes]:
+        self._reach()
+        return dict(sorted(self._record_by_job.items()))
+
+    # Actors
+
+    def create_actor(
+        self, actor_id: str, record: bytes, *, state: str = "pending", name: str = "", namespace: str = ""
+    ) -> None:
+        self._reach()
+        if state == DEAD:
+            raise ValueError("an actor cannot be created dead")
+        if actor_id in self._actor_by_id:
+            return
+        if name and (holder := self.find_actor(namespace, name)) is not None:
+            raise NameTaken(f"{name!r} belongs to {holder.actor_id}")
+        self._actor_by_id[actor_id] = ActorEntry(actor_id, state, name, namespace, record, {})
+        fields = {"actor_id": actor_id, "state": state, "name": name, "namespace": namespace}
+        self._publish("actor_created", fields)
+
+    def update_actor(
+        self,
+        actor_id: str,
+        expected_states: Collection[str],
+        new_state: str,
+        fields: Mapping[str, str] | None = None,
+    ) -> bool:
+        self._reach()
+        entry = self._actor_by_id.get(actor_id)
+        if entry is None or (entry.state == DEAD and new_state != DEAD):
+            return False
+        if expected_states and entry.state not in expected_states:
+            return False
+        changed = dict(fields or {})
+        self._actor_by_id[actor_id] = entry._replace(state=new_state, fields=entry.fields | changed)
+        event = {"actor_id": actor_id, "state": new_state, "previous_state": entry.state, **changed}
+        self._publish("actor_changed", event)
+        return True
+
+    def get_actor(self, actor_id: str) -> ActorEntry | None:
+        self._reach()
+        return self._actor_by_id.get(actor_id)
+
+    def find_actor(self, namespace: str, name: str) -> ActorEntry | None:
+        for entry in self.list_actors():
+            if name and (entry.namespace, entry.name) == (namespace, name):
+                return entry
+        return None
+
+    def list_actors(self) -> list[ActorEntry]:
+        self._reach()
+        return [entry for _, entry in sorted(self._actor_by_id.items()) if entry.state != DEAD]
+
+    # Packages
+
+    def put_package(self, digest: str, content: bytes) -> None:
+        self._reach()
+        if digest != package_digest(content):
+            raise ValueError(f"{digest!r} is not the SHA-256 of these {len(content)} bytes")
+        self._package_by_digest[digest] = content
+
+    def has_package(self, digest: str) -> bool:
+        self._reach()
+        return digest in self._package_by_digest
+
+    def get_package(self, digest: str) -> bytes | None:
+        self._reach()
+        return self._package_by_digest.get(digest)
+
+    # Values
+
+    def put_value(self, key: str, value: bytes, *, ttl_s: float | None = None) -> None:
+        self._reach()
+        if ttl_s is not None and ttl_s <= 0:
+            raise ValueError(f"a time to live must be positive: {ttl_s=}")
+        self._values[key] = (value, None if ttl_s is None else self._now_s() + ttl_s)
+
+    def get_value(self, key: str) -> bytes | None:
+        self._reach()
+        value, end_s = self._values.get(key, (None, None))
+        return None if end_s is not None and self._now_s() >= end_s else value
+
+    def delete_value(self, key: str) -> bool:
+        was_there = self.get_value(key) is not None
+        self._values.pop(key, None)
+        return was_there
+
+    def claim_value(self, key: str, value: bytes, *, ttl_s: float | None = None) -> bool:
+        if self.get_value(key) not in (None, value):
+            return False
+        self.put_value(key, value, ttl_s=ttl_s)
+        return True
+
+    def release_value(self, key: str, value: bytes) -> bool:
+        return self.get_value(key) == value and self.delete_value(key)
+
+    # Events
+
+    def publish_event(self, kind: str, fields: Mapping[str, str]) -> int:
+        self._reach()
+        return self._publish(kind, fields)
+
+    def read_events(self, after_id: int, *, block_ms: int = 0, count: int = 1000) -> list[Event]:
+        self._reach()
+        if self._event_number < after_id:
+            raise EventsLost("the store lost some")
+        events = [event for event in self._events if event.id > after_id]
+        if events and events[0].id != after_id + 1:
+            raise EventsLost("trimmed")
+        return events[:count]
+
+    def last_event_id(self) -> int:
+        self._reach()
+        return self._event_number
+
+    def recent_events(self, count: int = 100) -> list[Event]:
+        self._reach()
+        return self._events[-count:]
+
+    def close(self) -> None:
+        pass

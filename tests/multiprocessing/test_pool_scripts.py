@@ -1,0 +1,159 @@
+"""Whole programs that use `Pool`, run as scripts: `__main__`, its globals, the end of the interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+
+def run_script(folder: Path, text: str, *options: str) -> subprocess.CompletedProcess[str]:
+    script = folder / "script.py"
+    script.write_text(textwrap.dedent(text))
+    return subprocess.run(
+        [sys.executable, *options, str(script)], capture_output=True, text=True, timeout=50, cwd=folder
+    )
+
+
+def test_main_functions_and_no_main_guard(tmp_path: Path) -> None:
+    done = run_script(
+        tmp_path,
+        """
+        from clusterpool.multiprocessing import Pool
+
+        class Point:
+            def __init__(self, x):
+                self.x = x
+
+        def move(point):
+            return Point(point.x + 1)
+
+        with Pool(2) as pool:
+            points = pool.map(move, [Point(x) for x in range(5)])
+            print([type(point) is Point and point.x for point in points])
+            print(pool.map(lambda x: -x, range(3)))
+        """,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["[1, 2, 3, 4, 5]", "[0, -1, -2]"]
+    assert done.returncode == 0
+
+
+def test_globals_that_the_initializer_sets_in_main_are_seen_by_all_functions(tmp_path: Path) -> None:
+    done = run_script(
+        tmp_path,
+        """
+        from clusterpool.multiprocessing import Pool
+
+        model = None
+        calls = 0
+
+        def load(name):
+            global model
+            model = name.upper()
+
+        def count(_):
+            global calls
+            calls += 1
+            return calls
+
+        def predict(x):
+            return helper(x), calls > 0
+
+        def helper(x):
+            return model + str(x)
+
+        if __name__ == "__main__":
+            with Pool(1, initializer=load, initargs=("m",)) as pool:
+                print(pool.map(count, range(3), chunksize=1))
+                print(pool.map(predict, range(2)))
+            print(model, calls)
+        """,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["[1, 2, 3]", "[('M0', True), ('M1', True)]", "None 0"]
+
+
+def test_globals_of_main_are_seen_by_tasks(tmp_path: Path) -> None:
+    done = run_script(
+        tmp_path,
+        """
+        import math
+        from clusterpool.multiprocessing import Pool
+
+        FACTOR = 3
+        table = {1: "one", 2: "two"}
+
+        def use(x):
+            return table.get(x), math.floor(x * FACTOR)
+
+        if __name__ == "__main__":
+            pool = Pool(2)
+            print(pool.map(use, [1, 2]))
+            pool.close()
+            pool.join()
+        """,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["[('one', 3), ('two', 6)]"]
+
+
+@pytest.mark.parametrize("options", [[], ["-W", "error"]])
+def test_program_that_forgets_its_pool_ends_quietly(tmp_path: Path, options: list[str]) -> None:
+    done = run_script(
+        tmp_path,
+        """
+        import warnings
+        warnings.simplefilter("ignore", ResourceWarning)
+        from clusterpool.multiprocessing import Pool
+
+        class Holder:
+            def __init__(self):
+                self.pool = Pool(processes=1)
+
+        holder = Holder()
+        print(holder.pool.map(float, tuple(range(3))))
+        """,
+        *options,
+    )
+    assert done.stderr == ""
+    assert done.stdout == "[0.0, 1.0, 2.0]\n"
+    assert done.returncode == 0
+
+
+def test_program_that_ends_while_an_endless_imap_runs(tmp_path: Path) -> None:
+    done = run_script(
+        tmp_path,
+        """
+        import itertools
+        from clusterpool.multiprocessing import Pool
+
+        pool = Pool(2)
+        results = pool.imap(abs, itertools.count())
+        print(next(results), next(results))
+        """,
+    )
+    assert done.returncode == 0
+    assert done.stdout == "0 1\n"
+    assert done.stderr == ""
+
+
+def test_error_at_the_top_of_a_program_shows_the_remote_traceback(tmp_path: Path) -> None:
+    done = run_script(
+        tmp_path,
+        """
+        from clusterpool.multiprocessing import Pool
+
+        def divide(x):
+            return 1 / x  # this line is shown
+
+        with Pool(2) as pool:
+            pool.map(divide, [1, 0])
+        """,
+    )
+    assert done.returncode == 1
+    assert "this line is shown" in done.stderr
+    assert "ZeroDivisionError: division by zero" in done.stderr
