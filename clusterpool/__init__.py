@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clusterpool.joblib.hook import install as _install_joblib_hook
+from clusterpool.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from clusterpool.client.actor_handle import ActorHandle
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         init,
         is_initialized,
         kill,
+        node_id,
         nodes,
         put,
         remote,
@@ -32,11 +34,9 @@ if TYPE_CHECKING:
     from clusterpool.futures import ProcessPoolExecutor as Executor
     from clusterpool.multiprocessing.pool import Pool
 
-__version__ = "0.1.0"
-
 _API = (
-    "available_resources", "cancel", "cluster_resources", "get", "get_actor", "init", "is_initialized", "kill", "nodes",
-    "put", "remote", "shutdown", "wait",
+    "available_resources", "cancel", "cluster_resources", "get", "get_actor", "init", "is_initialized", "kill", "node_id",
+    "nodes", "put", "remote", "shutdown", "wait",
 )  # fmt: skip
 _HOMES = {
     **{name: ("clusterpool.client.api", name) for name in _API},
@@ -50,7 +50,7 @@ _MODULES = ("errors", "futures", "joblib", "multiprocessing")
 
 __all__ = [
     "ActorHandle", "Executor", "ObjectRef", "Pool", "WorkerGroup", "available_resources", "cancel", "cluster_resources",
-    "get", "get_actor", "init", "is_initialized", "kill", "nodes", "put", "remote", "shutdown", "wait",
+    "get", "get_actor", "init", "is_initialized", "kill", "node_id", "nodes", "put", "remote", "shutdown", "wait",
 ]  # fmt: skip
 
 _install_joblib_hook()

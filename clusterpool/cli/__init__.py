@@ -1,1 +1,1 @@
-"""cli"""
+"""The command `clusterpool`: start, look at, use and end clusters."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from clusterpool import errors
-from clusterpool.client import bootstrap, current
+from clusterpool.client import bootstrap, current, packages
 from clusterpool.client import future as lean_future
 from clusterpool.client.future import LeanFuture
 from clusterpool.client.object_ref import ObjectRef
@@ -64,13 +64,14 @@ def init(
         if has_sizes and node_socket is not None:
             given = ", ".join(name for name, value in sizes.items() if value is not None)
             raise ValueError(f"{given} cannot be set for a cluster that runs already ({address}); leave out the address")
+        environment = packages.prepare(runtime_env)
         process = None
         if node_socket is None:
             process, node_socket = bootstrap.start_embedded(**sizes)  # type: ignore[arg-type]
             process.wait_ready()
         try:
             runtime = bootstrap.join(
-                node_socket, namespace=namespace or "", runtime_env=runtime_env, log_to_driver=log_to_driver
+                node_socket, namespace=namespace or "", environment=environment, log_to_driver=log_to_driver
             )
         except BaseException:
             if process is not None:
@@ -174,6 +175,11 @@ def nodes() -> list[dict[str, Any]]:
     return [msgspec.structs.asdict(node) for node in answer.nodes]
 
 
+def node_id() -> str:
+    """The node of this process: where a task runs, or which node a driver has joined. Starts or joins a cluster."""
+    return connect().address.node_id
+
+
 def cluster_resources() -> dict[str, float]:
     """What all nodes have together: `CPU`, `GPU`, `memory` (bytes) and the names that users gave."""
     return _sum_resources("total")
@@ -230,20 +236,20 @@ def get(refs: ObjectRef | Sequence[ObjectRef], timeout: float | None = None) -> 
 def _known_parts(here: Runtime, wanted: list[ObjectRef], timeout: float | None) -> list[ValuePart]:
     client = here.client
     table = client.machine.objects.table
-    parts: list[ValuePart] = []
+    parts: dict[int, ValuePart] = {}  # by position. Two threads may look at once, so nothing is appended or counted
     keys = [ref.part for ref in wanted]
-    client.drain()
+    client.settle()
 
     def are_known() -> bool:
-        while len(parts) < len(keys):
-            part = table.value_of(keys[len(parts)])
+        for position in range(len(parts), len(keys)):
+            part = table.value_of(keys[position])
             if part is None:
                 return False
-            parts.append(part)
+            parts[position] = part
         return True
 
     if are_known():
-        return parts
+        return [parts[position] for position in range(len(keys))]
     for key in keys[len(parts) :]:
         if key.owner != client.address:
             client.handle_event(e.ValueWanted(key))
@@ -252,7 +258,7 @@ def _known_parts(here: Runtime, wanted: list[ObjectRef], timeout: float | None) 
             f"{len(keys) - len(parts)} of {len(keys)} values were not there after {timeout} s (the first is "
             f"{wanted[len(parts)]!r}); their tasks may still run: ask again, or cancel() them"
         )
-    return parts
+    return [parts[position] for position in range(len(keys))]
 
 
 def wait(
@@ -272,7 +278,7 @@ def wait(
         raise ValueError(f"num_returns must be between 1 and the number of refs ({len(wanted)}): {num_returns}")
     client = runtime().client
     table = client.machine.objects.table
-    client.drain()
+    client.settle()
     for ref in wanted:
         if ref.part.owner != client.address:
             client.handle_event(e.ValueWanted(ref.part))
@@ -281,7 +287,7 @@ def wait(
     def are_enough() -> bool:
         for ref in list(unknown):
             if table.value_of(ref.part) is not None:
-                del unknown[ref]
+                unknown.pop(ref, None)  # another thread, which turns the loop for us, may look as well
                 if len(wanted) - len(unknown) >= num_returns:
                     return True
         return len(wanted) - len(unknown) >= num_returns

@@ -8,15 +8,16 @@ An address is the path of a session's folder or node socket (this host); "local"
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import socket
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 from clusterpool import config, ids
 from clusterpool.client.client import Client
+from clusterpool.client.packages import Prepared, upload
 from clusterpool.client.runtime import Runtime
 from clusterpool.core import messages as m
 from clusterpool.core.messages import Address
@@ -26,15 +27,15 @@ from clusterpool.processes.launch import NodeProcess, launch_node
 _MIB = 1024 * 1024
 
 
-def join(node_socket: str, *, namespace: str, runtime_env: dict[str, Any] | None, log_to_driver: bool) -> Runtime:
+def join(node_socket: str, *, namespace: str, environment: Prepared, log_to_driver: bool) -> Runtime:
     """Join the node that listens at `node_socket`, as a driver with a new job.
 
-    Raises: NotConnected.
+    Raises: NotConnected, VersionMismatch; WorkerSetupFailed when the environment cannot be sent.
     """
     node_folder = Path(node_socket).parent
     node_id = "n" + node_folder.name.removeprefix("n-")
     address = Address(node_id, ids.new_process_id("d"))
-    job = _make_job(address, namespace, runtime_env)
+    job = _make_job(address, namespace, environment.text)
     client = Client(
         node_socket=node_socket,
         processes_folder=str(node_folder / "p"),
@@ -45,12 +46,15 @@ def join(node_socket: str, *, namespace: str, runtime_env: dict[str, Any] | None
     if log_to_driver:
         client.on_log_lines = print_lines
     client.start(wants_logs=log_to_driver)
+    try:
+        upload(client, environment.packages)
+    except BaseException:
+        client.close()
+        raise
     return Runtime(client)
 
 
-def _make_job(address: Address, namespace: str, runtime_env: dict[str, Any] | None) -> m.JobPart:
-    import json
-
+def _make_job(address: Address, namespace: str, runtime_env: str) -> m.JobPart:
     main = sys.modules.get("__main__")
     main_path = getattr(main, "__file__", None) or ""
     with contextlib.suppress(OSError):
@@ -63,8 +67,9 @@ def _make_job(address: Address, namespace: str, runtime_env: dict[str, Any] | No
         sys_path=[str(Path(entry).resolve()) if entry else _working_folder() for entry in sys.path],
         main_path=main_path,
         env=dict(os.environ),
-        runtime_env=json.dumps(runtime_env) if runtime_env else "",
+        runtime_env=runtime_env,
         owner=address,
+        authkey=bytes(multiprocessing.current_process().authkey),
     )
 
 

@@ -15,6 +15,7 @@ import itertools
 import logging
 import os
 import platform
+import select
 import signal
 import socket
 import threading
@@ -31,10 +32,13 @@ from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core import wire
 from clusterpool.core.dispatch import Task
+from clusterpool.core.joining import RegistrationRefused, mismatch
 from clusterpool.core.messages import Address, Message
 from clusterpool.core.owner import OwnerMachine
+from clusterpool.core.package_messages import PackageAnswer
 from clusterpool.errors import NotConnected, ProtocolError, VersionMismatch
 from clusterpool.transport import stream
+from clusterpool.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -74,18 +78,19 @@ class Client:
         self.failure_loader: Callable[[Task, e.FailTasks], None] = _no_loader
         self.is_closed = False
         self.closed_text = ""
+        self._refusal = ""  # why the node does not let us join
         self._node_socket = node_socket
         self._processes_folder = processes_folder
         self._lock = threading.Lock()
         self._lock_ident = 0
         self._is_interrupted = False
-        self._submitted: deque[tuple[int, Task]] = deque()
-        self._calls: deque[tuple[str, Task]] = deque()
-        self._events: deque[e.Event] = deque()
+        # Tasks by set number, calls by actor id, events by None: in one queue, so that none overtakes another.
+        self._submitted: deque[tuple[int | str | None, Any]] = deque()
         self._released: deque[tuple[Address, int]] = deque()
         self._unpinned: deque[str] = deque()
         self._is_kicked = False
         self._drained_s = 0.0
+        self._wakeup_s: float | None = None  # when the machine wants to hear that time has passed
         self._deliveries: deque[Delivery] = deque()
         self._replies: dict[int, Callable[[Message], None]] = {}
         self._connections: dict[str, stream.Connection] = {}  # by process id
@@ -94,8 +99,8 @@ class Client:
         self.loop = Loop(
             process=self._process,
             after_turn=self._deliver,
-            next_wakeup_s=lambda: self.machine.next_wakeup_s(monotonic()),
-            on_handed_to_thread=lambda: self.on_thread_turn(),
+            next_wakeup_s=lambda: self._wakeup_s,
+            on_taken=self._role_taken,
         )
         self.on_thread_turn: Callable[[], None] = lambda: None
 
@@ -104,7 +109,7 @@ class Client:
     def start(self, *, wants_logs: bool) -> m.Registered:
         """Connect to the node and join it.
 
-        Raises: NotConnected when the node does not answer.
+        Raises: NotConnected when the node does not answer; VersionMismatch when it is of another version.
         """
         try:
             connection = stream.connect(self._node_socket)
@@ -121,6 +126,9 @@ class Client:
             connection.send(m.RegisterProcess(self.job if self.kind == "driver" else None, wants_logs))
         self._install_interrupt_handler()
         if not self.loop.wait_until(lambda: self.registered is not None or self.is_closed, 30.0) or self.is_closed:
+            self.close("it did not answer")
+            if self._refusal:
+                raise VersionMismatch(f"the node at {self._node_socket} cannot be joined: {self._refusal}")
             raise NotConnected(f"the node at {self._node_socket} did not let this process join: {self.closed_text}")
         self.loop.start()
         assert self.registered is not None
@@ -132,14 +140,21 @@ class Client:
             return
         self._mark_closed(text)
         self.loop.stop()
+        self._deliver()
         self._close_sockets()
         if self.on_closed is not None:
             self.on_closed(text)
 
-    def _mark_closed(self, text: str) -> None:
+    def _refused(self, text: str) -> None:
+        self._refusal = text
+        self._mark_closed(text)
+
+    def _mark_closed(self, text: str, failure: str = "cancelled") -> None:
         if not self.is_closed:
             self.is_closed = True
             self.closed_text = text
+            # Nobody else will tell the sinks of unfinished tasks, and who watches values that are still to come.
+            self.handle_event(e.ClientClosed(failure, text))
 
     def _close_sockets(self) -> None:
         for connection in [*self._connections.values(), *self._by_fd.values()]:
@@ -171,18 +186,21 @@ class Client:
 
     def _hello(self) -> m.Hello:
         python_version = platform.python_version()
-        return m.Hello(m.PROTOCOL_VERSION, self.address, self.kind, self.pid, self.job.job_id, python_version)
+        return m.Hello(m.PROTOCOL_VERSION, self.address, self.kind, self.pid, self.job.job_id, python_version, __version__)
 
     # --- the lock
 
     @contextlib.contextmanager
     def _locked(self) -> Any:
-        self._lock.acquire()
-        self._lock_ident = threading.get_ident()
+        self._take_lock()
         try:
             yield
         finally:
             self._unlock()
+
+    def _take_lock(self) -> None:
+        self._lock.acquire()
+        self._lock_ident = threading.get_ident()
 
     def _unlock(self) -> None:
         self._lock_ident = 0
@@ -210,29 +228,23 @@ class Client:
 
     def submit_task(self, set_number: int, task: Task) -> None:
         """Queue one task: sent at once when tasks come slowly, gathered when they come fast."""
-        submitted = self._submitted
-        submitted.append((set_number, task))
-        if self._is_kicked:
-            if len(submitted) >= GATHER_TASKS_MAX:
-                self.drain()
-            return
-        if monotonic() - self._drained_s > GATHER_S:
-            self.drain()
-        else:
-            self._is_kicked = True
-            self.loop.kick()
+        self._gather((set_number, task))
 
     def submit_call(self, actor_id: str, task: Task) -> None:
         """Queue one call of an actor; gathered into batches as tasks are."""
-        self._calls.append((actor_id, task))
+        self._gather((actor_id, task))
+
+    def _gather(self, item: tuple[int | str, Task]) -> None:
+        submitted = self._submitted
+        submitted.append(item)
         if self._is_kicked:
-            if len(self._calls) >= GATHER_TASKS_MAX:
+            if len(submitted) >= GATHER_TASKS_MAX:
                 self.drain()
-        elif monotonic() - self._drained_s > GATHER_S:
+        elif not self.machine.tasks or monotonic() - self._drained_s > GATHER_S:
             self.drain()
         else:
             self._is_kicked = True
-            self.loop.kick()
+            self.loop.kick_poller()
 
     def submit_tasks(self, set_number: int, tasks: list[Task]) -> None:
         """Queue many tasks and send what can be sent."""
@@ -240,26 +252,33 @@ class Client:
 
     def handle_event(self, event: e.Event) -> None:
         """Put an event to the machine, behind what was submitted before."""
-        self._events.append(event)
+        self._submitted.append((None, event))
         self.drain()
 
     def release_reference(self, owner: Address, number: int) -> None:
         """A Python reference has gone; safe in `__del__`: any thread, even one that holds the lock."""
         self._released.append((owner, number))
-        if len(self._released) == 1 and not self._is_kicked:
+        if not self._is_kicked:
             self._is_kicked = True
-            self.loop.kick()
+            self.loop.kick_poller()
+
+    def handle_event_later(self, event: e.Event) -> None:
+        """Put an event to the machine soon; safe in `__del__` and in callbacks of weak references."""
+        self._submitted.append((None, event))
+        if not self._is_kicked:
+            self._is_kicked = True
+            self.loop.kick_poller()
 
     def unpin(self, object_id: str) -> None:
         """An object's bytes are read no more; safe in a finalizer."""
         self._unpinned.append(object_id)
         if not self._is_kicked:
             self._is_kicked = True
-            self.loop.kick()
+            self.loop.kick_poller()
 
     def drain(self) -> None:
         """Handle what was submitted, unless another thread is about to."""
-        while self._submitted or self._calls or self._events or self._released or self._unpinned:
+        while self._submitted or self._released or self._unpinned:
             if self._lock_ident == threading.get_ident() or not self._lock.acquire(blocking=False):
                 return  # the holder looks again after it lets go
             self._lock_ident = threading.get_ident()
@@ -274,42 +293,44 @@ class Client:
         now_s = monotonic()
         self._is_kicked = False
         self._drained_s = now_s
+        # Counted first: whatever was let go by now had been taken up before, by an event that is handled below.
+        released_count = len(self._released)
         submitted = self._submitted
-        while submitted or self._events or self._calls:
-            if self._calls and not self._events:
-                self._drain_calls(now_s)
-            batch: list[Task] = []
-            set_number = 0
-            while submitted and (not batch or submitted[0][0] == set_number):
-                set_number, task = submitted.popleft()
-                batch.append(task)
-            if batch:
-                self._execute(self.machine.handle(e.TasksSubmitted(set_number, batch), now_s))
-            elif self._events:
-                self._execute(self.machine.handle(self._events.popleft(), now_s))
-        if self._released:
-            keys = [self._released.popleft() for _ in range(len(self._released))]
+        while submitted:
+            target, item = submitted.popleft()
+            if target is None:
+                self._execute(self.machine.handle(item, now_s))
+                continue
+            batch = [item]
+            while submitted and submitted[0][0] == target:
+                batch.append(submitted.popleft()[1])
+            if isinstance(target, int):
+                self._execute(self.machine.handle(e.TasksSubmitted(target, batch), now_s))
+            else:
+                self._execute(self.machine.handle(e.ActorCallsSubmitted(target, batch), now_s))
+        if released_count:
+            keys = [self._released.popleft() for _ in range(released_count)]
             self._execute(self.machine.handle(e.ReferencesDropped(keys), now_s))
         if self._unpinned:
             names = [self._unpinned.popleft() for _ in range(len(self._unpinned))]
             self._send(self.node, m.UnpinObjects(names))
-
-    def _drain_calls(self, now_s: float) -> None:
-        calls = self._calls
-        actor_id, task = calls.popleft()
-        batch = [task]
-        while calls and calls[0][0] == actor_id:
-            batch.append(calls.popleft()[1])
-        self._execute(self.machine.handle(e.ActorCallsSubmitted(actor_id, batch), now_s))
+        known_s, self._wakeup_s = self._wakeup_s, self.machine.next_wakeup_s(now_s)
+        if self._wakeup_s is not None and (known_s is None or self._wakeup_s < known_s) and not self.loop.is_mine:
+            self.loop.kick_poller()  # it sleeps for longer than that
 
     def ask_machine(self, question: Callable[[OwnerMachine], Any]) -> Any:
         """Look into the machine (read only) after all that was submitted has been taken in."""
-        self.drain()
         if self._lock_ident == threading.get_ident():
             return question(self.machine)
         with self._locked():
             self._drain_locked()
-            return question(self.machine)
+            answer = question(self.machine)
+        self.drain()  # what others submitted meanwhile: they left it to us
+        return answer
+
+    def settle(self) -> None:
+        """Have the machine know all that this thread has submitted (after `drain`, another may still be about to)."""
+        self.ask_machine(lambda _: None)
 
     def execute_asked(self, commands: list[e.Command]) -> None:
         """Carry out what the machine said to a question of `ask_machine`; only from within it."""
@@ -338,7 +359,7 @@ class Client:
                 self._deliveries.append(callback)
             else:
                 self.watchers.setdefault(key, []).append(callback)
-                self._events.append(e.ValueWanted(reference))
+                self._submitted.append((None, e.ValueWanted(reference)))
 
         self.ask_machine(look)
         self.drain()
@@ -412,35 +433,48 @@ class Client:
     # --- the loop's callbacks
 
     def _process(self, ready: list[tuple[int, int]]) -> None:
-        with self._locked():
+        self._take_lock()
+        try:
             for fd, mask in ready:
                 connection = self._by_fd.get(fd)
                 if connection is None:
-                    if self._listener is not None and fd == self._listener.fileno():
-                        for accepted in stream.accept(self._listener):
-                            self._by_fd[accepted.fileno()] = accepted
-                            self.loop.add(accepted.fileno())
-                            accepted.send(self._hello())
+                    self._accept_if_listener(fd)
                     continue
-                if mask & 4 and connection.has_unsent:
+                if mask & select.EPOLLOUT and connection.has_unsent:
                     connection.flush()
                     if not connection.has_unsent:
                         self.loop.watch_output(fd, False)
-                if mask & ~4:
+                if mask & ~select.EPOLLOUT:
                     self._receive(connection)
+            wakeup_s = self._wakeup_s
+            if wakeup_s is not None and wakeup_s <= monotonic():
+                self._execute(self.machine.handle(e.TimePassed(), monotonic()))
             self._drain_locked()
-            now_s = monotonic()
-            wakeup_s = self.machine.next_wakeup_s(now_s)
-            if wakeup_s is not None and wakeup_s <= now_s:
-                self._execute(self.machine.handle(e.TimePassed(), now_s))
+        finally:
+            self._unlock()
         self.drain()
+
+    def _accept_if_listener(self, fd: int) -> None:
+        if self._listener is None or fd != self._listener.fileno():
+            return
+        for accepted in stream.accept(self._listener):
+            self._by_fd[accepted.fileno()] = accepted
+            self.loop.add(accepted.fileno())
+            accepted.send(self._hello())
+
+    def _role_taken(self, is_thread: bool) -> None:
+        self.drain()
+        if is_thread:
+            self.on_thread_turn()
 
     def _deliver(self) -> None:
         deliveries = self._deliveries
         while deliveries:
             deliveries.popleft()()
 
-    def _receive(self, connection: stream.Connection) -> None:
+    def _receive(self, connection: stream.Connection) -> bool:
+        """Handle what has arrived; whether there was anything."""
+        frames: list[bytes] = []
         try:
             frames, ended = connection.receive()
             for frame in frames:
@@ -450,6 +484,7 @@ class Client:
             ended = True
         if ended:
             self._disconnected(connection)
+        return bool(frames)
 
     def _arrived(self, connection: stream.Connection, message: Message) -> None:
         if type(message) is m.Relay:
@@ -462,9 +497,12 @@ class Client:
             self._handle_message(connection.peer, message)  # type: ignore[arg-type]
 
     def _greeted(self, connection: stream.Connection, hello: m.Hello) -> None:
-        if hello.protocol != m.PROTOCOL_VERSION:
-            text = f"process {hello.address.process_id} speaks protocol {hello.protocol}, we speak {m.PROTOCOL_VERSION}"
-            raise VersionMismatch(f"{text}; install the same clusterpool everywhere")
+        reason = mismatch(self._hello(), hello)
+        if reason and connection.peer == self.node:
+            self._refused(reason)
+            return
+        if reason:
+            raise ProtocolError(reason)
         connection.peer = hello.address
         self._connections.setdefault(hello.address.process_id, connection)
 
@@ -481,7 +519,7 @@ class Client:
                 self._execute(self.machine.handle(e.MessageArrived(source, message), monotonic()))
         elif kind is m.Registered:
             self.registered = message  # type: ignore[assignment]
-        elif kind is m.WorkerExited:
+        elif kind is m.WorkerExited or kind is m.ProcessEnded:
             self._read_last_words(message.address.process_id)  # type: ignore[attr-defined]
             self._execute(self.machine.handle(e.MessageArrived(source, message), monotonic()))
         elif kind is m.LogLines:
@@ -490,6 +528,8 @@ class Client:
                 self._deliveries.append(lambda: show(lines))  # type: ignore[arg-type]
         elif kind is m.LeftNode:
             self._mark_closed("clusterpool was shut down")
+        elif kind is RegistrationRefused:
+            self._refused(message.text)  # type: ignore[attr-defined]
         else:
             self._execute(self.machine.handle(e.MessageArrived(source, message), monotonic()))
 
@@ -498,8 +538,9 @@ class Client:
         connection = self._connections.get(process_id)
         if connection is None or connection.peer == self.node:
             return
-        while not connection.is_closed:
-            self._receive(connection)
+        # To the end of what is there, not of the stream: a child of the worker may hold the socket open.
+        while not connection.is_closed and self._receive(connection):
+            pass
 
     def _disconnected(self, connection: stream.Connection) -> None:
         self.loop.remove(connection.fileno())
@@ -511,7 +552,7 @@ class Client:
         if self._connections.get(peer.process_id) is connection:
             del self._connections[peer.process_id]
         if peer == self.node:
-            self._mark_closed(f"the node {peer.node_id} has ended (see its log in the session's folder)")
+            self._mark_closed(f"the node {peer.node_id} has ended (see its log in the session's folder)", "worker_died")
             for callback in list(self._replies.values()):
                 self._deliveries.append(lambda callback=callback: None)  # type: ignore[misc]
             if self.on_closed is not None:
@@ -544,7 +585,8 @@ class Client:
             connection = stream.connect(f"{self._processes_folder}/{destination.process_id}.sock")
         except OSError as exc:
             # The machine must not be entered from within its own commands.
-            self._events.append(e.ProcessGone(destination, f"it does not listen any more ({exc.strerror})"))
+            event = e.ProcessGone(destination, f"it does not listen any more ({exc.strerror})")
+            self._submitted.append((None, event))
             return None
         self._adopt(connection, destination)
         connection.send(self._hello())
@@ -579,20 +621,18 @@ class Client:
 
     def _deliver_results(self, command: e.DeliverResults) -> None:
         load, worker = self.result_loader, as_group_worker(command.worker)
+        results = deque(command.results)
+        deliveries = self._deliveries
 
         def deliver() -> None:
-            results = iter(command.results)
-            for task, result in results:
-                try:
-                    load(task, result, worker)
-                except BaseException:
-                    # A callback raised (Ctrl-C, or a bug of the user's): the others still get their results.
-                    rest = e.DeliverResults(list(results), command.worker)
-                    if rest.results:
-                        self._deliver_results(rest)
-                    raise
+            if len(results) > 1:
+                # A callback may raise, or wait for another of these results: the rest must be found, and in order.
+                deliveries.appendleft(deliver)
+            while results:
+                task, result = results.popleft()
+                load(task, result, worker)
 
-        self._deliveries.append(deliver)
+        deliveries.append(deliver)
 
     def _deliver_failures(self, command: e.FailTasks) -> None:
         fail = self.failure_loader
@@ -600,8 +640,12 @@ class Client:
             self._deliveries.append(lambda task=task: fail(task, command))  # type: ignore[misc]
 
 
-_WORKER_MESSAGES = frozenset({m.SetupWorker, m.StartTasks, m.TakeBackTasks, m.CancelTasks, m.RetireWorker})
-_REPLIES = frozenset({m.ObjectCreated, m.ObjectPinned, m.StoreFailed, m.ActorLocated, m.ClusterDescribed})
+_WORKER_MESSAGES = frozenset(
+    {m.SetupWorker, m.StartTasks, m.ForgetFunctions, m.TakeBackTasks, m.CancelTasks, m.RetireWorker}
+)
+_REPLIES = frozenset(
+    {m.ObjectCreated, m.ObjectPinned, m.StoreFailed, m.ActorLocated, m.ClusterDescribed, PackageAnswer}
+)
 
 
 def _no_loader(*_: Any) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import select
 import signal
@@ -24,9 +25,16 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 # How long the role stays vacant after a wait: shorter wakes the I/O thread between the calls of a sequential program,
 # longer delays results nobody waits for.
 HAND_BACK_S = 0.002
+# One poll or sleep lasts at most so long: epoll and locks refuse times that programs do give (`get(9999999)`), and
+# nothing is lost by looking again once an hour.
+POLL_MAX_S = 3600.0
+# How long `stop` waits for a thread that polls to go before the descriptors are closed under it.
+STOP_PATIENCE_S = 5.0
 
 _TFD_CLOEXEC = 0o2000000
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -42,6 +50,12 @@ class _Waiter:
         self.lock = threading.Lock()
         self.lock.acquire()
 
+    def is_due(self) -> bool:
+        try:
+            return self.predicate()
+        except BaseException:
+            return True  # its own thread calls it again, and is the one to be told
+
 
 class Loop:
     """Polls descriptors for whoever waits. `process` handles what is ready, under the client's own lock."""
@@ -52,13 +66,13 @@ class Loop:
         process: Callable[[list[tuple[int, int]]], None],
         after_turn: Callable[[], None],
         next_wakeup_s: Callable[[], float | None],
-        on_handed_to_thread: Callable[[], None] | None = None,
+        on_taken: Callable[[bool], None],
     ) -> None:
         self.epoll = select.epoll()
         self._process = process
         self._after_turn = after_turn
         self._next_wakeup_s = next_wakeup_s
-        self._on_handed_to_thread = on_handed_to_thread
+        self._on_taken = on_taken  # called with True when it is the I/O thread that takes the role
         self._kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._timer_fd = _libc.timerfd_create(1, _TFD_CLOEXEC)
         if self._timer_fd < 0:
@@ -99,6 +113,11 @@ class Loop:
         with contextlib.suppress(OSError):
             os.write(self._kick_fd, _EVENT)
 
+    def kick_poller(self) -> None:
+        """Have whoever polls look again; when nobody does, whoever takes the role next looks first."""
+        if self._role_ident:
+            self.kick()
+
     def wait_until(self, predicate: Callable[[], bool], timeout_s: float | None = None) -> bool:
         """Turn the loop until `predicate()` holds; whether it did before `timeout_s` seconds had passed.
 
@@ -113,15 +132,18 @@ class Loop:
             if self._role.acquire(blocking=False):
                 self._role_ident = threading.get_ident()
                 try:
+                    self._on_taken(False)
                     return self._turn_until(predicate, deadline_s)
                 finally:
                     self._leave()
-            if self._wait_for_role(predicate, deadline_s):
-                return True
-            if deadline_s is not None and monotonic() >= deadline_s:
-                return predicate()
-            if self._is_stopped:
-                return predicate()
+            try:
+                is_true = self._wait_for_role(predicate, deadline_s)
+            except BaseException:  # Ctrl-C, or the predicate's own
+                self._pass_on()
+                raise
+            if is_true or self._is_stopped or (deadline_s is not None and monotonic() >= deadline_s):
+                self._pass_on()
+                return is_true or predicate()
 
     def _turn_until(self, predicate: Callable[[], bool], deadline_s: float | None) -> bool:
         while not predicate():
@@ -134,8 +156,8 @@ class Loop:
                 if left_s <= 0:
                     return False
                 self._turn(left_s)
-            for waiter in self._waiters:
-                if waiter.predicate():
+            for waiter in list(self._waiters):  # other threads come and go meanwhile
+                if waiter.is_due():
                     _release(waiter.lock)
         return True
 
@@ -151,8 +173,8 @@ class Loop:
                 return False
             if self._role_ident == self._thread.ident:
                 self.kick()
-            timeout_s = -1.0 if deadline_s is None else max(0.0, deadline_s - monotonic())
-            waiter.lock.acquire(timeout=timeout_s)
+            timeout_s = POLL_MAX_S if deadline_s is None else max(0.0, deadline_s - monotonic())
+            waiter.lock.acquire(timeout=min(timeout_s, POLL_MAX_S))
             return predicate()
         finally:
             with contextlib.suppress(ValueError):
@@ -162,6 +184,11 @@ class Loop:
         self._role_ident = 0
         self._role.release()
         self._wake_next()
+
+    def _pass_on(self) -> None:
+        """A waiter goes without the role, which may have been left to it just now: who leaves it wakes only one."""
+        if not self._role.locked():
+            self._wake_next()
 
     def _wake_next(self) -> None:
         try:
@@ -178,7 +205,9 @@ class Loop:
         if wakeup_s is not None:
             until_s = max(0.0, wakeup_s - monotonic())
             timeout_s = until_s if timeout_s is None else min(timeout_s, until_s)
-        ready = self.epoll.poll(-1 if timeout_s is None else timeout_s)
+        ready = self.epoll.poll(POLL_MAX_S if timeout_s is None else min(timeout_s, POLL_MAX_S))
+        if self._is_stopped:
+            return
         for fd, _ in ready:
             if fd == self._kick_fd:
                 with contextlib.suppress(BlockingIOError):
@@ -198,15 +227,16 @@ class Loop:
             if self._role.acquire(blocking=False):
                 self._role_ident = me
                 try:
-                    if self._on_handed_to_thread is not None:
-                        self._on_handed_to_thread()
+                    self._on_taken(True)
                     while not self._waiters and not self._is_stopped:
                         self._turn(None)
+                except BaseException:
+                    # There is nobody to raise it to, and without this thread results would stop for good.
+                    logger.exception("handling a message, or a callback of one, raised an exception")
                 finally:
                     self._role_ident = 0
                     self._role.release()
-                    if self._waiters:
-                        self._wake_next()
+                    self._wake_next()  # who waited may have gone: then the timer brings us back
                 if self._is_stopped:
                     break
             try:
@@ -216,6 +246,8 @@ class Loop:
 
     def stop(self) -> None:
         """End the I/O thread and wake every waiter; close the descriptors. Not from the I/O thread itself."""
+        if self._is_stopped:
+            return
         self._is_stopped = True
         self.kick()
         _libc.timerfd_settime(self._timer_fd, 0, self._arm_now_value, None)
@@ -227,12 +259,26 @@ class Loop:
                 _libc.timerfd_settime(self._timer_fd, 0, self._arm_now_value, None)
                 self.kick()
                 self._thread.join(0.05)
+        self._close_when_nobody_polls()
+
+    def _close_when_nobody_polls(self) -> None:
+        if self.is_mine:  # from within a callback: the turn that we are in must end first
+            return
+        deadline_s = monotonic() + STOP_PATIENCE_S
+        while not self._role.acquire(timeout=0.01):
+            self.kick()
+            if monotonic() > deadline_s:
+                return  # a callback does not return: better a few descriptors too many than closed ones polled
         self.close_descriptors()
+        self._role.release()
 
     def close_descriptors(self) -> None:
         """Close what the loop has open (after a fork, in the child)."""
         self.epoll.close()
-        for fd in (self._kick_fd, self._timer_fd):
+        fds = (self._kick_fd, self._timer_fd)
+        # The numbers may belong to other files a moment later, and finalizers of values still call `kick`.
+        self._kick_fd = self._timer_fd = -1
+        for fd in fds:
             with contextlib.suppress(OSError):
                 os.close(fd)
 

@@ -11,6 +11,7 @@ from clusterpool import ids
 from clusterpool.client import current
 from clusterpool.core import owner_events as e
 from clusterpool.core.messages import Address, Reference
+from clusterpool.errors import NotConnected
 from clusterpool.serialization import references
 
 if TYPE_CHECKING:
@@ -40,6 +41,14 @@ class ObjectRef:
                 self._client.release_reference(self._owner, self._number)
         except AttributeError:  # __init__ failed, or the interpreter is at its end
             pass
+
+    def check_client(self, client: Client) -> None:
+        """Raises: NotConnected when the reference belongs to another cluster than `client`'s."""
+        if self._client is not client:
+            raise NotConnected(
+                f"{self!r} belongs to a cluster that this process has left ({self._client.closed_text or 'shut down'}); "
+                "its value is gone: make it again in the present one"
+            )
 
     @property
     def part(self) -> Reference:
@@ -86,5 +95,13 @@ def pin_forever(reference: ObjectRef) -> None:
     reference._client.handle_event(e.ReferencesMade([reference.part]))
 
 
+def value_of(reference: ObjectRef) -> Any:
+    """The value of a large part of an argument, which was stored on its own."""
+    from clusterpool.client.api import get
+
+    return get(reference)
+
+
 references.set_restore_hook(restore_reference)
+references.set_resolve_hook(value_of)
 references.set_escape_hook(pin_forever)

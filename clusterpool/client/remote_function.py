@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from clusterpool.client import api
+from clusterpool.client import api, packages
 from clusterpool.client.object_ref import ObjectRef
 from clusterpool.client.runtime import Runtime
 from clusterpool.core.messages import TaskExtras, TaskKind, WorkerDemand, WorkerKind
@@ -66,9 +66,13 @@ def strategy_of(options: Mapping[str, Any]) -> str:
 
 
 def env_of(options: Mapping[str, Any]) -> dict[str, str]:
-    """Environment variables of the workers, from `runtime_env={"env_vars": ...}`."""
+    """Environment variables of the workers, from `runtime_env={"env_vars": ...}`.
+
+    Raises: ValueError, TypeError for anything else in it.
+    """
     runtime_env = options.get("runtime_env") or {}
-    return {str(name): str(value) for name, value in runtime_env.get("env_vars", {}).items()}
+    packages.check_keys(runtime_env, packages.TASK_KEYS)
+    return packages.checked_variables(runtime_env)
 
 
 class RemoteFunction:

@@ -27,10 +27,11 @@ class Runtime:
         self.client = client
         self.values = Values(client)
         self.maker = TaskMaker(client, self.values)
-        self.functions = FunctionTable(client)
+        self.functions = FunctionTable(client, self.values)
         self.on_shutdown: list[Callable[[], None]] = []
         self.after_shutdown: list[Callable[[], None]] = []
         self.set_numbers = itertools.count(1)
+        self.returns_exits = False  # in a worker: a task's SystemExit is its result and does not end the worker
         self._task_sets: dict[Any, int] = {}
         self._lock = threading.Lock()
         client.result_loader = self.load_result

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
+import pickle
 import types
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clusterpool.client.object_ref import ObjectRef
+from clusterpool.client.stored_arguments import StoredArguments
 from clusterpool.client.values import INLINE_BYTES_MAX, LARGE_BYTES_MIN
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import Reference, TaskExtras, TaskKind, TaskSpec
-from clusterpool.serialization.digests import content_digest, is_immutable
-from clusterpool.serialization.functions import ShippedFunction, ship_function
-from clusterpool.serialization.packing import Serialized, dumps_arguments, dumps_value
+from clusterpool.serialization.functions import ShippedFunction, loads_function, ship_function
+from clusterpool.serialization.packing import Serialized, dumps_arguments, dumps_value, loads
+from clusterpool.serialization.references import capture_references, resolve
 
 if TYPE_CHECKING:
     from clusterpool.client.client import Client
     from clusterpool.client.values import Values
 
-# Programs that submit a fresh lambda each time must not fill the memory with functions.
+# Functions that programs keep but never call again must not fill the memory either.
 FUNCTIONS_MAX = 512
-STORED_ARGUMENTS_MAX = 64
 _TABLED = (types.FunctionType, types.BuiltinFunctionType, type)
 _EMPTY: dict[str, Any] = {}
 
@@ -43,11 +43,17 @@ class Slot:
 
 
 class FunctionTable:
-    """The functions that one worker set has been told of, by identity."""
+    """The functions that one worker set has been told of, by identity, for as long as the user has them."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, values: Values) -> None:
         self._client = client
-        self._entries: OrderedDict[int, tuple[Any, int, ShippedFunction]] = OrderedDict()  # by id of the callable
+        self._values = values
+        # By id of the callable. Weak: a program that submits a fresh lambda each time must not fill the memory, and
+        # what a closure holds goes with it, here and at the workers.
+        self._entries: OrderedDict[int, tuple[weakref.ref[Any], int, ShippedFunction]] = OrderedDict()
+        # By number: the references in closures and globals, which each task of the function carries.
+        self.references: dict[int, list[ObjectRef]] = {}
+        self._passing: set[int] = set()  # numbers of callables that are shipped for one call
 
     def number_of(self, function: Callable[..., Any]) -> int:
         """The function's number, pickling it now if it is new or has changed.
@@ -55,73 +61,86 @@ class FunctionTable:
         Raises: what pickle raises.
         """
         entry = self._entries.get(id(function))
-        if entry is not None and entry[2].is_current():
+        if entry is not None and entry[0]() is function and entry[2].is_current():
             return entry[1]
         shipped = ship_function(function)
+        payload, references = self._small(shipped)
         number = next(self._client.numbers)
-        self._client.handle_event(e.FunctionAdded(number, shipped.payload))
-        # The entry keeps the function alive, so that its id stays its own.
-        self._entries[id(function)] = (function, number, shipped)
-        if len(self._entries) > FUNCTIONS_MAX:
-            self._entries.popitem(last=False)
+        self._client.handle_event(e.FunctionAdded(number, payload))
+        if references:
+            self.references[number] = references
+        if isinstance(function, _TABLED):
+            key = id(function)
+            self._forget(key)
+            self._entries[key] = (weakref.ref(function, lambda watch: self._gone(key, watch)), number, shipped)
+            if len(self._entries) > FUNCTIONS_MAX:
+                self._forget(next(iter(self._entries)))
+        else:
+            self._passing.add(number)
         return number
 
+    def done_with(self, number: int) -> None:
+        """A call is submitted: what is no plain function, but an object whose state may change, is not used again."""
+        if number in self._passing:
+            self._passing.discard(number)
+            self._drop(number)
 
-class StoredArguments:
-    """Large parts of arguments that are in the store already, so that each is stored once.
+    def _small(self, shipped: ShippedFunction) -> tuple[bytes, list[ObjectRef]]:
+        """What to send to each worker: a function with much data in its closure goes through the store."""
+        if len(shipped.payload) < LARGE_BYTES_MIN:
+            return shipped.payload, list(shipped.references)
+        stored = put_value(self._client, self._values, shipped.payload)
+        with capture_references():
+            payload = pickle.dumps(_StoredFunction(stored), 5)
+        return payload, [*shipped.references, stored]
 
-    By identity where nobody can change them, by content otherwise.
-    """
+    def _gone(self, key: int, watch: weakref.ref[Any]) -> None:
+        entry = self._entries.get(key)
+        if entry is not None and entry[0] is watch:
+            self._forget(key)
 
-    def __init__(self, client: Client, values: Values) -> None:
-        self._client = client
-        self._values = values
-        self._by_id: OrderedDict[int, tuple[Any, ObjectRef]] = OrderedDict()
-        self._by_content: OrderedDict[bytes, ObjectRef] = OrderedDict()
-        self._call = threading.local()
+    def _forget(self, key: int) -> None:
+        """Safe in a garbage collection: the machine is only left a note."""
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._drop(entry[1])
 
-    @contextlib.contextmanager
-    def one_call(self) -> Iterator[None]:
-        """Within one call of the user's, an object that is met again has not changed."""
-        self._call.known = {}
-        try:
-            yield
-        finally:
-            self._call.known = None
-
-    def reference_to(self, value: Any) -> ObjectRef | None:
-        """A reference to a stored copy of `value`; None leaves it where it is."""
-        in_call: dict[int, tuple[Any, ObjectRef]] | None = getattr(self._call, "known", None)
-        if in_call is not None and id(value) in in_call:
-            return in_call[id(value)][1]
-        known = self._by_id.get(id(value))
-        if known is not None and known[0] is value:
-            return known[1]
-        is_fixed = is_immutable(value)
-        digest = None if is_fixed else content_digest(value)
-        reference = self._by_content.get(digest) if digest is not None else None
-        if reference is None:
-            reference = put_value(self._client, self._values, value)
-        if is_fixed:
-            self._by_id[id(value)] = (value, reference)
-            _trim(self._by_id)
-        elif digest is not None:
-            self._by_content[digest] = reference
-            self._by_content.move_to_end(digest)
-            _trim(self._by_content)
-        if in_call is not None:
-            in_call[id(value)] = (value, reference)
-        return reference
+    def _drop(self, number: int) -> None:
+        self.references.pop(number, None)
+        self._client.handle_event_later(e.FunctionsDropped([number]))
 
     def clear(self) -> None:
-        """Forget everything: the references go, and the copies with them."""
-        self._by_id.clear()
-        self._by_content.clear()
+        """No task of these functions will be submitted any more."""
+        for key in list(self._entries):
+            self._forget(key)
 
 
-def _trim(entries: OrderedDict[Any, Any]) -> None:
-    while len(entries) > STORED_ARGUMENTS_MAX:
-        entries.popitem(last=False)
+class _StoredFunction:
+    """Stands for a function whose pickle lies in the store; loading it gives the function itself."""
+
+    def __init__(self, reference: ObjectRef) -> None:
+        self._reference = reference
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load_stored_function, (self._reference,)
+
+
+def _load_stored_function(reference: ObjectRef) -> Any:
+    return loads_function(resolve(reference))
+
+
+class _StoredSetup:
+    """Stands for the pickle of an initializer and its arguments, which lies in the store."""
+
+    def __init__(self, reference: ObjectRef) -> None:
+        self._reference = reference
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load_stored_setup, (self._reference,)
+
+
+def _load_stored_setup(reference: ObjectRef) -> Any:
+    return loads(resolve(reference))
 
 
 def put_value(client: Client, values: Values, value: Any) -> ObjectRef:
@@ -131,6 +150,8 @@ def put_value(client: Client, values: Values, value: Any) -> ObjectRef:
     """
     serialized = dumps_value(value)
     number = next(client.numbers)
+    for reference in serialized.references:
+        reference.check_client(client)
     references = [reference.part for reference in serialized.references]
     if references:
         client.handle_event(e.ReferencesMade(references))
@@ -145,7 +166,7 @@ class TaskMaker:
     def __init__(self, client: Client, values: Values) -> None:
         self._client = client
         self._values = values
-        self.stored = StoredArguments(client, values)
+        self.stored = StoredArguments(client, lambda value: put_value(client, values, value))
 
     def call(
         self,
@@ -168,7 +189,8 @@ class TaskMaker:
             number = table.number_of(function)
         else:
             number, args = 0, (function, *args)
-        return self.task(number, args, kwargs, sink, index, retries=retries, extras=extras, kind=kind)
+        held = table.references.get(number, ()) if table.references else ()
+        return self.task(number, args, kwargs, sink, index, retries=retries, extras=extras, kind=kind, held=held)
 
     def task(
         self,
@@ -181,35 +203,66 @@ class TaskMaker:
         retries: int = 0,
         extras: TaskExtras | None = None,
         kind: int = TaskKind.CALL,
+        held: Sequence[ObjectRef] = (),
     ) -> tuple[Task, e.TaskArguments | None]:
-        """A task of a function that has a number already (0: the callable is the first of `args`)."""
+        """A task of a function that has a number already (0: the callable is the first of `args`).
+
+        `held`: references of the function's own, which the worker has for as long as it runs the task.
+        """
         dependencies: list[ObjectRef] = []
         args, kwargs = _take_references(args, kwargs, dependencies)
         serialized = dumps_arguments(
             args, kwargs, large_bytes_min=LARGE_BYTES_MIN, store_large=self.stored.reference_to
         )
-        return self._finish(function, serialized, dependencies, sink, index, retries, extras, kind)
+        return self._finish(function, serialized, dependencies, held, sink, index, retries, extras, kind)
+
+    def setup(
+        self, initializer: Callable[..., object], initargs: Iterable[Any]
+    ) -> tuple[bytes, tuple[ObjectRef, ...]]:
+        """An initializer as each worker of a group gets it, and the references that must live as long as the group.
+
+        Raises: what pickle raises; ObjectTooLarge, StoreFull.
+        """
+        shipped = ship_function(initializer)
+        serialized = dumps_arguments(
+            (shipped.payload, *initargs), _EMPTY, large_bytes_min=LARGE_BYTES_MIN, store_large=self.stored.reference_to
+        )
+        references = (*serialized.references, *shipped.references)
+        for reference in references:
+            reference.check_client(self._client)
+        payload = serialized.to_bytes()
+        if len(payload) < LARGE_BYTES_MIN:
+            return payload, references
+        # Many parts that are not large, each: all of it goes through the store.
+        stored = put_value(self._client, self._values, payload)
+        with capture_references():
+            payload = pickle.dumps(_StoredSetup(stored), 5)
+        return payload, (*references, stored)
 
     def chunk(
-        self, function: int, items: Any, sink: Any, index: int, *, kind: int, retries: int
+        self, table: FunctionTable, function: int, items: Any, sink: Any, index: int, *, kind: int, retries: int
     ) -> tuple[Task, e.TaskArguments | None]:
-        """A task that applies a function to each of `items` (a list)."""
+        """A task that applies a function of `table` to each of `items` (a list)."""
         serialized = dumps_arguments(
             (items,), _EMPTY, large_bytes_min=LARGE_BYTES_MIN, store_large=self.stored.reference_to
         )
-        return self._finish(function, serialized, [], sink, index, retries, None, kind)
+        held = table.references.get(function, ())
+        return self._finish(function, serialized, [], held, sink, index, retries, None, kind)
 
     def _finish(
-        self, function: int, serialized: Serialized, dependencies: list[ObjectRef], sink: Any, index: int,
-        retries: int, extras: TaskExtras | None, kind: int,
+        self, function: int, serialized: Serialized, dependencies: list[ObjectRef], held: Sequence[ObjectRef], sink: Any,
+        index: int, retries: int, extras: TaskExtras | None, kind: int,
     ) -> tuple[Task, e.TaskArguments | None]:  # fmt: skip
         client = self._client
         number = next(client.numbers)
-        if not dependencies and not serialized.references and len(serialized.stream) <= INLINE_BYTES_MAX:
+        if not (dependencies or held or serialized.references) and len(serialized.stream) <= INLINE_BYTES_MAX:
             if serialized.size_bytes <= INLINE_BYTES_MAX:
                 spec = TaskSpec(number, function, kind, serialized.to_bytes(), extras)
                 return Task(spec, sink, index, retries), None
-        references = [reference.part for reference in serialized.references]
+        holders = (*dependencies, *serialized.references, *held)
+        for reference in holders:
+            reference.check_client(client)
+        references = [reference.part for reference in (*serialized.references, *held)]
         extras = extras or TaskExtras()
         payload, stored, payload_object = b"", None, None
         if serialized.size_bytes <= INLINE_BYTES_MAX:
@@ -223,7 +276,7 @@ class TaskMaker:
             extras.attempt, extras.name, extras.returns, [], references, stored, extras.method, extras.concurrency
         )
         parts = [reference.part for reference in dependencies]
-        arguments = e.TaskArguments(parts, references, payload_object)
+        arguments = e.TaskArguments(parts, references, payload_object, holders)
         return Task(TaskSpec(number, function, kind, payload, extras), sink, index, retries), arguments
 
 

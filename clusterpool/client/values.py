@@ -32,6 +32,7 @@ ERROR_BY_KIND: dict[str, type[Exception]] = {
     "start_failed": errors.StartFailed,
     "infeasible": errors.TaskInfeasible,
     "cancelled": errors.TaskCancelled,
+    "not_connected": errors.NotConnected,
     "actor_died": errors.ActorDied,
     "object_lost": errors.ObjectLost,
     "lost": errors.ObjectLost,
@@ -46,10 +47,13 @@ NONE_PAYLOAD = dumps_value(None).to_bytes()
 
 
 def make_error(kind: str, text: str, error: bytes = b"") -> BaseException:
-    """The exception that a failure of this kind raises."""
-    if error:
+    """The exception that a failure of this kind raises; `error`: the user's own that it comes from."""
+    if error and kind != "actor_died":
         return load_exception(error)
-    return ERROR_BY_KIND.get(kind, errors.ClusterpoolError)(text)
+    exception = ERROR_BY_KIND.get(kind, errors.ClusterpoolError)(text)
+    if error:
+        exception.__cause__ = load_exception(error)
+    return exception
 
 
 class Values:
@@ -125,10 +129,8 @@ class Values:
         """
         if part.stored is not None:
             return self.load_stored(part.stored)
-        if part.error:
-            raise load_exception(part.error)
-        if part.lost_kind:
-            raise make_error(part.lost_kind, part.lost)
+        if part.error or part.lost_kind:
+            raise make_error(part.lost_kind, part.lost, part.error)
         return loads(part.payload)
 
     def load_stored(self, stored: m.StoredValue) -> Any:

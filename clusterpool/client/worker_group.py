@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from clusterpool import errors
 from clusterpool.client import api
 from clusterpool.client.group_worker import GroupWorker, as_group_worker
+from clusterpool.client.object_ref import ObjectRef
 from clusterpool.client.submission import FunctionTable
 from clusterpool.core import owner_events as e
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import TaskKind, WorkerDemand, WorkerKind
 from clusterpool.serialization.exceptions import load_exception
-from clusterpool.serialization.functions import dumps_function
-from clusterpool.serialization.packing import dumps_arguments
+
 
 if TYPE_CHECKING:
     from clusterpool.client.client import Client
@@ -66,19 +66,21 @@ class WorkerGroup:
         self.size = size
         self.retries = retries
         self._number = next(runtime.set_numbers)
-        self._functions = FunctionTable(self._client)
+        self._functions = FunctionTable(self._client, runtime.values)
         self._workers: dict[str, GroupWorker] = {}
         self._on_worker_died = on_worker_died
         self._on_setup_failed = on_setup_failed
         self._is_closed = False
         self._is_ended = False
         self._pending = 0
-        payload = b""
-        if initializer is not None:
-            arguments = dumps_arguments((dumps_function(initializer), *initargs), {})
-            payload = arguments.to_bytes()
         demand = WorkerDemand(WorkerKind.GROUP, dict(resources or {}), name)
-        setup = e.SetupPlan(name, dict(env or {}), payload)
+        setup = e.SetupPlan(name, dict(env or {}))
+        # What the initializer has references of must live until the last worker has run it.
+        self._setup_references: tuple[ObjectRef, ...] = ()
+        if initializer is not None:
+            payload, self._setup_references = runtime.maker.setup(initializer, initargs)
+            parts = [reference.part for reference in self._setup_references]
+            setup = e.SetupPlan(setup.name, setup.env, payload, parts)
         self._client.set_sinks[self._number] = self
         self._client.handle_event(e.SetOpened(self._number, demand, setup, size, tasks_per_worker_max))
 
@@ -123,8 +125,9 @@ class WorkerGroup:
         retries = self.retries if retries is None else retries
         index = first_index
         numbers: list[int] = []
+        functions = self._functions
         try:
-            function_number = self._functions.number_of(function)
+            function_number = functions.number_of(function)
         except Exception as exc:
             return [self._fail(sink, first_index + offset, exc) for offset, _ in enumerate(chunks)]
         maker, client = self._runtime.maker, self._client
@@ -133,7 +136,9 @@ class WorkerGroup:
             for chunk in chunks:
                 items = chunk if type(chunk) in (list, tuple) else list(chunk)
                 try:
-                    task, arguments = maker.chunk(function_number, items, sink, index, kind=kind, retries=retries)
+                    task, arguments = maker.chunk(
+                        functions, function_number, items, sink, index, kind=kind, retries=retries
+                    )
                 except Exception as exc:
                     numbers.append(self._fail(sink, index, exc))
                 else:
@@ -148,6 +153,7 @@ class WorkerGroup:
                     batch = []
         if batch:
             client.submit_tasks(self._number, batch)
+        functions.done_with(function_number)
         return numbers
 
     def _fail(self, sink: TaskSink, index: int, error: BaseException) -> int:
@@ -227,6 +233,8 @@ class WorkerGroup:
                 self._on_setup_failed(load_exception(command.error))
         elif isinstance(command, e.SetEnded):
             self._is_ended = True
+            self._functions.clear()
+            self._setup_references = ()
             self._client.set_sinks.pop(self._number, None)
 
     def _worker_left(self, command: e.SetWorkerLeft) -> None:

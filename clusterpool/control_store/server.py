@@ -71,6 +71,7 @@ class ServerProcess:
         dies_with_parent: bool = False,
         replica_of: tuple[str, int] | None = None,
         binary: str | Path | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> ServerProcess:
         """Start a server on a unix socket, on TCP, or on both; return before it answers.
 
@@ -79,7 +80,8 @@ class ServerProcess:
         there. dies_with_parent: the kernel kills it when the *thread* that called this ends. Call it from
         the main thread,
             before other threads start: the child runs a few Python instructions between fork and exec.
-        replica_of: the master, which has the same password.
+        replica_of: the master, which has the same password. pass_fds: descriptors that it keeps open, as
+        locks that shall last as long as it does.
 
         Raises: ValueError for arguments that make no server; StartFailed when there is no binary to start.
         """
@@ -105,7 +107,7 @@ class ServerProcess:
         _write_private(config, "\n".join(lines) + "\n")
         # With data to save it is asked to end, without it is ended.
         death_signal = (signal.SIGTERM if appendonly else signal.SIGKILL) if dies_with_parent else None
-        popen = _launch([str(program), str(config)], folder, death_signal)
+        popen = _launch([str(program), str(config)], folder, death_signal, pass_fds)
         url = (
             f"unix://{unix_socket_path}"
             if unix_socket_path is not None
@@ -253,7 +255,9 @@ def _write_private(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
-def _launch(command: Sequence[str], folder: Path, death_signal: int | None) -> subprocess.Popen[bytes]:
+def _launch(
+    command: Sequence[str], folder: Path, death_signal: int | None, pass_fds: Sequence[int]
+) -> subprocess.Popen[bytes]:
     descriptor = os.open(folder / LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         return subprocess.Popen(
@@ -262,6 +266,7 @@ def _launch(command: Sequence[str], folder: Path, death_signal: int | None) -> s
             stdin=subprocess.DEVNULL,
             stdout=descriptor,
             stderr=descriptor,
+            pass_fds=pass_fds,
             start_new_session=True,  # a Ctrl-C in the terminal is for the driver, which still needs the store
             # Only this way can a program that knows nothing of us be tied to its parent: the setting is
             # lost at a fork and kept over an exec, and `setpriv`, which does the same, is not on every

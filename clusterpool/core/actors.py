@@ -19,8 +19,10 @@ from clusterpool.core.messages import (
     Address,
     CancelTasks,
     FunctionPart,
+    JobPart,
     StartTasks,
     TaskResult,
+    WorkerDemand,
 )
 from clusterpool.core.owner_events import Command, FailTasks, Send
 
@@ -38,6 +40,7 @@ class ActorChannel:
         self.waiting: set[int] = set()  # numbers of queued calls whose arguments are not known yet
         self.is_creator = False
         self.request = 0  # the creator's request for a worker
+        self.wish: tuple[WorkerDemand, JobPart] | None = None  # what it asked for
         self.lease = 0
         self.creation: Task | None = None
         self.is_creation_sent = False

@@ -31,6 +31,7 @@ class NodeLoad(msgspec.Struct, frozen=True):
     workers: int = 0
     arena_used_bytes: int = 0
     arena_size_bytes: int = 0
+    spilled_bytes: int = 0
 
 
 class NodeEntry(msgspec.Struct, frozen=True):
@@ -68,6 +69,9 @@ class NodeView(msgspec.Struct, frozen=True):
     arena_size_bytes: int
     labels: dict[str, str]
     is_suspect: bool
+    host_name: str = ""
+    pid: int = 0
+    spilled_bytes: int = 0
 
 
 class ClusterView:
@@ -137,4 +141,7 @@ def view_of_entry(entry: NodeEntry, *, is_suspect: bool) -> NodeView:
         arena_size_bytes=load.arena_size_bytes,
         labels=record.labels,
         is_suspect=is_suspect,
+        host_name=record.host_name,
+        pid=record.pid,
+        spilled_bytes=load.spilled_bytes,
     )

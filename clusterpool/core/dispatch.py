@@ -25,6 +25,8 @@ BACKLOG_S = 0.002
 LONG_TASK_S = 0.010
 # Bounds what one message holds, and what is lost with a worker.
 OUTSTANDING_MAX = 2000
+# Bounds the same in bytes, whatever the arguments: far below the longest frame, and more saves no measurable time.
+BATCH_BYTES_MAX = 8 * 1024 * 1024
 # A backlog that is still there after this time was underestimated: a long task sits at its head.
 TAKE_BACK_AFTER_S = 0.005
 
@@ -170,7 +172,8 @@ class Dispatcher:
     def fill(self, now_s: float) -> list[Batch]:
         """Send what should be sent now."""
         batches: list[Batch] = []
-        if not self.queue or not self.slots:
+        # Without workers too: what is cancelled must not make a closed set wait, or an idle one ask for workers.
+        if not self._drop_cancelled() or not self.slots:
             return batches
         # Emptiest first, so that every worker has something before any has a backlog.
         open_slots = sorted((slot for slot in self.slots.values() if slot.is_open), key=_backlog)
@@ -192,19 +195,14 @@ class Dispatcher:
         """How many of the queue's tasks `slot` should get."""
         held = len(slot.outstanding)
         mean_s = self._mean_s.get(self.queue[0].spec.function)
-        if mean_s is None:
+        if mean_s is None or mean_s >= LONG_TASK_S:
             limit = 1
-        elif mean_s >= LONG_TASK_S:
-            limit = 1
-        elif mean_s >= BACKLOG_S:
-            limit = 2
         else:
-            limit = min(OUTSTANDING_MAX, int(BACKLOG_S / max(mean_s, 1e-7)) + 1)
+            limit = 2 if mean_s >= BACKLOG_S else min(OUTSTANDING_MAX, int(BACKLOG_S / max(mean_s, 1e-7)) + 1)
             # An equal share, so that a short queue of tiny tasks still uses every worker.
             limit = min(limit, -(-(len(self.queue) + self.outstanding_count) // workers))
-            # Refill in halves: a message for every finished task would cost more than the tasks.
-            if held and held * 2 > limit:
-                return 0
+        if limit > 2 and held * 2 > limit:
+            return 0  # refill in halves: a message for every finished task would cost more than the tasks
         room = limit - held
         if slot.runs_left is not None:
             room = min(room, slot.runs_left)
@@ -217,7 +215,8 @@ class Dispatcher:
         functions: list[int] = []
         first_mean_s = self._mean_s.get(queue[0].spec.function)
         first_function = queue[0].spec.function
-        while queue and len(tasks) < count:
+        size_bytes = 0
+        while queue and len(tasks) < count and size_bytes < BATCH_BYTES_MAX:
             task = queue[0]
             function = task.spec.function
             if function != first_function and self._mean_s.get(function, LONG_TASK_S) > (first_mean_s or 0) * 2:
@@ -227,6 +226,9 @@ class Dispatcher:
                 continue
             task.worker = process_id
             tasks.append(task)
+            size_bytes += len(task.spec.payload)
+            if task.spec.extras is not None:
+                size_bytes += sum(len(value.payload) for value in task.spec.extras.arguments)
             outstanding[task.spec.number] = task
             if function and function not in sent:
                 sent.add(function)
@@ -243,7 +245,7 @@ class Dispatcher:
 
     def take_back(self, now_s: float) -> list[tuple[WorkerSlot, int]]:
         """Whom to ask for how many unstarted tasks, because another worker has nothing to do."""
-        if self.queue or len(self.slots) < 2:
+        if self.outstanding_count < 2 or self.queue or len(self.slots) < 2:
             return []
         idle = sum(1 for slot in self.slots.values() if not slot.outstanding and slot.is_open)
         asked: list[tuple[WorkerSlot, int]] = []
@@ -258,7 +260,7 @@ class Dispatcher:
 
     def next_look_s(self, now_s: float) -> float | None:
         """When `take_back` is worth asking again, if ever; monotonic seconds."""
-        if self.queue or not self.has_room():
+        if self.outstanding_count < 2 or self.queue or not self.has_room():
             return None
         times = [
             slot.sent_s + TAKE_BACK_AFTER_S
@@ -273,6 +275,8 @@ class Dispatcher:
 
     def retire_due(self) -> list[WorkerSlot]:
         """Workers that have run as many tasks as they may, and have nothing left to do."""
+        if self.runs_max is None:
+            return []
         due = [
             slot
             for slot in self.slots.values()

@@ -284,6 +284,10 @@ class Membership:
             case _:
                 return self._change_state(event)
 
+    def has_ended(self, node_id: str) -> bool:
+        """Whether a life of this node is known to be over; it may have come back, and be in the view again."""
+        return node_id in self._ended_by_node
+
     def _change_state(self, event: Event) -> list[Command]:
         match event, self.state:
             case JoinRequested(record), State.OUTSIDE | State.LEFT:

@@ -65,14 +65,14 @@ class Part(msgspec.Struct, frozen=True, array_like=True, gc=False):
 # --- values and references ------------------------------------------------------------------------------------------
 
 
-class Reference(Part):
+class Reference(Part, frozen=True):
     """An object, as one process tells another of it."""
 
     owner: Address
     number: int
 
 
-class StoredValue(Part):
+class StoredValue(Part, frozen=True):
     """A value that lies in one or more arenas."""
 
     object_id: str
@@ -80,7 +80,7 @@ class StoredValue(Part):
     node_ids: list[str]
 
 
-class ValuePart(Part):
+class ValuePart(Part, frozen=True):
     """A value on its way: `payload` when small, else where it is stored, else the error in its place."""
 
     payload: bytes = b""
@@ -94,7 +94,7 @@ class ValuePart(Part):
 # --- owner and worker: tasks ----------------------------------------------------------------------------------------
 
 
-class TaskExtras(Part):
+class TaskExtras(Part, frozen=True):
     """What only some tasks have."""
 
     attempt: int = 1
@@ -107,7 +107,7 @@ class TaskExtras(Part):
     concurrency: int = 1  # CREATE_ACTOR: threads or coroutines at once
 
 
-class TaskSpec(Part):
+class TaskSpec(Part, frozen=True):
     """A task as its worker gets it. The results are named after `number`, which is unique for the owner."""
 
     number: int
@@ -117,14 +117,14 @@ class TaskSpec(Part):
     extras: TaskExtras | None = None
 
 
-class ResultExtras(Part):
+class ResultExtras(Part, frozen=True):
     """What only some results have."""
 
     value: ValuePart | None = None
     values: list[ValuePart] = []
 
 
-class TaskResult(Part):
+class TaskResult(Part, frozen=True):
     """How one task ended."""
 
     number: int
@@ -133,43 +133,44 @@ class TaskResult(Part):
     extras: ResultExtras | None = None
 
 
-class FunctionPart(Part):
+class FunctionPart(Part, frozen=True):
     """A function or class, shipped once to each worker that needs it."""
 
     number: int
     payload: bytes
 
 
-class SetupWorker(Message):
+class SetupWorker(Message, frozen=True):
     """First message of an owner to a worker: what to do before any task."""
 
     env: dict[str, str]
     payload: bytes  # pickle of (initializer, initargs), or empty
     name: str
     lease: int
+    references: list[Reference] = []  # inside the payload
 
 
-class WorkerReady(Message):
+class WorkerReady(Message, frozen=True):
     """The setup is done."""
 
     lease: int
 
 
-class WorkerSetupFailed(Message):
+class WorkerSetupFailed(Message, frozen=True):
     """The initializer raised; the worker ends."""
 
     lease: int
     error: bytes
 
 
-class StartTasks(Message):
+class StartTasks(Message, frozen=True):
     """Run these in order."""
 
     functions: list[FunctionPart]
     tasks: list[TaskSpec]
 
 
-class TasksFinished(Message):
+class TasksFinished(Message, frozen=True):
     """Results, in the order in which the tasks ended.
 
     `run_ns`: time spent running them, all together. `is_blocked`: the task that runs waits for others, so the worker
@@ -181,13 +182,13 @@ class TasksFinished(Message):
     is_blocked: bool = False
 
 
-class TaskStarted(Message):
+class TaskStarted(Message, frozen=True):
     """A long task has begun (sent only when the worker's message thread has to step in)."""
 
     number: int
 
 
-class StreamItem(Message):
+class StreamItem(Message, frozen=True):
     """One item of a generator task."""
 
     number: int
@@ -195,68 +196,74 @@ class StreamItem(Message):
     value: ValuePart
 
 
-class TakeBackTasks(Message):
+class ForgetFunctions(Message, frozen=True):
+    """No task of mine will use these again."""
+
+    numbers: list[int]
+
+
+class TakeBackTasks(Message, frozen=True):
     """Give back up to `count` tasks that have not started, the last ones first; comes back as RETURNED results."""
 
     count: int
 
 
-class CancelTasks(Message):
+class CancelTasks(Message, frozen=True):
     """Drop these if they have not started; interrupt them if they run."""
 
     numbers: list[int]
     interrupt: bool
 
 
-class RetireWorker(Message):
+class RetireWorker(Message, frozen=True):
     """Finish what you have, then end with exit code 0."""
 
 
 # --- owners and borrowers -------------------------------------------------------------------------------------------
 
 
-class ResolveObject(Message):
+class ResolveObject(Message, frozen=True):
     """Tell me the value (or where it is) once there is one."""
 
     request: int
     number: int
 
 
-class ObjectResolved(Message):
+class ObjectResolved(Message, frozen=True):
     """Answer to ResolveObject."""
 
     request: int
     value: ValuePart
 
 
-class AddBorrower(Message):
+class AddBorrower(Message, frozen=True):
     """`borrower` has been, or is about to be, handed `count` references to these objects of yours."""
 
     borrower: Address
     numbers: list[int]
 
 
-class RemoveBorrower(Message):
+class RemoveBorrower(Message, frozen=True):
     """I let go of objects of yours; `counts`: how often I had been handed each."""
 
     numbers: list[int]
     counts: list[int]
 
 
-class WatchProcess(Message):
+class WatchProcess(Message, frozen=True):
     """Tell me (ProcessEnded) when this process of your node is no more."""
 
     process_id: str
 
 
-class ProcessEnded(Message):
+class ProcessEnded(Message, frozen=True):
     """The process will never send anything again."""
 
     address: Address
     text: str
 
 
-class NodeLost(Message):
+class NodeLost(Message, frozen=True):
     """A node was declared dead, and all that ran on it."""
 
     node_id: str
@@ -266,7 +273,7 @@ class NodeLost(Message):
 # --- processes and their node ---------------------------------------------------------------------------------------
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """First message on every connection, both ways."""
 
     protocol: int
@@ -275,9 +282,10 @@ class Hello(Message):
     pid: int
     job_id: str
     python_version: str
+    version: str = ""  # of clusterpool
 
 
-class JobPart(Part):
+class JobPart(Part, frozen=True):
     """What a worker must know of the job that it works for."""
 
     job_id: str
@@ -290,16 +298,17 @@ class JobPart(Part):
     runtime_env: str  # JSON
     owner: Address
     detached: bool = False
+    authkey: bytes = b""  # of the driver's `multiprocessing`: workers need it to use proxies of its managers
 
 
-class RegisterProcess(Message):
+class RegisterProcess(Message, frozen=True):
     """A driver or worker joins its node. A driver brings its job."""
 
     job: JobPart | None
     wants_logs: bool = False
 
 
-class Registered(Message):
+class Registered(Message, frozen=True):
     """Answer to RegisterProcess."""
 
     node_id: str
@@ -311,15 +320,15 @@ class Registered(Message):
     num_cpus: float
 
 
-class LeaveNode(Message):
+class LeaveNode(Message, frozen=True):
     """A driver ends in good order: clean up, pass on the last lines that its workers printed, and answer LeftNode."""
 
 
-class LeftNode(Message):
+class LeftNode(Message, frozen=True):
     """Answer to LeaveNode."""
 
 
-class WorkerDemand(Part):
+class WorkerDemand(Part, frozen=True):
     """What kind of worker is wanted."""
 
     kind: int
@@ -331,7 +340,7 @@ class WorkerDemand(Part):
     actor_id: str = ""
 
 
-class RequestWorkers(Message):
+class RequestWorkers(Message, frozen=True):
     """Lease me `count` workers of this kind."""
 
     request: int
@@ -342,14 +351,14 @@ class RequestWorkers(Message):
     origin: Address | None = None  # the owner, when a node passes the request on
 
 
-class CancelRequest(Message):
+class CancelRequest(Message, frozen=True):
     """I need `count` fewer of what I asked for with this request."""
 
     request: int
     count: int
 
 
-class WorkerPart(Part):
+class WorkerPart(Part, frozen=True):
     """A leased worker."""
 
     address: Address
@@ -359,14 +368,14 @@ class WorkerPart(Part):
     gpu_ids: list[int] = []
 
 
-class WorkerGranted(Message):
+class WorkerGranted(Message, frozen=True):
     """One of the workers that you asked for."""
 
     request: int
     worker: WorkerPart
 
 
-class RequestFailed(Message):
+class RequestFailed(Message, frozen=True):
     """These workers will never come. `kind`: `infeasible`, `start_failed`, `environment`."""
 
     request: int
@@ -375,14 +384,14 @@ class RequestFailed(Message):
     text: str
 
 
-class ReleaseWorkers(Message):
+class ReleaseWorkers(Message, frozen=True):
     """I need these leases no more. `ends`: the process retires by itself (do not hand it to anybody else)."""
 
     leases: list[int]
     ends: bool
 
 
-class KillWorker(Message):
+class KillWorker(Message, frozen=True):
     """End this worker of mine at once, with this signal."""
 
     lease: int
@@ -390,11 +399,11 @@ class KillWorker(Message):
     text: str
 
 
-class ReclaimLeases(Message):
+class ReclaimLeases(Message, frozen=True):
     """Others are waiting: give back leases that you do not use right now."""
 
 
-class WorkerExited(Message):
+class WorkerExited(Message, frozen=True):
     """A worker that you hold is no more. `exit_code`: negative for a signal, as in multiprocessing."""
 
     lease: int
@@ -403,15 +412,15 @@ class WorkerExited(Message):
     text: str
 
 
-class WorkerBlocked(Message):
+class WorkerBlocked(Message, frozen=True):
     """I wait for other tasks: my CPU is free for them."""
 
 
-class WorkerUnblocked(Message):
+class WorkerUnblocked(Message, frozen=True):
     """I go on."""
 
 
-class LogLines(Message):
+class LogLines(Message, frozen=True):
     """What a worker of your job printed. `stream`: 1 standard output, 2 standard error."""
 
     name: str
@@ -424,7 +433,7 @@ class LogLines(Message):
 # --- the object store -----------------------------------------------------------------------------------------------
 
 
-class CreateObject(Message):
+class CreateObject(Message, frozen=True):
     """Make room in the arena."""
 
     request: int
@@ -432,14 +441,14 @@ class CreateObject(Message):
     size_bytes: int
 
 
-class ObjectCreated(Message):
+class ObjectCreated(Message, frozen=True):
     """Write it at `offset`, then seal it."""
 
     request: int
     offset: int
 
 
-class StoreFailed(Message):
+class StoreFailed(Message, frozen=True):
     """Answer to CreateObject or PinObject. `kind`: `too_large`, `store_full`, `disk_full`, `lost`, `exists`."""
 
     request: int
@@ -447,26 +456,26 @@ class StoreFailed(Message):
     text: str
 
 
-class SealObject(Message):
+class SealObject(Message, frozen=True):
     """The bytes are there; the object can be read from now on."""
 
     object_id: str
 
 
-class AbortObject(Message):
+class AbortObject(Message, frozen=True):
     """I shall not finish writing this."""
 
     object_id: str
 
 
-class PinObject(Message):
+class PinObject(Message, frozen=True):
     """Bring the object to my node if it is not there, and keep it where it is while I read it."""
 
     request: int
     stored: StoredValue
 
 
-class ObjectPinned(Message):
+class ObjectPinned(Message, frozen=True):
     """The object is at `offset` of the arena and stays there until you unpin it. `is_scarce`: copy it, and unpin now."""
 
     request: int
@@ -475,13 +484,13 @@ class ObjectPinned(Message):
     is_scarce: bool = False
 
 
-class UnpinObjects(Message):
+class UnpinObjects(Message, frozen=True):
     """I read these no more."""
 
     object_ids: list[str]
 
 
-class FreeObjects(Message):
+class FreeObjects(Message, frozen=True):
     """From the owner: nobody will ask for these again."""
 
     object_ids: list[str]
@@ -490,7 +499,7 @@ class FreeObjects(Message):
 # --- actors ---------------------------------------------------------------------------------------------------------
 
 
-class ActorPart(Part):
+class ActorPart(Part, frozen=True):
     """What a handle needs to know of an actor."""
 
     actor_id: str
@@ -505,7 +514,7 @@ class ActorPart(Part):
     job_id: str = ""
 
 
-class RegisterActor(Message):
+class RegisterActor(Message, frozen=True):
     """Make the actor known to the cluster, and claim its name."""
 
     request: int
@@ -513,13 +522,13 @@ class RegisterActor(Message):
     get_if_exists: bool = False
 
 
-class ActorChanged(Message):
+class ActorChanged(Message, frozen=True):
     """From the creator: it runs at `address` now, or its constructor failed."""
 
     actor: ActorPart
 
 
-class LocateActor(Message):
+class LocateActor(Message, frozen=True):
     """Tell me where this actor is (by id, or by name and namespace) once it is alive or dead."""
 
     request: int
@@ -528,14 +537,14 @@ class LocateActor(Message):
     namespace: str
 
 
-class ActorLocated(Message):
+class ActorLocated(Message, frozen=True):
     """Answer to RegisterActor (state `pending` or `taken`) and to LocateActor (`alive`, `dead`, `unknown`)."""
 
     request: int
     actor: ActorPart
 
 
-class KillActor(Message):
+class KillActor(Message, frozen=True):
     """End the actor, wherever it is."""
 
     actor_id: str
@@ -545,13 +554,13 @@ class KillActor(Message):
 # --- questions about the cluster ------------------------------------------------------------------------------------
 
 
-class DescribeCluster(Message):
+class DescribeCluster(Message, frozen=True):
     """What nodes are there, and what do they do?"""
 
     request: int
 
 
-class NodePart(Part):
+class NodePart(Part, frozen=True):
     """One node, as the command line and `nodes()` show it."""
 
     node_id: str
@@ -570,14 +579,14 @@ class NodePart(Part):
     details: dict[str, float] = {}
 
 
-class ClusterDescribed(Message):
+class ClusterDescribed(Message, frozen=True):
     """Answer to DescribeCluster."""
 
     request: int
     nodes: list[NodePart]
 
 
-class StopNode(Message):
+class StopNode(Message, frozen=True):
     """From the command line: end yourself in good order. `all_nodes`: and every other node first."""
 
     all_nodes: bool
@@ -586,7 +595,7 @@ class StopNode(Message):
 # --- between nodes --------------------------------------------------------------------------------------------------
 
 
-class Relay(Message):
+class Relay(Message, frozen=True):
     """A message between processes of two nodes, on its way through theirs. `body`: the encoded message."""
 
     destination: Address
@@ -594,7 +603,7 @@ class Relay(Message):
     body: bytes
 
 
-class Undeliverable(Message):
+class Undeliverable(Message, frozen=True):
     """No process of this name is on the node (any more)."""
 
     address: Address

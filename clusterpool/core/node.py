@@ -1,22 +1,28 @@
 """Everything that one node decides: the composite of its parts.
 
     shell --event--> NodeMachine --command--> shell
-                       |- Scheduler    leases, workers, resources
-                       |- NodeObjects  store, transfers
-                       |- NodeActors   registry of actors
-                       |- Membership   the other nodes
+                       |- Scheduler     leases, workers, resources
+                       |- Environments  forks that wait for packages
+                       |- NodeObjects   store, transfers
+                       |- NodeActors    registry of actors
+                       |- Membership    the other nodes
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
+
+from clusterpool.core import environments as env
 from clusterpool.core import membership as ms
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
 from clusterpool.core import store_messages as s
 from clusterpool.core.cluster_view import NodeLoad, NodeRecord, NodeView
+from clusterpool.core.departure import EndJob, JobEnded
 from clusterpool.core.messages import Address
 from clusterpool.core.node_actors import NodeActors
 from clusterpool.core.node_objects import NodeObjects
@@ -31,7 +37,7 @@ Commands = list[Any]
 class Process:
     """A process of this node that has said who it is."""
 
-    __slots__ = ("address", "is_leaving", "job_id", "kind", "pid", "wants_logs")
+    __slots__ = ("address", "is_leaving", "job_id", "kind", "pid", "waits_for", "wants_logs")
 
     def __init__(self, event: e.ProcessJoined) -> None:
         self.address = event.address
@@ -40,6 +46,7 @@ class Process:
         self.job_id = event.job.job_id if event.job is not None else ""
         self.wants_logs = event.wants_logs
         self.is_leaving = False
+        self.waits_for: set[str] = set()  # nodes whose workers of its job are being ended, while it leaves
 
 
 class NodeMachine:
@@ -58,15 +65,21 @@ class NodeMachine:
         self.objects = NodeObjects(self.node_id, arena_bytes)
         self.actors = NodeActors(self.node_id)
         self.membership = ms.Membership(self.node_id)
+        self.environments = env.Environments()
         self._watchers: dict[str, set[Address]] = {}  # by process id
         self._watched_by_node: dict[str, set[Address]] = {}  # owners elsewhere whose leases are here
         self._details: dict[str, m.NodePart] = {}
+        self._departing: dict[Address, Address] = {}  # by driver elsewhere, the node to tell when its job has ended
+        self._fencing: set[str] | None = None  # workers that must end before this node may join anew
         self._handlers: dict[type, Callable[[Any, float], Commands]] = {
             e.ProcessJoined: self._process_joined,
             e.ProcessLeft: self._process_left,
             e.MessageArrived: self._message_arrived,
             e.WorkerEnded: self._worker_ended,
-            e.ForkFailed: lambda event, _: self.scheduler.fork_failed(event.process_id, event.text),
+            e.ForkFailed: lambda event, _: self._fork_failed(event.process_id, event.text, "start_failed"),
+            env.PackageUnpacked: lambda event, _: self.environments.unpacked(event),
+            env.PackageFailed: self._package_failed,
+            env.PackageAnswered: lambda event, _: [e.Send(event.address, event.answer)],
             e.PagesReserved: lambda event, now_s: self.objects.pages_reserved(event, now_s),
             e.StoreReturned: lambda event, _: self.actors.answered(event),
             e.StoreRaised: lambda event, _: self.actors.answered(event),
@@ -76,7 +89,7 @@ class NodeMachine:
         self._message_handlers: dict[type, Callable[[Address, Any, float], Commands]] = {
             m.RequestWorkers: lambda source, message, _: self.scheduler.requested(source, message),
             m.CancelRequest: lambda source, message, _: self.scheduler.cancelled(source, message),
-            m.ReleaseWorkers: lambda _, message, __: self.scheduler.released(message),
+            m.ReleaseWorkers: lambda source, message, _: self.scheduler.released(source, message),
             m.KillWorker: lambda source, message, _: self.scheduler.kill(source, message),
             m.WorkerBlocked: lambda source, _, __: self.scheduler.blocked(source.process_id),
             m.WorkerUnblocked: lambda source, _, __: self.scheduler.unblocked(source.process_id),
@@ -89,17 +102,65 @@ class NodeMachine:
             m.LocateActor: lambda source, message, _: self.actors.located(source, message),
             m.KillActor: self._kill_actor,
             m.DescribeCluster: self._describe,
-            m.StopNode: lambda _, message, __: [e.StopNode("stopped by `clusterpool stop` or `down`")],
+            m.StopNode: self._stop,
+            EndJob: self._end_job,
+            JobEnded: self._job_ended,
         }
 
     def handle(self, event: Any, now_s: float) -> Commands:
         """Take note of `event` at `now_s` (monotonic seconds); what to do about it, in order."""
         handler = self._handlers.get(type(event))
         if handler is not None:
-            return handler(event, now_s)
+            return self._admitted(handler(event, now_s))
         if isinstance(event, s.StoreEvent):
             return self.objects.store_event(event, now_s)
-        return self._membership(event, now_s)
+        return self._admitted(self._membership(event, now_s))
+
+    # --- forks that wait for packages
+
+    def _admitted(self, commands: Commands) -> Commands:
+        """The same commands, but for workers whose environment is not unpacked yet: those are forked later."""
+        if not any(type(command) in (e.ForkWorker, e.EndWorker) for command in commands):
+            return commands
+        admitted: Commands = []
+        left = deque(commands)
+        while left:
+            command = left.popleft()
+            if isinstance(command, e.ForkWorker) and command.job.runtime_env:
+                try:
+                    admitted += self.environments.admit(command)
+                except msgspec.MsgspecError as exc:
+                    text = f"the job's runtime_env is malformed ({exc}); its driver is of another version"
+                    left.extend(self._fork_failed(command.process_id, text, "environment"))
+            elif isinstance(command, e.EndWorker) and self.environments.cancel(command.process_id):
+                left.extend(self._fork_failed(command.process_id, "its owner let it go", "start_failed"))
+            else:
+                admitted.append(command)
+        return admitted
+
+    def _package_failed(self, event: env.PackageFailed, _now_s: float) -> Commands:
+        commands: Commands = []
+        for process_id in self.environments.failed(event):
+            commands += self._fork_failed(process_id, event.text, "environment")
+        return commands
+
+    def _fork_failed(self, process_id: str, text: str, kind: str) -> Commands:
+        self.environments.worker_ended(process_id)
+        worker = self.scheduler.workers.get(process_id)
+        commands: Commands = list(self.scheduler.fork_failed(process_id, text, kind))
+        if worker is not None:
+            commands += self._workers_gone(worker.job.job_id)
+        return commands
+
+    def _workers_gone(self, job_id: str) -> Commands:
+        """A worker of this job is no more: its driver may have waited for that to leave."""
+        commands: Commands = []
+        for process in self.processes.values():
+            if process.is_leaving and process.job_id == job_id:
+                commands += self._maybe_left(process)
+        for owner, home in list(self._departing.items()):
+            commands += self._maybe_job_ended(owner, home)
+        return commands
 
     # --- processes
 
@@ -138,15 +199,36 @@ class NodeMachine:
         if process is None or process.is_leaving:
             return []
         process.is_leaving = True
-        commands: Commands = list(self.scheduler.owner_ended(source, ends_job=process.job_id))
+        nodes = [watcher for watcher in sorted(self._watchers.get(source.process_id, ())) if _is_node(watcher)]
+        process.waits_for = {node.node_id for node in nodes}
+        commands: Commands = [e.Send(node, EndJob(source)) for node in nodes]
+        commands += self.scheduler.owner_ended(source, ends_job=process.job_id)
         commands += self.actors.call("finish_job", {"job_id": process.job_id})
         return commands + self._maybe_left(process)
 
     def _maybe_left(self, process: Process) -> Commands:
         """Answer a leaving driver once its last worker, and all that it printed, has been heard."""
-        if any(worker.job.job_id == process.job_id and not worker.job.detached for worker in self.scheduler.workers.values()):
+        if process.waits_for or self.scheduler.has_workers_of(process.address):
             return []
         return [e.Send(process.address, m.LeftNode())]
+
+    def _end_job(self, source: Address, message: EndJob, _now_s: float) -> Commands:
+        self._departing[message.owner] = source
+        commands: Commands = list(self.scheduler.owner_ended(message.owner))
+        return commands + self._maybe_job_ended(message.owner, source)
+
+    def _maybe_job_ended(self, owner: Address, home: Address) -> Commands:
+        if self.scheduler.has_workers_of(owner):
+            return []
+        self._departing.pop(owner, None)
+        return [e.Send(home, JobEnded(owner))]
+
+    def _job_ended(self, source: Address, message: JobEnded, _now_s: float) -> Commands:
+        process = self.processes.get(message.owner.process_id)
+        if process is None or source.node_id not in process.waits_for:
+            return []
+        process.waits_for.discard(source.node_id)
+        return self._maybe_left(process)
 
     def _worker_ended(self, event: e.WorkerEnded, now_s: float) -> Commands:
         worker = self.scheduler.workers.get(event.process_id)
@@ -156,10 +238,8 @@ class NodeMachine:
         commands = self._process_left(e.ProcessLeft(Address(self.node_id, event.process_id)), now_s)
         commands += self.actors.worker_ended(worker.actor_id, text)
         commands += self.scheduler.worker_ended(event.process_id, event.exit_code, event.text)
-        for process in self.processes.values():
-            if process.is_leaving and process.job_id == worker.job.job_id:
-                commands += self._maybe_left(process)
-        return commands
+        self.environments.worker_ended(event.process_id)
+        return commands + self._workers_gone(worker.job.job_id)
 
     def _watch(self, source: Address, message: m.WatchProcess, _now_s: float) -> Commands:
         if message.process_id not in self.processes:
@@ -169,7 +249,9 @@ class NodeMachine:
         return []
 
     def _remote_ended(self, _source: Address, message: m.ProcessEnded | m.Undeliverable, now_s: float) -> Commands:
-        """A process of another node, whose leases or objects may be here, has ended."""
+        """A process of another node, whose leases or objects may be here, has ended; or a whole node is not there."""
+        if _is_node(message.address):
+            return self.objects.node_lost(message.address.node_id, now_s)
         commands: Commands = list(self.scheduler.owner_ended(message.address))
         return commands + self.objects.process_left(message.address.process_id, now_s)
 
@@ -191,6 +273,9 @@ class NodeMachine:
 
     def _time_passed(self, _event: e.TimePassed, now_s: float) -> Commands:
         commands = self.objects.time_passed(now_s)
+        if self._fencing is not None and self._fencing.isdisjoint(self.scheduler.workers):
+            self._fencing = None
+            commands += self._membership(ms.WorkEnded(), now_s)
         return commands + self._membership(ms.HeartbeatDue(self.load()), now_s)
 
     def load(self) -> NodeLoad:
@@ -202,6 +287,7 @@ class NodeMachine:
             workers=len(self.scheduler.workers),
             arena_used_bytes=stats.used_bytes,
             arena_size_bytes=stats.capacity_bytes,
+            spilled_bytes=stats.spilled_bytes,
         )
 
     def _membership(self, event: Any, now_s: float) -> Commands:
@@ -211,7 +297,11 @@ class NodeMachine:
             if isinstance(command, (ms.NodeDied, ms.NodeLeft)):
                 reason = command.reason if isinstance(command, ms.NodeDied) else "it left the cluster"
                 commands += self._node_lost(command.node_id, reason, now_s)
-            elif not isinstance(command, (ms.NodeJoined, ms.NodeSuspected, ms.NodeTrusted)):
+            elif isinstance(command, ms.NodeJoined):
+                commands.append(e.PeerJoined(command.view.node_id))
+            elif isinstance(command, ms.FenceSelf):
+                commands += self._fenced(command.reason, now_s)
+            elif not isinstance(command, (ms.NodeSuspected, ms.NodeTrusted)):
                 commands.append(command)
         if self.membership.view.version != version:
             commands += self.scheduler.peers_changed([_candidate(view) for view in self._peers()])
@@ -221,14 +311,33 @@ class NodeMachine:
         return self.membership.view.trusted_peers()
 
     def _node_lost(self, node_id: str, reason: str, now_s: float) -> Commands:
-        commands = self.objects.node_lost(node_id, now_s)
-        origins = {lease.origin for lease in self.scheduler.leases.values() if lease.origin.node_id == node_id}
-        for origin in sorted(origins):
-            commands += self.scheduler.owner_ended(origin)
-            commands += self.objects.process_left(origin.process_id, now_s)
+        commands: Commands = [e.PeerLost(node_id, reason), *self.objects.node_lost(node_id, now_s)]
+        for owner in self.scheduler.owners_on(node_id):
+            self._departing.pop(owner, None)
+            commands += self.scheduler.owner_ended(owner)
+            commands += self.objects.process_left(owner.process_id, now_s)
         lost = m.NodeLost(node_id, reason)
-        commands += [e.Send(process.address, lost) for process in self.processes.values()]
+        for process in self.processes.values():
+            commands.append(e.Send(process.address, lost))
+            if node_id in process.waits_for:
+                process.waits_for.discard(node_id)
+                commands += self._maybe_left(process)
         return commands
+
+    def _fenced(self, reason: str, now_s: float) -> Commands:
+        """The others take this node for dead: they have given up what it held for them, and it does the same."""
+        commands: Commands = []
+        for view in list(self.membership.view):
+            commands += self._node_lost(view.node_id, reason, now_s)
+        self._fencing = set(self.scheduler.workers)
+        return commands + self.scheduler.end_all(f"its node was taken for dead: {reason}")
+
+    def _stop(self, _source: Address, message: m.StopNode, _now_s: float) -> Commands:
+        commands: Commands = []
+        if message.all_nodes:
+            others = [view.node_id for view in self.membership.view if view.node_id != self.node_id]
+            commands = [e.Send(Address(node_id, node_id), m.StopNode(False)) for node_id in others]
+        return [*commands, e.StopNode("it was told to by `clusterpool stop` or `clusterpool down`")]
 
     def _describe(self, source: Address, message: m.DescribeCluster, _now_s: float) -> Commands:
         nodes = [self._own_part()]
@@ -255,8 +364,15 @@ class NodeMachine:
             spilled_bytes=stats.spilled_bytes,
             pid=record.pid,
             address=f"{record.host}:{record.port}" if record.port else "",
-            details=self.scheduler.counts_by_state(),
+            details={
+                **self.scheduler.counts_by_state(),
+                "is_member": float(self.membership.state is ms.State.MEMBER),
+            },
         )
+
+
+def _is_node(address: Address) -> bool:
+    return address.process_id == address.node_id
 
 
 def _candidate(view: NodeView) -> Candidate:
@@ -268,7 +384,7 @@ def _part_of_view(view: NodeView) -> m.NodePart:
     host, port = view.address
     return m.NodePart(
         node_id=view.node_id,
-        host=host,
+        host=view.host_name or host,
         alive=not view.is_suspect,
         is_head=view.labels.get("head") == "yes",
         total=view.total,
@@ -277,7 +393,7 @@ def _part_of_view(view: NodeView) -> m.NodePart:
         queue_length=view.queue_length,
         store_bytes=view.arena_size_bytes,
         store_used_bytes=view.arena_used_bytes,
-        spilled_bytes=0,
-        pid=0,
+        spilled_bytes=view.spilled_bytes,
+        pid=view.pid,
         address=f"{host}:{port}",
     )

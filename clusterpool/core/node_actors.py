@@ -102,4 +102,8 @@ class NodeActors:
     def process_left(self, address: Address) -> None:
         """Forget who waited."""
         for actor_id, waiting in list(self._waiting.items()):
-            self._waiting[actor_id] = [waiter for waiter in waiting if waiter[0] != address]
+            left = [waiter for waiter in waiting if waiter[0] != address]
+            if left:
+                self._waiting[actor_id] = left
+            else:
+                del self._waiting[actor_id]

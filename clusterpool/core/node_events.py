@@ -23,7 +23,7 @@ class Command(msgspec.Struct, frozen=True, gc=False):
 # --- events ---------------------------------------------------------------------------------------------------------
 
 
-class ProcessJoined(Event):
+class ProcessJoined(Event, frozen=True):
     """A driver, worker or tool of this host has said who it is."""
 
     address: Address
@@ -33,20 +33,20 @@ class ProcessJoined(Event):
     wants_logs: bool
 
 
-class ProcessLeft(Event):
+class ProcessLeft(Event, frozen=True):
     """Its connection is closed."""
 
     address: Address
 
 
-class MessageArrived(Event):
+class MessageArrived(Event, frozen=True):
     """From a process of this node, or through another node."""
 
     source: Address
     message: Message
 
 
-class WorkerEnded(Event):
+class WorkerEnded(Event, frozen=True):
     """A worker process was waited for, and all it printed was read. `text` says how and probably why."""
 
     process_id: str
@@ -54,14 +54,14 @@ class WorkerEnded(Event):
     text: str
 
 
-class ForkFailed(Event):
+class ForkFailed(Event, frozen=True):
     """There is no such worker."""
 
     process_id: str
     text: str
 
 
-class PagesReserved(Event):
+class PagesReserved(Event, frozen=True):
     """Answer to ReservePages: the arena's file has them."""
 
     client: str
@@ -71,14 +71,14 @@ class PagesReserved(Event):
     size_bytes: int
 
 
-class StoreReturned(Event):
+class StoreReturned(Event, frozen=True):
     """Answer to CallStore."""
 
     tag: int
     value: Any
 
 
-class StoreRaised(Event):
+class StoreRaised(Event, frozen=True):
     """CallStore failed; `kind` is the name of the exception's class."""
 
     tag: int
@@ -86,27 +86,27 @@ class StoreRaised(Event):
     text: str
 
 
-class ActorEventRead(Event):
+class ActorEventRead(Event, frozen=True):
     """The change feed says that an actor changed."""
 
     actor_id: str
 
 
-class TimePassed(Event):
+class TimePassed(Event, frozen=True):
     """A tick of the clock, every TICK_S seconds."""
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
-class Send(Command):
+class Send(Command, frozen=True):
     """Send a message to a process, here or on another node, in order with all others to it."""
 
     destination: Address
     message: Message
 
 
-class ForkWorker(Command):
+class ForkWorker(Command, frozen=True):
     """Start a worker process."""
 
     process_id: str
@@ -115,14 +115,14 @@ class ForkWorker(Command):
     name: str
 
 
-class EndWorker(Command):
+class EndWorker(Command, frozen=True):
     """Send a worker process this signal."""
 
     process_id: str
     signal: int
 
 
-class ReservePages(Command):
+class ReservePages(Command, frozen=True):
     """Make sure that the arena's file has these bytes; answer PagesReserved or ArenaExhausted, at once."""
 
     client: str
@@ -132,7 +132,7 @@ class ReservePages(Command):
     size_bytes: int
 
 
-class CallStore(Command):
+class CallStore(Command, frozen=True):
     """Call this operation of the control store; answer StoreReturned or StoreRaised."""
 
     tag: int
@@ -140,7 +140,20 @@ class CallStore(Command):
     arguments: dict[str, Any]
 
 
-class StopNode(Command):
+class StopNode(Command, frozen=True):
     """End the node in good order."""
 
+    text: str
+
+
+class PeerJoined(Command, frozen=True):
+    """Another node is known now: messages for it may go."""
+
+    node_id: str
+
+
+class PeerLost(Command, frozen=True):
+    """Another node is gone: what was still to be sent to it comes back."""
+
+    node_id: str
     text: str

@@ -43,10 +43,12 @@ class OwnerMachine:
         self._targets: dict[int, WorkerSet | ActorChannel] = {}  # by number of a task that waits for arguments
         self._handlers: dict[type, Callable[[Any, float], Commands]] = {
             e.SetOpened: self._set_opened,
-            e.SetResized: lambda event, now_s: self.sets[event.set_number].resize(event.size, now_s),
-            e.SetClosed: lambda event, now_s: self.sets[event.set_number].close(now_s),
-            e.SetTerminated: lambda event, _: self.sets[event.set_number].terminate(),
+            e.SetResized: self._set_changed,
+            e.SetClosed: self._set_changed,
+            e.SetTerminated: self._set_changed,
             e.FunctionAdded: self._function_added,
+            e.FunctionsDropped: self._functions_dropped,
+            e.ClientClosed: self._client_closed,
             e.TasksSubmitted: self._tasks_submitted,
             e.TaskWithArgumentsSubmitted: self._task_with_arguments,
             e.ActorOpened: self.actors.opened,
@@ -72,7 +74,7 @@ class OwnerMachine:
             m.ReclaimLeases: self._reclaim,
             m.StreamItem: self._stream_item,
             m.ResolveObject: lambda source, message, _: self.objects.asked(source, message),
-            m.ObjectResolved: lambda _, message, now_s: self._object_resolved(message, now_s),
+            m.ObjectResolved: lambda _, message, __: self.objects.resolved(message),
             m.AddBorrower: lambda _, message, __: self.objects.add_borrower(message),
             m.RemoveBorrower: lambda source, message, _: self.objects.remove_borrower(source, message),
             m.ProcessEnded: lambda _, message, now_s: self._gone(message.address, message.text, now_s),
@@ -80,18 +82,26 @@ class OwnerMachine:
             m.Undeliverable: lambda _, message, now_s: self._gone(message.address, "it has ended", now_s),
             m.ActorLocated: lambda _, message, __: self.actors.located(message),
         }
-        self._set_by_request: dict[int, WorkerSet] = {}
-        self._set_by_process: dict[str, WorkerSet] = {}
+        self._set_by_process: dict[str, WorkerSet] = {}  # kept by the sets
+        self._dropped_functions: dict[int, None] = {}  # unfinished tasks may use these, later ones will not
+        self._look_at_tasks = 0  # at so few unfinished tasks, or at so many dropped functions, look which can go
+        self._look_at_dropped = 0
         self.objects.on_known = self._arguments_known
 
     def handle(self, event: e.Event, now_s: float) -> Commands:
         """Take note of `event` at `now_s` (monotonic seconds); what to do about it, in order."""
-        return self._handlers[type(event)](event, now_s)
+        self.objects.now_s = now_s
+        commands = self._handlers[type(event)](event, now_s)
+        return commands + self._forget_functions() if self._dropped_functions else commands
 
     def next_wakeup_s(self, now_s: float) -> float | None:
         """When TimePassed is due, if ever."""
-        times = [worker_set.next_wakeup_s(now_s) for worker_set in self.sets.values()]
-        return min((time_s for time_s in times if time_s is not None), default=None)
+        soonest_s: float | None = None
+        for worker_set in self.sets.values():
+            time_s = worker_set.next_wakeup_s(now_s)
+            if time_s is not None and (soonest_s is None or time_s < soonest_s):
+                soonest_s = time_s
+        return soonest_s
 
     def is_hungry(self, set_number: int) -> bool:
         """Whether a task submitted to this set would start at once."""
@@ -114,22 +124,38 @@ class OwnerMachine:
             setup=event.setup,
             size=event.size,
             runs_max=event.runs_max,
-            requests=self._counted_requests(event.set_number),
+            requests=self.requests,
             functions=self.functions,
+            set_by_process=self._set_by_process,
         )
         worker_set.on_sent(self._hand_over_arguments)
         self.sets[event.set_number] = worker_set
         return worker_set.advance(now_s)
 
-    def _counted_requests(self, set_number: int) -> Iterator[int]:
-        while True:
-            request = next(self.requests)
-            self._set_by_request[request] = self.sets[set_number]
-            yield request
+    def _set_of_request(self, request: int) -> WorkerSet | None:
+        # A set forgets a request that is met, failed or cancelled: what comes for it later finds nobody, and goes back.
+        return next((worker_set for worker_set in self.sets.values() if request in worker_set.requested), None)
 
     def _function_added(self, event: e.FunctionAdded, _now_s: float) -> Commands:
         self.functions[event.number] = event.payload
         return []
+
+    def _functions_dropped(self, event: e.FunctionsDropped, _now_s: float) -> Commands:
+        self._dropped_functions.update(dict.fromkeys(event.numbers))
+        return []
+
+    def _forget_functions(self) -> Commands:
+        dropped = self._dropped_functions
+        # Looking at all unfinished tasks each time would cost too much while many are unfinished.
+        if len(self.tasks) > self._look_at_tasks and len(dropped) < self._look_at_dropped:
+            return []
+        in_use = {task.spec.function for task in self.tasks.values()}
+        gone = {number for number in dropped if number not in in_use}
+        for number in gone:
+            del dropped[number]
+            self.functions.pop(number, None)
+        self._look_at_tasks, self._look_at_dropped = len(self.tasks) // 2, 2 * len(dropped) + 1
+        return [command for worker_set in self.sets.values() for command in worker_set.forget_functions(gone)]
 
     def _tasks_submitted(self, event: e.TasksSubmitted, now_s: float) -> Commands:
         tasks = self.tasks
@@ -137,12 +163,37 @@ class OwnerMachine:
             tasks[task.spec.number] = task
             if task.sink is None:
                 self.objects.expect_results(task)
-        return self._checked(self.sets[event.set_number].submit(event.tasks, now_s))
+        worker_set = self.sets.get(event.set_number)
+        if worker_set is None:  # it ended between the submitter's check and now
+            return self._checked([e.FailTasks(event.tasks, "cancelled", "the pool ended before the task was started")])
+        return self._checked(worker_set.submit(event.tasks, now_s))
 
     def _task_with_arguments(self, event: e.TaskWithArgumentsSubmitted, now_s: float) -> Commands:
-        target: WorkerSet | ActorChannel
-        target = self.actors.channels[event.actor_id] if event.actor_id else self.sets[event.set_number]
+        target: WorkerSet | ActorChannel | None
+        target = self.actors.channels[event.actor_id] if event.actor_id else self.sets.get(event.set_number)
+        if target is None:
+            self.tasks[event.task.spec.number] = event.task
+            if event.task.sink is None:
+                self.objects.expect_results(event.task)
+            return self._checked([e.FailTasks([event.task], "cancelled", "the pool ended before the task was started")])
         return self.await_arguments(event.task, event.arguments, target, now_s)
+
+    def _set_changed(self, event: e.SetResized | e.SetClosed | e.SetTerminated, now_s: float) -> Commands:
+        worker_set = self.sets.get(event.set_number)
+        if worker_set is None:
+            return []  # it has ended by itself meanwhile
+        if isinstance(event, e.SetResized):
+            return self._checked(worker_set.resize(event.size, now_s))
+        if isinstance(event, e.SetClosed):
+            return self._checked(worker_set.close(now_s))
+        commands = self._checked(worker_set.terminate())
+        tasks = [self.tasks[number] for number in sorted(worker_set.awaiting)]
+        worker_set.awaiting.clear()
+        for task in tasks:
+            task.is_cancelled = True
+        if tasks:
+            commands += self._checked([e.FailTasks(tasks, "cancelled", "the pool was terminated")])
+        return commands
 
     def await_arguments(
         self, task: Task, arguments: e.TaskArguments, target: WorkerSet | ActorChannel, now_s: float
@@ -151,12 +202,15 @@ class OwnerMachine:
         number = task.spec.number
         self.tasks[number] = task
         self._targets[number] = target
-        if task.sink is None:
+        is_creation = isinstance(target, ActorChannel) and task is target.creation
+        if task.sink is None and not is_creation:
             self.objects.expect_results(task)
         if isinstance(target, ActorChannel):
             target.waiting.add(number)
-            if task is not target.creation:
+            if not is_creation:
                 target.submit([task])
+        else:
+            target.awaiting.add(number)
         commands, is_known = self.objects.expect_arguments(task, arguments, self.requests)
         if is_known:
             commands += self._arguments_known(task, now_s)
@@ -169,11 +223,15 @@ class OwnerMachine:
         error = self.objects.put_arguments(task)
         if isinstance(target, ActorChannel):
             target.waiting.discard(task.spec.number)
+            if error is not None and task is target.creation:
+                return self.actors.cannot_create(target, error)
             if error is not None:
                 task.is_cancelled = True
                 return self._checked([error]) + self.actors.send_ready(target)
             return self.actors.send_ready(target)
-        return self._checked([error] if error is not None else target.submit([task], now_s))
+        target.awaiting.discard(task.spec.number)
+        commands = self._checked([error]) if error is not None else []
+        return commands + self._checked(target.advance(now_s) if error is not None else target.submit([task], now_s))
 
     def _hand_over_arguments(self, worker: m.Address, tasks: list[Task]) -> Commands:
         commands: Commands = []
@@ -191,9 +249,7 @@ class OwnerMachine:
         worker_set = self._set_by_process.get(source.process_id)
         if worker_set is None:
             return self.actors.finished(source, message)
-        finished, worker = worker_set.finished(
-            source.process_id, message.results, message.run_ns, message.is_blocked
-        )
+        finished, worker = worker_set.finished(source.process_id, message, now_s)
         commands = self.settle(finished, worker)
         return commands + self._checked(worker_set.advance(now_s))
 
@@ -205,13 +261,14 @@ class OwnerMachine:
         for item in finished:
             task = item[0]
             tasks.pop(task.spec.number, None)
+            if item[1].extras is not None:
+                # Before the arguments go: a result may hand back a reference that nobody else holds any more.
+                objects.hold_result(item[1])
             if task.spec.extras is not None:
                 commands += objects.release_arguments(task)
             if task.sink is None:
                 commands += objects.task_ended(task, item[1])
             else:
-                if item[1].extras is not None:
-                    objects.hold_result(item[1])
                 delivered.append(item)
         if delivered:
             commands.append(e.DeliverResults(delivered, worker))
@@ -226,9 +283,7 @@ class OwnerMachine:
             if isinstance(command, e.FailTasks):
                 checked += self._failed(command)
                 continue
-            if isinstance(command, e.SetWorkerLeft):
-                self._set_by_process.pop(command.worker.address.process_id, None)
-            elif isinstance(command, e.SetEnded):
+            if isinstance(command, e.SetEnded):
                 self.sets.pop(command.set_number, None)
             checked.append(command)
         return checked
@@ -238,9 +293,15 @@ class OwnerMachine:
     def _failed(self, command: e.FailTasks) -> Commands:
         commands: Commands = []
         with_sink: list[Task] = []
+        channels: list[ActorChannel] = []  # whose later calls this one held up
         for task in command.tasks:
             self.tasks.pop(task.spec.number, None)
-            self._targets.pop(task.spec.number, None)
+            target = self._targets.pop(task.spec.number, None)
+            if isinstance(target, WorkerSet):
+                target.awaiting.discard(task.spec.number)
+            elif target is not None:
+                target.waiting.discard(task.spec.number)
+                channels.append(target)
             if task.spec.extras is not None:
                 commands += self.objects.release_arguments(task)
             if task.sink is None:
@@ -249,6 +310,8 @@ class OwnerMachine:
                 with_sink.append(task)
         if with_sink:
             commands.append(msgspec.structs.replace(command, tasks=with_sink))
+        for channel in channels:
+            commands += self.actors.send_ready(channel)
         return commands
 
     def _cancel_asked(self, event: e.TaskCancelAsked, now_s: float) -> Commands:
@@ -258,7 +321,11 @@ class OwnerMachine:
             return []
         if not task.worker:
             self.cancelled = task.is_cancelled = True
-            return self._checked([e.FailTasks([task], "cancelled", "the task was cancelled before it started")])
+            target = self._targets.get(event.number)
+            commands = self._checked([e.FailTasks([task], "cancelled", "the task was cancelled before it started")])
+            if isinstance(target, WorkerSet):  # it may have been all that a closed set waited for
+                commands += self._checked(target.advance(now_s))
+            return commands
         channel = self.actors.channel_of_process.get(task.worker)
         if channel is not None:
             return channel.interrupt(task) if event.interrupt else []
@@ -273,11 +340,13 @@ class OwnerMachine:
     # --- workers
 
     def _worker_granted(self, source: m.Address, message: m.WorkerGranted, now_s: float) -> Commands:
-        worker_set = self._set_by_request.get(message.request)
+        worker_set = self._set_of_request(message.request)
         if worker_set is None:
             return self.actors.granted(source, message, now_s)
-        self._set_by_process[message.worker.address.process_id] = worker_set
-        return self._checked(worker_set.granted(message.request, message.worker, now_s))
+        commands = worker_set.granted(message.request, message.worker, now_s)
+        if worker_set.setup.references and message.worker.address.process_id in worker_set.held:
+            commands = self.objects.hand_over(message.worker.address, worker_set.setup.references) + commands
+        return self._checked(commands)
 
     def _worker_ready(self, source: m.Address, _message: m.WorkerReady, now_s: float) -> Commands:
         worker_set = self._set_by_process.get(source.process_id)
@@ -292,16 +361,17 @@ class OwnerMachine:
     def _worker_exited(self, _source: m.Address, message: m.WorkerExited, now_s: float) -> Commands:
         process_id = message.address.process_id
         commands = self.objects.process_gone(message.address, message.text)
-        worker_set = self._set_by_process.pop(process_id, None)
+        worker_set = self._set_by_process.get(process_id)
         if worker_set is not None:
             commands += self._checked(worker_set.exited(process_id, message.exit_code, message.text, now_s))
         return commands + self.actors.process_gone(message.address, message.text)
 
-    def _request_failed(self, _source: m.Address, message: m.RequestFailed, _now_s: float) -> Commands:
-        worker_set = self._set_by_request.get(message.request)
+    def _request_failed(self, _source: m.Address, message: m.RequestFailed, now_s: float) -> Commands:
+        worker_set = self._set_of_request(message.request)
         if worker_set is None:
             return self.actors.request_failed(message)
-        return self._checked(worker_set.request_failed(message.request, message.count, message.kind, message.text))
+        commands = worker_set.request_failed(message.request, message.count, message.kind, message.text, now_s)
+        return self._checked(commands)
 
     def _reclaim(self, _source: m.Address, _message: m.ReclaimLeases, _now_s: float) -> Commands:
         commands: Commands = []
@@ -323,9 +393,25 @@ class OwnerMachine:
         for worker_set in list(self.sets.values()):
             for process_id, worker in list(worker_set.held.items()):
                 if worker.address.node_id == message.node_id:
-                    self._set_by_process.pop(process_id, None)
-                    commands += self._checked(worker_set.exited(process_id, -9, message.text, now_s))
+                    text = f"its node {message.node_id} is gone: {message.text}"
+                    commands += self._checked(worker_set.exited(process_id, -9, text, now_s))
+            commands += self._checked(worker_set.renew_requests(now_s))
         return commands + self.actors.node_gone(message.node_id, message.text)
+
+    def _client_closed(self, event: e.ClientClosed, _now_s: float) -> Commands:
+        """There is no cluster any more: whoever waits for anything must not wait for ever."""
+        tasks = list(self.tasks.values())
+        for task in tasks:
+            task.is_cancelled = True
+        with_sink = [task for task in tasks if task.sink is not None]
+        others = [task for task in tasks if task.sink is None]
+        commands = self._checked([e.FailTasks(with_sink, event.kind, event.text)])
+        commands += self._checked([e.FailTasks(others, "not_connected", event.text)])
+        commands += self.objects.lose_unknown("not_connected", event.text)
+        commands += [e.SetEnded(set_number) for set_number in self.sets]
+        self.sets.clear()
+        self._set_by_process.clear()
+        return commands
 
     def _advance_all(self, now_s: float) -> Commands:
         commands: Commands = []
@@ -351,9 +437,6 @@ class OwnerMachine:
 
     def _stream_item(self, _source: m.Address, message: m.StreamItem, _now_s: float) -> Commands:
         return self.objects.stream_item(message)
-
-    def _object_resolved(self, message: m.ObjectResolved, now_s: float) -> Commands:
-        return self.objects.resolved(message, now_s)
 
     def _message_arrived(self, event: e.MessageArrived, now_s: float) -> Commands:
         handler = self._message_handlers.get(type(event.message))

@@ -35,16 +35,22 @@ class OwnerActors:
         channel = self.channels[event.actor.actor_id] = ActorChannel(event.actor)
         channel.is_creator = True
         channel.creation = event.creation
-        channel.request = next(owner.requests)
-        self._channel_of_request[channel.request] = channel
         self._envs[event.actor.actor_id] = event.setup
-        job = msgspec.structs.replace(owner.job, detached=event.actor.detached)
-        commands: Commands = [e.Send(owner.node, m.RequestWorkers(channel.request, 1, event.demand, job))]
+        channel.wish = (event.demand, msgspec.structs.replace(owner.job, detached=event.actor.detached))
+        commands: Commands = [self._request_worker(channel)]
         if event.arguments is not None:
             commands += owner.await_arguments(event.creation, event.arguments, channel, now_s)
         else:
             owner.tasks[event.creation.spec.number] = event.creation
         return commands
+
+    def _request_worker(self, channel: ActorChannel) -> e.Command:
+        owner = self._owner
+        assert channel.wish is not None
+        demand, job = channel.wish
+        channel.request = next(owner.requests)
+        self._channel_of_request[channel.request] = channel
+        return e.Send(owner.node, m.RequestWorkers(channel.request, 1, demand, job))
 
     def met(self, event: e.ActorMet, _now_s: float) -> Commands:
         """A handle of somebody else's actor arrived."""
@@ -92,7 +98,7 @@ class OwnerActors:
         worker = message.worker
         if channel is None:
             node = Address(worker.address.node_id, worker.address.node_id)
-            return [e.Send(node, m.ReleaseWorkers([worker.lease], True))]
+            return [e.Send(node, m.ReleaseWorkers([worker.lease], False))]
         channel.lease = worker.lease
         channel.actor = msgspec.structs.replace(channel.actor, address=worker.address)
         self.channel_of_process[worker.address.process_id] = channel
@@ -109,6 +115,18 @@ class OwnerActors:
         if channel is None:
             return []
         return self._died(channel, message.text)
+
+    def cannot_create(self, channel: ActorChannel, failure: e.FailTasks) -> Commands:
+        """An argument of the constructor has no value: give back the worker, or do not wait for it."""
+        commands: Commands = []
+        address = channel.actor.address
+        if address is not None:
+            self.channel_of_process.pop(address.process_id, None)
+            node = Address(address.node_id, address.node_id)
+            commands.append(e.Send(node, m.ReleaseWorkers([channel.lease], True)))
+        elif self._channel_of_request.pop(channel.request, None) is not None:
+            commands.append(e.Send(self._owner.node, m.CancelRequest(channel.request, 1)))
+        return commands + self._died(channel, failure.text, failure.error)
 
     def finished(self, source: Address, message: m.TasksFinished) -> Commands:
         """Results of calls, or of the creation."""
@@ -168,6 +186,12 @@ class OwnerActors:
         for channel in list(self.channel_of_process.values()):
             if channel.actor.address is not None and channel.actor.address.node_id == node_id:
                 commands += self.process_gone(channel.actor.address, text)
+        for request, channel in list(self._channel_of_request.items()):
+            if channel.is_creator and channel.request == request:
+                # The request may have been passed on to that node; if it comes nevertheless, it is given back.
+                del self._channel_of_request[request]
+                commands.append(e.Send(self._owner.node, m.CancelRequest(request, 1)))
+                commands.append(self._request_worker(channel))
         return commands
 
     def _died(self, channel: ActorChannel, text: str, error: bytes = b"") -> Commands:

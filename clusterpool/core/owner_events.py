@@ -33,6 +33,7 @@ class SetupPlan(msgspec.Struct, frozen=True, gc=False):
     name: str = ""
     env: dict[str, str] = {}
     payload: bytes = b""  # pickle of (initializer, initargs), or empty
+    references: list[Reference] = []  # inside the payload; the shell keeps them alive
 
 
 class TaskArguments(msgspec.Struct, frozen=True, gc=False):
@@ -41,12 +42,13 @@ class TaskArguments(msgspec.Struct, frozen=True, gc=False):
     dependencies: list[Reference]  # replaced by their values before the task starts, by slot
     references: list[Reference]  # inside the payload, passed on as references
     payload_object: Reference | None = None  # the payload itself, when it is large
+    holders: Any = None  # the shell's: keeps all of them alive until the machine counts them itself
 
 
 # --- events ---------------------------------------------------------------------------------------------------------
 
 
-class SetOpened(Event):
+class SetOpened(Event, frozen=True):
     """A worker set is wanted. `size` None: as many leases as the queue needs."""
 
     set_number: int
@@ -56,40 +58,53 @@ class SetOpened(Event):
     runs_max: int | None = None
 
 
-class SetResized(Event):
+class SetResized(Event, frozen=True):
     """A group shall have another size."""
 
     set_number: int
     size: int
 
 
-class SetClosed(Event):
+class SetClosed(Event, frozen=True):
     """No more tasks will come; the workers end when all is done."""
 
     set_number: int
 
 
-class SetTerminated(Event):
+class SetTerminated(Event, frozen=True):
     """End the set's workers at once; its tasks are cancelled."""
 
     set_number: int
 
 
-class FunctionAdded(Event):
+class FunctionAdded(Event, frozen=True):
     """A function was pickled under this number."""
 
     number: int
     payload: bytes
 
 
-class TasksSubmitted(Event):
+class FunctionsDropped(Event, frozen=True):
+    """No more tasks of these functions will be submitted."""
+
+    numbers: list[int]
+
+
+class ClientClosed(Event, frozen=True):
+    """The connection to the cluster is gone for good. `kind`: names the error class for tasks with a sink."""
+
+    kind: str
+    text: str
+
+
+class TasksSubmitted(Event, frozen=True):
     """Tasks without references."""
 
     set_number: int
     tasks: list[Task]
 
 
-class TaskWithArgumentsSubmitted(Event):
+class TaskWithArgumentsSubmitted(Event, frozen=True):
     """A task with references among its arguments. `actor_id`: for a call of an actor."""
 
     set_number: int
@@ -98,7 +113,7 @@ class TaskWithArgumentsSubmitted(Event):
     arguments: TaskArguments
 
 
-class ActorOpened(Event):
+class ActorOpened(Event, frozen=True):
     """This process creates an actor: lease a worker and make it there."""
 
     actor: ActorPart
@@ -108,20 +123,20 @@ class ActorOpened(Event):
     arguments: TaskArguments | None
 
 
-class ActorMet(Event):
+class ActorMet(Event, frozen=True):
     """This process got a handle of somebody else's actor."""
 
     actor: ActorPart
 
 
-class ActorCallsSubmitted(Event):
+class ActorCallsSubmitted(Event, frozen=True):
     """Calls without references, in order."""
 
     actor_id: str
     tasks: list[Task]
 
 
-class TaskCancelAsked(Event):
+class TaskCancelAsked(Event, frozen=True):
     """The user wants this task not to run, or (force) to stop. The answer is `OwnerMachine.cancelled`."""
 
     number: int
@@ -129,73 +144,73 @@ class TaskCancelAsked(Event):
     interrupt: bool = False
 
 
-class ReferencesHeld(Event):
+class ReferencesHeld(Event, frozen=True):
     """References arrived in a message."""
 
     references: list[Reference]
 
 
-class ReferencesMade(Event):
+class ReferencesMade(Event, frozen=True):
     """Python references were made here of objects that this process knows already, or is about to ask for."""
 
     references: list[Reference]
 
 
-class ReferencesDropped(Event):
+class ReferencesDropped(Event, frozen=True):
     """Local references went: (owner, number) pairs, one an instance."""
 
     keys: list[tuple[Address, int]]
 
 
-class ValuePut(Event):
+class ValuePut(Event, frozen=True):
     """The user put a value: a new object of this process."""
 
     number: int
     value: ValuePart
 
 
-class ValueWanted(Event):
+class ValueWanted(Event, frozen=True):
     """Somebody here waits for this object."""
 
     reference: Reference
 
 
-class MessageArrived(Event):
+class MessageArrived(Event, frozen=True):
     """From another process."""
 
     source: Address
     message: Message
 
 
-class ProcessGone(Event):
+class ProcessGone(Event, frozen=True):
     """A connection broke, or the node says so."""
 
     address: Address
     text: str
 
 
-class TimePassed(Event):
+class TimePassed(Event, frozen=True):
     """`next_wakeup_s` has come."""
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
-class Send(Command):
+class Send(Command, frozen=True):
     """Send a message to a process, in order with all others to it."""
 
     destination: Address
     message: Message
 
 
-class DeliverResults(Command):
+class DeliverResults(Command, frozen=True):
     """Tasks with a sink have ended."""
 
     results: list[tuple[Task, TaskResult]]
     worker: Any  # WorkerPart of the worker that ran them
 
 
-class FailTasks(Command):
+class FailTasks(Command, frozen=True):
     """Tasks with a sink will never have a result. `kind` names the error class."""
 
     tasks: list[Task]
@@ -205,20 +220,20 @@ class FailTasks(Command):
     error: bytes = b""  # the exception to raise instead, when there is one
 
 
-class ValuesKnown(Command):
+class ValuesKnown(Command, frozen=True):
     """These objects have values now."""
 
     keys: list[tuple[Address, int]]
 
 
-class SetWorkerJoined(Command):
+class SetWorkerJoined(Command, frozen=True):
     """A worker of a group is ready."""
 
     set_number: int
     worker: WorkerPart
 
 
-class SetWorkerLeft(Command):
+class SetWorkerLeft(Command, frozen=True):
     """A worker of a group is gone."""
 
     set_number: int
@@ -228,7 +243,7 @@ class SetWorkerLeft(Command):
     was_expected: bool
 
 
-class SetSetupFailed(Command):
+class SetSetupFailed(Command, frozen=True):
     """A worker's initializer raised this."""
 
     set_number: int
@@ -236,19 +251,19 @@ class SetSetupFailed(Command):
     text: str
 
 
-class SetEnded(Command):
+class SetEnded(Command, frozen=True):
     """A closed or terminated set has no worker left."""
 
     set_number: int
 
 
-class StreamMoved(Command):
+class StreamMoved(Command, frozen=True):
     """A generator task has a new item, or an end."""
 
     number: int
 
 
-class ActorMoved(Command):
+class ActorMoved(Command, frozen=True):
     """An actor's state changed."""
 
     actor: ActorPart

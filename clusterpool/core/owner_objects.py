@@ -23,13 +23,14 @@ class OwnerObjects:
         self.node = node
         self.table = OwnershipTable(address)
         self.streams: dict[int, e.Stream] = {}
+        self.lifetimes: dict[int, Callable[[], Commands]] = {}  # by object number, what its end is the end of
         self.on_known: Callable[[Task, float], Commands] = lambda _task, _now_s: []
         self._numbers = numbers
         self._arguments: dict[int, e.TaskArguments] = {}  # by task number
         self._missing: dict[int, int] = {}  # by task number, how many arguments are not known yet
         self._asked: dict[int, Reference] = {}  # by request number
         self._watched: set[Address] = set()
-        self._now_s = 0.0
+        self.now_s = 0.0  # of the event that is being handled
 
     # --- arguments
 
@@ -49,8 +50,6 @@ class OwnerObjects:
                 commands += self.wanted(reference, next(requests))
         for reference in arguments.references:
             self.table.hold(reference)
-        if arguments.payload_object is not None:
-            self.table.pin(arguments.payload_object)
         if missing:
             self._missing[number] = missing
         return commands, missing == 0
@@ -67,10 +66,8 @@ class OwnerObjects:
         for reference in arguments.dependencies:
             value = self.table.value_of(reference)
             assert value is not None, "a dependency lost its value"
-            if value.error:
-                return e.FailTasks([task], "dependency", "an argument's task failed", None, value.error)
-            if value.lost_kind:
-                return e.FailTasks([task], value.lost_kind, value.lost)
+            if value.error or value.lost_kind:
+                return e.FailTasks([task], value.lost_kind or "dependency", value.lost, None, value.error)
             values.append(value)
         if values:
             assert task.spec.extras is not None
@@ -87,7 +84,8 @@ class OwnerObjects:
         dropped = [self.table.unpin(reference) for reference in arguments.dependencies]
         dropped += [self.table.drop(reference.owner, reference.number) for reference in arguments.references]
         if arguments.payload_object is not None:
-            dropped.append(self.table.unpin(arguments.payload_object))
+            # The task took over the one reference that the value was put with.
+            dropped.append(self.table.drop(arguments.payload_object.owner, arguments.payload_object.number))
         return self._let_go([item for item in dropped if item is not None])
 
     def hand_over(self, receiver: Address, references: list[Reference]) -> Commands:
@@ -124,7 +122,6 @@ class OwnerObjects:
         if returns == -1:
             return self._stream_ended(task, result)
         if result.extras is not None:
-            self.hold_result(result)
             values = result.extras.values or [result.extras.value or ValuePart()]
         else:
             values = [_value_of_result(result)] * returns
@@ -135,7 +132,9 @@ class OwnerObjects:
 
     def task_failed(self, task: Task, failure: e.FailTasks) -> Commands:
         """A task without a sink will never have a result."""
-        value = ValuePart(error=failure.error) if failure.error else ValuePart(lost_kind=failure.kind, lost=failure.text)
+        value = ValuePart(error=failure.error, lost_kind=failure.kind, lost=failure.text)
+        if failure.error and failure.kind == "dependency":
+            value = ValuePart(error=failure.error)  # the error of the other task is this one's own
         extras = task.spec.extras
         returns = extras.returns if extras is not None else 1
         if returns == -1:
@@ -166,7 +165,7 @@ class OwnerObjects:
             if left > 0:
                 self._missing[task.spec.number] = left
             elif self._missing.pop(task.spec.number, None) is not None:
-                commands += self.on_known(task, self._now_s)
+                commands += self.on_known(task, self.now_s)
         return commands
 
     def wanted(self, reference: Reference, request: int) -> Commands:
@@ -196,9 +195,8 @@ class OwnerObjects:
         commands.append(e.Send(asker, m.ObjectResolved(request, value)))
         return commands
 
-    def resolved(self, message: m.ObjectResolved, now_s: float) -> Commands:
+    def resolved(self, message: m.ObjectResolved) -> Commands:
         """The owner answered."""
-        self._now_s = now_s
         reference = self._asked.pop(message.request, None)
         for inner in message.value.references:
             self.table.hold(inner, was_handed=True)
@@ -208,7 +206,7 @@ class OwnerObjects:
 
     def _borrowed_known(self, key: tuple[Address, int], value: ValuePart) -> Commands:
         borrowed = self.table.borrowed.get(key)
-        if borrowed is None:
+        if borrowed is None or borrowed.value is not None:  # let go, or asked for twice because it was in between
             return self.dropped([(inner.owner, inner.number) for inner in value.references])
         borrowed.value = value
         waiting, borrowed.waiting_tasks = borrowed.waiting_tasks, []
@@ -227,6 +225,8 @@ class OwnerObjects:
             item = items.pop()
             if item.owner != self.address:
                 commands.append(e.Send(item.owner, m.RemoveBorrower([item.number], [item.handed])))
+            elif item.number in self.lifetimes:
+                commands += self.lifetimes.pop(item.number)()
             elif item.value is not None and item.value.stored is not None:
                 stored = item.value.stored
                 commands += [
@@ -265,6 +265,14 @@ class OwnerObjects:
                 commands += self._borrowed_known(key, lost)
         return commands
 
+    def lose_unknown(self, kind: str, text: str) -> Commands:
+        """Values that others were to send will not come."""
+        commands: Commands = []
+        for key, borrowed in list(self.table.borrowed.items()):
+            if borrowed.value is None:
+                commands += self._borrowed_known(key, ValuePart(lost_kind=kind, lost=text))
+        return commands
+
     def node_gone(self, node_id: str, text: str) -> Commands:
         """A node is lost: its processes are gone, and the copies of objects in its arena."""
         addresses = {key[0] for key in self.table.borrowed if key[0].node_id == node_id}
@@ -273,14 +281,13 @@ class OwnerObjects:
         for address in sorted(addresses):
             commands += self.process_gone(address, text)
         for record in list(self.table.owned.values()):
-            stored = record.value.stored if record.value is not None else None
-            if stored is None or node_id not in stored.node_ids:
+            value = record.value
+            stored = value.stored if value is not None else None
+            if value is None or stored is None or node_id not in stored.node_ids:
                 continue
             left = [other for other in stored.node_ids if other != node_id]
             if left:
-                record.value = msgspec.structs.replace(
-                    record.value, stored=msgspec.structs.replace(stored, node_ids=left)
-                )
+                record.value = msgspec.structs.replace(value, stored=msgspec.structs.replace(stored, node_ids=left))
             else:
                 record.value = ValuePart(lost_kind="object_lost", lost=f"its only copy was on node {node_id}: {text}")
         return commands
@@ -298,7 +305,11 @@ class OwnerObjects:
         for inner in message.value.references:
             self.table.hold(inner, was_handed=True)
         if stream is None or message.index < len(stream.items):
-            return []  # closed, or a retry repeats what the first attempt has sent
+            # Closed, or a retry repeats what the first attempt has sent. A stored copy of such an item has the name of
+            # the first one: it may only go when nobody has that any more.
+            is_in_use = stream is not None and stream.items[message.index] in self.table.owned
+            value = msgspec.structs.replace(message.value, stored=None) if is_in_use else message.value
+            return self._let_go([Dropped(self.address, 0, 0, value, value.references)])
         number = next(self._numbers)
         self.table.create(number)
         stream.items.append(number)

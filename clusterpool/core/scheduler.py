@@ -44,7 +44,7 @@ class Pending:
 class Lease:
     """A worker in somebody's hands. `is_blocked`: its CPU is lent to others."""
 
-    __slots__ = ("amounts", "gpu_ids", "is_blocked", "is_granted", "kind", "number", "origin", "request", "worker")
+    __slots__ = ("amounts", "gpu_ids", "has_env", "is_blocked", "is_granted", "kind", "number", "origin", "request", "worker")
 
     def __init__(self, number: int, pending: Pending, worker: Worker, gpu_ids: list[int]) -> None:
         self.number = number
@@ -53,6 +53,7 @@ class Lease:
         self.kind = pending.demand.kind
         self.amounts = pending.amounts
         self.gpu_ids = gpu_ids
+        self.has_env = bool(pending.demand.env)
         self.worker = worker
         self.is_granted = False
         self.is_blocked = False
@@ -100,11 +101,11 @@ class Scheduler:
         """An owner, or another node for it, wants workers."""
         pending = Pending(message, message.origin or source)
         commands: list[Command] = []
-        if pending.origin.node_id != self.node_id and pending.origin not in self._watched:
-            # A lease of an owner elsewhere must end when that owner does.
-            self._watched.add(pending.origin)
-            home = Address(pending.origin.node_id, pending.origin.node_id)
-            commands.append(Send(home, m.WatchProcess(pending.origin.process_id)))
+        for owner in (pending.origin, pending.job.owner):
+            # A lease of an owner elsewhere must end when that owner does; idle workers end with their driver.
+            if owner.node_id != self.node_id and owner not in self._watched:
+                self._watched.add(owner)
+                commands.append(Send(Address(owner.node_id, owner.node_id), m.WatchProcess(owner.process_id)))
         if pending.demand.kind == WorkerKind.GROUP and pending.hops == 0:
             return commands + self._place_group(pending)
         self.pending.append(pending)
@@ -147,8 +148,8 @@ class Scheduler:
             commands += self._serve(pending)
             if pending.count == 0:
                 self.pending.remove(pending)
-            else:
-                blocked.add(shape)  # first come, first served among equals
+            elif not pending.demand.strategy and pending.demand.kind != WorkerKind.GROUP:
+                blocked.add(shape)  # first come, first served among equals (who could go to other nodes as well)
         if self.pending and not self._reclaim_asked:
             commands += self._ask_back()
         if not self.pending:
@@ -273,14 +274,14 @@ class Scheduler:
             return [self._end(worker, "nobody wants it any more")]
         return [self._granted(worker.lease)]
 
-    def fork_failed(self, process_id: str, text: str) -> list[Command]:
-        """No such worker will come."""
+    def fork_failed(self, process_id: str, text: str, kind: str = "start_failed") -> list[Command]:
+        """No such worker will come; `kind` as in RequestFailed."""
         worker = self.workers.pop(process_id, None)
         if worker is None or worker.lease is None:
             return []
         lease = worker.lease
         self._free(lease)
-        failed = m.RequestFailed(lease.request, 1, "start_failed", f"a worker could not be started: {text}")
+        failed = m.RequestFailed(lease.request, 1, kind, f"a worker could not be started: {text}")
         return [Send(lease.origin, failed), *self.advance()]
 
     def worker_ended(self, process_id: str, exit_code: int, text: str) -> list[Command]:
@@ -312,18 +313,20 @@ class Scheduler:
         self.pool.give_back(amounts, lease.gpu_ids)
         lease.worker.lease = None
 
-    def released(self, message: m.ReleaseWorkers) -> list[Command]:
+    def released(self, source: Address, message: m.ReleaseWorkers) -> list[Command]:
         """An owner needs these workers no more."""
         commands: list[Command] = []
         for number in message.leases:
             lease = self.leases.get(number)
-            if lease is None:
+            if lease is None or lease.origin != source:
                 continue
             worker = lease.worker
-            is_reusable = lease.kind == WorkerKind.TASK and not message.ends and not lease.gpu_ids
+            # Variables of one function must not be seen by another.
+            is_reusable = lease.kind == WorkerKind.TASK and not (message.ends or lease.gpu_ids or lease.has_env)
             self._free(lease)
             idle = self.idle.setdefault(worker.job.job_id, [])
-            if is_reusable and len(idle) < self._idle_max():
+            # A worker to which a signal is on its way must not be handed to anybody.
+            if is_reusable and not worker.is_ending and len(idle) < self._idle_max():
                 idle.append(worker)
             else:
                 commands.append(self._end(worker, "its owner let it go"))
@@ -345,11 +348,12 @@ class Scheduler:
 
     def kill_actor(self, actor_id: str) -> list[Command]:
         """End the worker that holds this actor, if it is here."""
-        return [
-            self._end(worker, "the actor was killed with clusterpool.kill()")
-            for worker in self.workers.values()
-            if worker.actor_id == actor_id
-        ]
+        text = "the actor was killed with clusterpool.kill()"
+        commands = [self._end(worker, text) for worker in self.workers.values() if worker.actor_id == actor_id]
+        for pending in [pending for pending in self.pending if actor_id and pending.demand.actor_id == actor_id]:
+            self.pending.remove(pending)
+            commands.append(Send(pending.origin, m.RequestFailed(pending.request, pending.count, "killed", text)))
+        return commands
 
     def _end(self, worker: Worker, text: str) -> Command:
         worker.is_ending = True
@@ -387,19 +391,36 @@ class Scheduler:
         self.pending = [
             pending
             for pending in self.pending
-            if pending.origin != address and not (ends_job and pending.job.job_id == ends_job and not pending.job.detached)
+            if pending.origin != address
+            and (pending.job.detached or not (pending.job.owner == address or pending.job.job_id == ends_job))
         ]
         commands: list[Command] = []
         for worker in self.workers.values():
             if worker.job.detached:
                 continue
-            is_of_job = bool(ends_job) and worker.job.job_id == ends_job
+            is_of_job = worker.job.owner == address or worker.job.job_id == ends_job
             is_leased = worker.lease is not None and worker.lease.origin == address
             if is_of_job or is_leased:
                 commands.append(self._end(worker, "its owner has ended"))
-        if ends_job:
-            self.idle.pop(ends_job, None)
+        for job_id in [job_id for job_id, idle in self.idle.items() if idle and idle[0].job.owner == address]:
+            del self.idle[job_id]
         return commands + self.advance()
+
+    def has_workers_of(self, driver: Address) -> bool:
+        """Whether workers of this driver's job still live, other than those that outlive it."""
+        return any(worker.job.owner == driver and not worker.job.detached for worker in self.workers.values())
+
+    def owners_on(self, node_id: str) -> list[Address]:
+        """The processes of another node that have, or wait for, something here."""
+        owners = {lease.origin for lease in self.leases.values()}
+        owners |= {pending.origin for pending in self.pending} | {pending.job.owner for pending in self.pending}
+        owners |= {worker.job.owner for worker in self.workers.values()}
+        return sorted(owner for owner in owners if owner.node_id == node_id)
+
+    def end_all(self, text: str) -> list[Command]:
+        """End every worker of this node."""
+        self.idle.clear()
+        return [self._end(worker, text) for worker in self.workers.values()]
 
     def peers_changed(self, peers: list[Candidate]) -> list[Command]:
         """The view of the cluster has changed."""

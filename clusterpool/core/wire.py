@@ -6,18 +6,22 @@ from typing import Any, Union
 
 import msgspec
 
+from clusterpool.core import departure as d
+from clusterpool.core import joining as j
 from clusterpool.core import messages as m
+from clusterpool.core import package_messages as p
 from clusterpool.core import transfer_messages as t
 
 AnyMessage = Union[
     m.SetupWorker, m.WorkerReady, m.WorkerSetupFailed, m.StartTasks, m.TasksFinished, m.TaskStarted, m.StreamItem,
-    m.TakeBackTasks, m.CancelTasks, m.RetireWorker, m.ResolveObject, m.ObjectResolved, m.AddBorrower,
+    m.ForgetFunctions, m.TakeBackTasks, m.CancelTasks, m.RetireWorker, m.ResolveObject, m.ObjectResolved, m.AddBorrower,
     m.RemoveBorrower, m.WatchProcess, m.ProcessEnded, m.NodeLost, m.Hello, m.RegisterProcess, m.Registered,
     m.LeaveNode, m.LeftNode, m.RequestWorkers, m.CancelRequest, m.WorkerGranted, m.RequestFailed, m.ReleaseWorkers,
     m.KillWorker, m.ReclaimLeases, m.WorkerExited, m.WorkerBlocked, m.WorkerUnblocked, m.LogLines, m.CreateObject,
     m.ObjectCreated, m.StoreFailed, m.SealObject, m.AbortObject, m.PinObject, m.ObjectPinned, m.UnpinObjects,
     m.FreeObjects, m.RegisterActor, m.ActorChanged, m.LocateActor, m.ActorLocated, m.KillActor, m.DescribeCluster,
     m.ClusterDescribed, m.StopNode, m.Relay, m.Undeliverable,
+    d.EndJob, d.JobEnded, j.RegistrationRefused, p.OfferPackage, p.SendPackage, p.PackageAnswer,
     t.OpenTransfer, t.TransferOpened, t.TransferRefused, t.SendChunk, t.ChunkData, t.CloseTransfer,
 ]  # fmt: skip
 

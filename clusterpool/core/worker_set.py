@@ -16,6 +16,7 @@ from clusterpool.core.messages import (
     Address,
     CancelRequest,
     CancelTasks,
+    ForgetFunctions,
     FunctionPart,
     JobPart,
     KillWorker,
@@ -26,6 +27,7 @@ from clusterpool.core.messages import (
     StartTasks,
     TakeBackTasks,
     TaskResult,
+    TasksFinished,
     WorkerDemand,
     WorkerPart,
 )
@@ -52,6 +54,8 @@ LINGER_S = 0.1
 REQUESTED_MAX = 256
 # An initializer that has failed this often in a row, with no success, will not get better by itself.
 SETUP_FAILURES_MAX = 4
+# So is a worker that cannot even be started; once may be bad luck (somebody ended it, memory was short for a moment).
+START_FAILURES_MAX = 4
 
 
 class WorkerSet:
@@ -69,6 +73,7 @@ class WorkerSet:
         runs_max: int | None,
         requests: Iterator[int],
         functions: dict[int, bytes],
+        set_by_process: dict[str, WorkerSet],
     ) -> None:
         self.number = number
         self.node = node
@@ -83,10 +88,14 @@ class WorkerSet:
         self.is_closing = False
         self.is_terminated = False
         self.failed_text = ""
+        self.failed_kind = ""
+        self.awaiting: set[int] = set()  # numbers of submitted tasks whose arguments have no values yet
         self._expected: set[str] = set()  # process ids whose end is our own wish
         self._setup_failures = 0
+        self._start_failures = 0
         self._requests = requests
         self._functions = functions
+        self._set_by_process = set_by_process  # the owner's. Invariant: it has this set for just the keys of `held`
         self._on_sent: Callable[[Address, list[Task]], list[Command]] | None = None
         self._is_ended = False
 
@@ -103,8 +112,11 @@ class WorkerSet:
 
     def submit(self, tasks: list[Task], now_s: float) -> list[Command]:
         """Queue tasks and send what can be sent."""
+        if self.is_terminated or self._is_ended:
+            # Another thread ended the set between the submitter's check and now.
+            return [FailTasks(tasks, "cancelled", "the pool was terminated before the task was started")]
         if self.failed_text:
-            return [FailTasks(tasks, "setup_failed", self.failed_text)]
+            return [FailTasks(tasks, self.failed_kind, self.failed_text)]
         self.dispatcher.submit(tasks)
         return self.advance(now_s)
 
@@ -116,8 +128,8 @@ class WorkerSet:
         for slot in self.dispatcher.retire_due():
             self._expected.add(slot.address.process_id)
             commands.append(Send(slot.address, RetireWorker()))
-        if self.is_closing:
-            self._close_if_done(commands)
+        if self.is_closing and not self._has_work():
+            self._close_now(commands)
         elif self.is_group:
             self._keep_size(commands)
         else:
@@ -142,14 +154,15 @@ class WorkerSet:
         was_wanted = request in self.requested
         self._count_down(request, 1)
         process_id = worker.address.process_id
-        if (self.is_closing and not self.dispatcher.queue) or (self.is_group and not was_wanted):
-            # It was on its way when the request was cancelled.
-            return [Send(self._node_of(worker), ReleaseWorkers([worker.lease], self.is_group))]
+        if not was_wanted or (self.is_closing and not self._has_work()):
+            # It was on its way when the request was cancelled. (Its node ends it unless others can use it.)
+            return [Send(self._node_of(worker), ReleaseWorkers([worker.lease], False))]
         self.held[process_id] = worker
+        self._set_by_process[process_id] = self
         env = dict(self.setup.env)
         if worker.gpu_ids:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, worker.gpu_ids))
-        setup = SetupWorker(env, self.setup.payload, self.setup.name, worker.lease)
+        setup = SetupWorker(env, self.setup.payload, self.setup.name, worker.lease, self.setup.references)
         if self.is_group:
             return [Send(worker.address, setup)]
         commands: list[Command] = [Send(worker.address, setup)] if env else []
@@ -160,10 +173,11 @@ class WorkerSet:
         worker = self.held.get(process_id)
         if worker is None or process_id in self.ready:
             return []
-        self._setup_failures = 0
+        self._setup_failures = self._start_failures = 0
         self.ready.add(process_id)
         slot = self.dispatcher.add_worker(worker.address, lease=worker.lease, pid=worker.pid, token=worker)
         slot.idle_since_s = now_s
+        slot.is_retiring = process_id in self._expected  # the group shrank while the worker was set up
         return [SetWorkerJoined(self.number, worker), *self.advance(now_s)]
 
     def setup_failed(self, process_id: str, error: bytes, now_s: float) -> list[Command]:
@@ -174,6 +188,7 @@ class WorkerSet:
         commands: list[Command] = [SetSetupFailed(self.number, error, text)]
         if self._setup_failures >= SETUP_FAILURES_MAX * max(1, self.size or 1):
             self.failed_text = f"{text} {self._setup_failures} times in a row; no worker will be tried again"
+            self.failed_kind = "setup_failed"
             tasks = self.dispatcher.clear()
             if tasks:
                 commands.append(FailTasks(tasks, "setup_failed", self.failed_text, None, error))
@@ -185,8 +200,7 @@ class WorkerSet:
         if worker is None:
             return []
         was_expected = process_id in self._expected
-        self._expected.discard(process_id)
-        self.ready.discard(process_id)
+        self._forget(process_id)
         commands: list[Command] = [SetWorkerLeft(self.number, worker, exit_code, text, was_expected)]
         commands += self._save_tasks(self.dispatcher.remove_worker(process_id), worker, text)
         return commands + self.advance(now_s)
@@ -212,24 +226,42 @@ class WorkerSet:
             commands.append(FailTasks(cancelled, "cancelled", "the task was cancelled", worker))
         return commands
 
-    def request_failed(self, request: int, count: int, kind: str, text: str) -> list[Command]:
+    def request_failed(self, request: int, count: int, kind: str, text: str, now_s: float) -> list[Command]:
         """Workers that were asked for will never come."""
         self._count_down(request, count)
-        if self.is_group and (self.held or kind == "start_failed" and self.ready):
+        if self.is_terminated:
             return []
-        self.failed_text = text if self.is_group else ""
+        if kind == "start_failed":
+            self._start_failures += 1
+            if self._start_failures < START_FAILURES_MAX:
+                return self.advance(now_s)
+        if self.held:
+            return []  # those that are there go on
+        if self.is_group:
+            self.failed_text, self.failed_kind = text, kind
         tasks = self.dispatcher.clear()
-        return [FailTasks(tasks, kind, text)] if tasks else []
+        commands: list[Command] = [FailTasks(tasks, kind, text)] if tasks else []
+        return commands + self.advance(now_s) if self.is_closing else commands
 
     def finished(
-        self, process_id: str, results: list[TaskResult], run_ns: int, is_blocked: bool
+        self, process_id: str, message: TasksFinished, now_s: float
     ) -> tuple[list[tuple[Task, TaskResult]], WorkerPart | None]:
         """A worker reports; the tasks that are done. Call `advance` afterwards."""
         slot = self.dispatcher.slots.get(process_id)
         if slot is None:
             return [], None
-        slot.is_blocked = is_blocked
-        return self.dispatcher.finish(process_id, results, run_ns), slot.token
+        slot.is_blocked = message.is_blocked
+        slot.idle_since_s = now_s
+        return self.dispatcher.finish(process_id, message.results, message.run_ns), slot.token
+
+    def renew_requests(self, now_s: float) -> list[Command]:
+        """A node is gone, and with it what had been passed on to it: ask for all that is outstanding anew.
+
+        What comes for the old requests nevertheless is given back.
+        """
+        if not self.requested:
+            return []
+        return self._cancel_requests() + self.advance(now_s)
 
     # --- the user's wishes
 
@@ -244,6 +276,11 @@ class WorkerSet:
                 surplus -= cancelled
                 self._count_down(request, cancelled)
                 commands.append(Send(self.node, CancelRequest(request, cancelled)))
+        for process_id, worker in self.held.items():
+            if surplus > 0 and process_id not in self.ready and process_id not in self._expected:
+                surplus -= 1
+                self._expected.add(process_id)
+                commands.append(Send(worker.address, RetireWorker()))
         for slot in sorted(self.dispatcher.slots.values(), key=lambda slot: len(slot.outstanding)):
             if surplus <= 0:
                 break
@@ -280,6 +317,9 @@ class WorkerSet:
         if worker is None:
             return []
         task.is_cancelled = True
+        slot = self.dispatcher.slots.get(task.worker)
+        if slot is not None and next(iter(slot.outstanding), None) != task.spec.number:
+            return self.interrupt(task)  # it has not started: whichever runs there must not die for it
         self._expected.add(task.worker)
         return [Send(self._node_of(worker), KillWorker(worker.lease, SIGKILL, "a task of it was cancelled"))]
 
@@ -301,16 +341,25 @@ class WorkerSet:
         for batch in self.dispatcher.fill(now_s):
             if self._on_sent is not None:
                 commands += self._on_sent(batch.slot.address, batch.tasks)
-            functions = [FunctionPart(number, self._functions[number]) for number in batch.functions]
+            # Missing only when the shell dropped it while another thread was about to submit: then the task fails.
+            functions = [FunctionPart(number, self._functions.get(number, b"")) for number in batch.functions]
             commands.append(Send(batch.slot.address, StartTasks(functions, [task.spec for task in batch.tasks])))
         return commands
 
     def _keep_size(self, commands: list[Command]) -> None:
         assert self.size is not None
+        size = self.size
+        if self.is_closing:
+            # Workers that die or have run their number of tasks are still replaced while tasks are left for them.
+            size = min(size, len(self.dispatcher.queue) + self.dispatcher.outstanding_count + len(self.awaiting))
         living = len(self.held) - len(self._expected)
-        missing = self.size - living - sum(self.requested.values())
-        if missing > 0 and not self.failed_text:
+        missing = size - living - sum(self.requested.values())
+        if missing > 0 and not self.failed_text and self._may_start():
             commands.append(self._request(missing))
+
+    def _may_start(self) -> bool:
+        # Where no worker can be started any more, those that are left go on alone; the last one's end is a last try.
+        return self._start_failures < START_FAILURES_MAX or not self.held
 
     def _follow_queue(self, commands: list[Command], now_s: float) -> None:
         dispatcher = self.dispatcher
@@ -318,7 +367,8 @@ class WorkerSet:
         wanted = min(REQUESTED_MAX, self._leases_wanted())
         usable = sum(1 for slot in dispatcher.slots.values() if not slot.outstanding and slot.is_open)
         if wanted > requested + usable:
-            commands.append(self._request(wanted - requested - usable))
+            if self._may_start():
+                commands.append(self._request(wanted - requested - usable))
         elif requested and wanted < requested:
             for request, count in list(self.requested.items()):
                 cancelled = min(count, requested - wanted)
@@ -347,9 +397,27 @@ class WorkerSet:
         commands: list[Command] = []
         for process_id in process_ids:
             worker = self.held.pop(process_id)
-            self.ready.discard(process_id)
+            self._forget(process_id)
+            sent = self.dispatcher.slots[process_id].functions_sent
+            if sent:  # it would keep them for as long as it lives, and gets them anew with its next lease
+                commands.append(Send(worker.address, ForgetFunctions(sorted(sent))))
             self.dispatcher.remove_worker(process_id)
             commands.append(Send(self._node_of(worker), ReleaseWorkers([worker.lease], False)))
+        return commands
+
+    def _forget(self, process_id: str) -> None:
+        self._expected.discard(process_id)
+        self.ready.discard(process_id)
+        self._set_by_process.pop(process_id, None)
+
+    def forget_functions(self, numbers: set[int]) -> list[Command]:
+        """No task will use these functions again: have the workers drop them."""
+        commands: list[Command] = []
+        for slot in self.dispatcher.slots.values():
+            known = slot.functions_sent & numbers
+            if known:
+                slot.functions_sent -= known
+                commands.append(Send(slot.address, ForgetFunctions(sorted(known))))
         return commands
 
     def _request(self, count: int) -> Command:
@@ -364,9 +432,11 @@ class WorkerSet:
         self.requested.clear()
         return commands
 
-    def _close_if_done(self, commands: list[Command]) -> None:
-        if self.dispatcher.queue or self.dispatcher.outstanding_count:
-            return
+    def _has_work(self) -> bool:
+        dispatcher = self.dispatcher
+        return bool(dispatcher.queue or dispatcher.outstanding_count or self.awaiting) and not self.is_terminated
+
+    def _close_now(self, commands: list[Command]) -> None:
         commands += self._cancel_requests()
         for process_id, worker in list(self.held.items()):
             if process_id in self._expected:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
-import logging
 import os
 import signal
 import socket
@@ -12,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from clusterpool.calls.worker_setup import set_up_worker
 from clusterpool.futures import engine
 from clusterpool.futures.map_run import MapRun
 from clusterpool.futures.pool_state import PoolState, TaskFuture, close_when_dropped
@@ -65,12 +65,9 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
             "name": name,
             "tasks_per_worker_max": max_tasks_per_child,
         }
-        if initializer is not None:
-            self._options |= {"initializer": _initialize, "initargs": (initializer, tuple(initargs))}
+        self._options |= {"initializer": set_up_worker, "initargs": (initializer, tuple(initargs))}
         self._pool = PoolState(retries=retries)
-        self._relatives: list[
-            ProcessPoolExecutor
-        ] = []  # made by `options(resources=)`, shut down with this one
+        self._relatives: list[ProcessPoolExecutor] = []  # made by `options(resources=)`, shut down with this one
         close_when_dropped(self, self._pool)
 
     # ------------------------------------------------------------------ calls
@@ -162,9 +159,7 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
         relative = ProcessPoolExecutor(self._size, retries=self._pool.retries if retries is None else retries)
         relative._context = self._context
         relative._options = dict(self._options)
-        relative._options.update(
-            {k: v for k, v in (("resources", resources), ("name", name)) if v is not None}
-        )
+        relative._options.update({k: v for k, v in (("resources", resources), ("name", name)) if v is not None})
         self._relatives.append(relative)
         return relative
 
@@ -240,9 +235,7 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
             return None
         if group is None:
             return {}
-        engine.wait_until(
-            lambda: len(group.workers()) >= group.size or pool.failure is not None, _WORKERS_READY_S
-        )
+        engine.wait_until(lambda: len(group.workers()) >= group.size or pool.failure is not None, _WORKERS_READY_S)
         return {worker.pid: WorkerProcess(worker, pool) for worker in group.workers()}
 
 
@@ -282,15 +275,6 @@ class ExecutorView(concurrent.futures.Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         self._executor.shutdown(wait, cancel_futures=cancel_futures)
-
-
-def _initialize(initializer: Callable[..., object], initargs: tuple[Any, ...]) -> None:
-    """Run the user's initializer in a worker; the log record is the standard library's."""
-    try:
-        initializer(*initargs)
-    except BaseException:
-        logging.getLogger("concurrent.futures").critical("Exception in initializer:", exc_info=True)
-        raise
 
 
 def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

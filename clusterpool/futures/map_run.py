@@ -22,9 +22,7 @@ class MapRun:
     cheap.
     """
 
-    def __init__(
-        self, pool: PoolState, function: Any, chunks: Iterator[Sequence[Any]], **options: Any
-    ) -> None:
+    def __init__(self, pool: PoolState, function: Any, chunks: Iterator[Sequence[Any]], **options: Any) -> None:
         self._pool = pool
         self._function = function
         self._chunks = chunks
@@ -49,9 +47,7 @@ class MapRun:
             group = self._pool.group
             assert group is not None
             try:
-                numbers = group.submit_chunks(
-                    self._function, chunks, self, first_index=self._sent, **self._options
-                )
+                numbers = group.submit_chunks(self._function, chunks, self, first_index=self._sent, **self._options)
             except RuntimeError:
                 if self._pool.send is None:  # closed or broken at this moment
                     self._pool.refuse()
@@ -60,9 +56,7 @@ class MapRun:
             self._sent += len(chunks)
         return len(chunks)
 
-    def task_done(
-        self, index: int, value: Any, error: BaseException | None, worker: GroupWorker | None
-    ) -> None:
+    def task_done(self, index: int, value: Any, error: BaseException | None, worker: GroupWorker | None) -> None:
         if error is not None:
             error = self._pool.translated(error)
         self._outcome_by_index[index] = (value, error)

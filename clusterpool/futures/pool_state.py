@@ -29,6 +29,7 @@ from pickle import PicklingError
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from clusterpool import errors
+from clusterpool.calls.callbacks import CallbackThread
 from clusterpool.client.future import LeanFuture
 from clusterpool.futures import engine
 
@@ -47,16 +48,19 @@ class TaskFuture(LeanFuture[Any]):
 
     _handle: PoolState
 
-    def task_done(
-        self, index: int, value: Any, error: BaseException | None, worker: GroupWorker | None
-    ) -> None:
+    def task_done(self, index: int, value: Any, error: BaseException | None, worker: GroupWorker | None) -> None:
         pool = self._handle
-        if error is None and "_state" not in self.__dict__:
-            # Nobody watches yet: this is the way of nearly all futures.
-            self.finish(value, None)
+        if error is not None:
+            error = pool.translated(error)
+        if isinstance(error, CancelledError):
+            self.finish_cancelled()
         else:
-            pool.deliver(self, value, error)
+            self.finish(value, error)
         pool.pending.discard(self)
+
+    def _run_callbacks(self) -> None:
+        if "_done_callbacks" in self.__dict__:
+            self._handle.run_callbacks(self)
 
 
 class PoolState:
@@ -76,7 +80,11 @@ class PoolState:
         self.pending: set[TaskFuture] = set()
         self.runs: weakref.WeakSet[MapRun] = weakref.WeakSet()
         self.exit_code_by_process_id: dict[str, int | None] = {}
-        self._delivering: list[int] = []  # threads that run a future's callbacks at this moment
+        # For done-callbacks, which the standard library runs in a thread of its own, too. In the thread that
+        # turns the client's loop, one that waits for a lock would keep everybody from the loop, also the
+        # thread that has the lock and submits a large argument.
+        self._callbacks = CallbackThread("clusterpool-callbacks")
+        self._callback_ident = 0
         self._lock = threading.Lock()
         self._process = os.getpid()
 
@@ -114,19 +122,14 @@ class PoolState:
 
     # ------------------------------------------------------------------ ends of tasks
 
-    def deliver(self, future: TaskFuture, value: Any, error: BaseException | None) -> None:
-        """Finish a future that failed or is watched, remembering that this thread may be in its callbacks."""
-        thread = threading.get_ident()
-        self._delivering.append(thread)
-        try:
-            if error is not None:
-                error = self.translated(error)
-            if isinstance(error, CancelledError):
-                future.finish_cancelled()
-            else:
-                future.finish(value, error)
-        finally:
-            self._delivering.remove(thread)
+    def run_callbacks(self, future: TaskFuture) -> None:
+        """Run the callbacks of a finished future in their thread, in the order of the futures' ends."""
+
+        def run() -> None:
+            self._callback_ident = threading.get_ident()
+            future._invoke_callbacks()  # type: ignore[attr-defined]
+
+        self._callbacks.run(run)
 
     def translated(self, error: BaseException) -> BaseException:
         """What the standard library promises in place of the engine's errors; others unchanged."""
@@ -204,12 +207,14 @@ class PoolState:
         """
         if self.group is None or self._process != os.getpid():
             return
-        if threading.get_ident() in self._delivering:
-            raise RuntimeError(
-                "cannot join current thread: shutdown(wait=True) was called by a future's callback"
-            )
-        engine.wait_until(self.is_idle, None)
+        if threading.get_ident() == self._callback_ident:
+            raise RuntimeError("cannot join current thread: shutdown(wait=True) was called by a future's callback")
+        try:
+            engine.wait_until(self.is_idle, None)
+        except errors.NotConnected:
+            pass  # the cluster has ended before, and the calls with it
         self.group.join()
+        self._callbacks.join()
 
     def is_idle(self) -> bool:
         return not self.pending

@@ -1,8 +1,11 @@
 """The joblib backend: each `Parallel` call runs on a warm worker group of the cluster.
 
     Parallel ── submit(batch, callback) ──► Job (the engine's sink) ──► WorkerGroup
-        ▲                                     │ task_done, in the thread that turns the client's loop
-        └───── callback(job) ◄────────────────┘  joblib takes the result out and submits the next batch
+        ▲                                    │ task_done, in the thread that turns the client's loop
+        └──── callback(job) ◄── Callbacks ◄──┘ joblib takes the result out and submits the next batch
+
+Callbacks are a thread of their own, because joblib's wait for a lock that the caller holds while it submits;
+a large argument is stored then, which needs the loop.
 
 Nested calls follow joblib's own rule, as loky's do: inside a worker the first level runs in threads, deeper
 ones one after another, so nesting neither multiplies processes nor waits for a worker that is busy waiting.
@@ -14,6 +17,7 @@ Source: https://joblib.readthedocs.io/en/stable/custom_parallel_backend.html
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
@@ -24,6 +28,7 @@ from joblib.parallel import AutoBatchingMixin, ParallelBackendBase
 from clusterpool import errors
 from clusterpool.joblib import engine
 from clusterpool.joblib.batch import run_batch, uniform_batch, uniform_function
+from clusterpool.joblib.callbacks import Callbacks
 from clusterpool.joblib.warm_groups import WarmGroup, WarmGroups
 
 if TYPE_CHECKING:
@@ -54,21 +59,21 @@ class TerminatedWorkerError(errors.WorkerDied, BrokenProcessPool):
 class Job:
     """A batch in flight: the engine's sink, and the future-like object that joblib keeps."""
 
-    __slots__ = ("_callback", "_error", "_is_done", "_value")
+    __slots__ = ("_callback", "_callbacks", "_error", "_is_done", "_value")
 
-    def __init__(self, callback: Callable[[Job], object] | None) -> None:
+    def __init__(self, callbacks: Callbacks, callback: Callable[[Job], object] | None) -> None:
+        self._callbacks = callbacks
         self._callback = callback
         self._is_done = False
         self._value: Any = None
         self._error: BaseException | None = None
 
-    def task_done(
-        self, index: int, value: Any, error: BaseException | None, worker: GroupWorker | None
-    ) -> None:
+    def task_done(self, index: int, value: Any, error: BaseException | None, worker: GroupWorker | None) -> None:
         self._value, self._error = value, error
         self._is_done = True
         if self._callback is not None:
-            self._callback(self)
+            self._callbacks.run(self._callback, self)
+            self._callback = None
 
     def done(self) -> bool:
         return self._is_done
@@ -124,6 +129,10 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
             "idle_worker_timeout": idle_worker_timeout,
         }
         self._warm: WarmGroup | None = None
+        # Parallel objects that are between `configure` and `terminate`: those of one `with parallel_config`
+        # share this backend, and one that gives a generator may be followed by the next before it is read.
+        self._users = 0
+        self._lock = threading.Lock()
         self._idle_timeout_s = _IDLE_TIMEOUT_S
         self._batch_by_function: dict[Callable[..., Any], Callable[..., Any]] = {}
 
@@ -160,12 +169,18 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         if idle_worker_timeout is None:
             idle_worker_timeout = self._options["idle_worker_timeout"]
         self._idle_timeout_s = _IDLE_TIMEOUT_S if idle_worker_timeout is None else idle_worker_timeout
-        # One job joblib runs itself, in this process.
-        if size > 1:
-            self._take_group(size)
+        with self._lock:
+            self._users += 1
+            # One job joblib runs itself, in this process.
+            if size > 1:
+                self._take_group(size)
         return size
 
     def _take_group(self, size: int) -> None:
+        if self._warm is not None:
+            if self._warm.group.size < size:
+                self._warm.group.resize(size)
+            return
         address, resources, retries = (self._options[k] for k in ("address", "resources", "retries"))
         client = engine.connect(address)
         env = self._thread_limits(size)
@@ -187,10 +202,7 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         """
         limit = self.inner_max_num_threads
         share = max(engine.cluster_cpus(self._options["address"]) // n_jobs, 1)
-        env = {
-            name: str(limit if limit is not None else os.environ.get(name, share))
-            for name in _THREAD_VARIABLES
-        }
+        env = {name: str(limit if limit is not None else os.environ.get(name, share)) for name in _THREAD_VARIABLES}
         if "ENABLE_IPC" not in os.environ:
             env["ENABLE_IPC"] = "1"  # lets the TBB schedulers of the processes share the CPUs
         return env
@@ -202,29 +214,36 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
     def terminate(self) -> None:
         """Let the workers wait for the next call."""
         self._batch_by_function.clear()
-        warm, self._warm = self._warm, None
+        self.reset_batch_stats()
+        with self._lock:
+            self._users = max(0, self._users - 1)
+            if self._users:
+                return
+            warm, self._warm = self._warm, None
         if warm is not None:
             _warm_groups.give_back(warm, self._idle_timeout_s)
-        self.reset_batch_stats()
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
         """Kill the workers, for nothing else stops a running task; new ones start in milliseconds."""
         self._batch_by_function.clear()
-        warm, self._warm = self._warm, None
-        if warm is not None:
+        with self._lock:
+            warm, self._warm = self._warm, None
+            if warm is None:
+                return
+            warm.callbacks.end()
             warm.group.terminate()
-            if ensure_ready:
+            if ensure_ready or self._users > 1:
                 self._take_group(warm.group.size)
+        warm.callbacks.wait_idle()
 
     # ------------------------------------------------------------------ batches
 
     def submit(self, func: Any, callback: Callable[[Any], object] | None = None) -> Job:
         warm = self._warm
         if warm is None:
-            raise RuntimeError(
-                "this Parallel call was ended or aborted; read its generator to the end before the next call"
-            )
-        job = Job(callback)
+            # The call was aborted while one of its callbacks was about to submit; nobody waits for the batch.
+            return Job(Callbacks(), None)
+        job = Job(warm.callbacks, callback)
         items = getattr(func, "items", ())
         function = uniform_function(items) if items else None
         if function is None:

@@ -19,9 +19,11 @@ def connect(address: str | None) -> Any:
 
 
 def open_group(size: int, **options: Any) -> WorkerGroup:
+    """A worker group; a `SystemExit` of a task is raised in the caller, as with joblib's own backends."""
+    from clusterpool.calls.worker_setup import set_up_worker
     from clusterpool.client.worker_group import WorkerGroup
 
-    return WorkerGroup(size, **options)
+    return WorkerGroup(size, initializer=set_up_worker, initargs=(None, ()), **options)
 
 
 def cluster_cpus(address: str | None) -> int:

@@ -10,8 +10,10 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from clusterpool.joblib.callbacks import Callbacks
 
 # Idle groups kept at most. More would serve a program that goes round many combinations of n_jobs and thread
 # limits, at some 20 MB a worker; fewer would start workers anew in one that alternates between two.
@@ -24,6 +26,7 @@ class WarmGroup:
     key: object
     client: Any
     process: int  # a fork's copy of a group is of no use to it
+    callbacks: Callbacks = field(default_factory=Callbacks)
     idle_since_s: float = 0.0
     idle_timeout_s: float = 300.0
 

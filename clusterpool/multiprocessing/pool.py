@@ -18,6 +18,7 @@ Source: https://docs.python.org/3/library/multiprocessing.html#module-multiproce
 from __future__ import annotations
 
 import operator
+import sys
 import threading
 import warnings
 import weakref
@@ -279,11 +280,10 @@ class Pool:
         if getattr(self, "_state", INIT) != _run:
             return
         _warn(f"unclosed running multiprocessing pool {self!r}", ResourceWarning, source=self)
-        try:
-            # A finalizer runs in any thread at any moment, also in one that holds a lock of the client.
-            threading.Thread(target=self._group.terminate, daemon=True).start()
-        except RuntimeError:
-            pass  # The interpreter is ending, and the client ends the workers.
+        # A finalizer runs in any thread at any moment, also in one that holds the client's lock: `terminate` only
+        # leaves a note then. (Tried: a thread for it. At the interpreter's end `Thread.start` waits for ever.)
+        if not sys.is_finalizing():
+            self._group.terminate()
 
     def __reduce__(self) -> NoReturn:
         raise NotImplementedError("pool objects cannot be passed between processes or pickled")

@@ -6,55 +6,28 @@ pair of nodes has one ordered stream each way. A frame without the cluster's key
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-import zmq
+import zmq as _zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from clusterpool.errors import AuthenticationFailed
+from clusterpool.errors import StartFailed
+from clusterpool.node.cluster_keys import ClusterKeys
 
+zmq: Any = _zmq  # its type stubs hide what it takes from C
 
-class ClusterKeys:
-    """The key pairs of one cluster: all nodes share them, and nobody else has them."""
-
-    def __init__(self, server: tuple[bytes, bytes], client: tuple[bytes, bytes]) -> None:
-        self.server_public, self.server_secret = server
-        self.client_public, self.client_secret = client
-
-    @classmethod
-    def generate(cls) -> ClusterKeys:
-        """New keys."""
-        return cls(zmq.curve_keypair(), zmq.curve_keypair())
-
-    def to_json(self) -> str:
-        """The text of a keys file (mode 0600)."""
-        pairs = {
-            "server": [self.server_public.decode(), self.server_secret.decode()],
-            "client": [self.client_public.decode(), self.client_secret.decode()],
-        }
-        return json.dumps(pairs)
-
-    @classmethod
-    def read(cls, path: str | Path) -> ClusterKeys:
-        """Raises: AuthenticationFailed when the file is missing or no keys file."""
-        try:
-            pairs = json.loads(Path(path).read_text())
-            server, client = pairs["server"], pairs["client"]
-            return cls((server[0].encode(), server[1].encode()), (client[0].encode(), client[1].encode()))
-        except (OSError, ValueError, KeyError, IndexError) as exc:
-            raise AuthenticationFailed(
-                f"the cluster's keys could not be read from {path}: {exc}; copy the file that `clusterpool up` made"
-            ) from exc
+# How long the last messages of a node that ends may take to leave it.
+LINGER_MS = 500
+# Below this, copying a frame is cheaper than telling its owner when zmq is done with it.
+_COPY_BYTES_MAX = 65536
 
 
 class _OnlyClusterMembers:
     def __init__(self, public_key: bytes) -> None:
-        self._public_key = public_key
+        self._public_key = public_key  # Z85 text
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """Whether a client with this public key may connect; called by zmq's authenticator."""
+        """Whether a client with this public key (Z85 text) may connect; called by zmq's authenticator."""
         return key == self._public_key
 
 
@@ -67,24 +40,36 @@ class Peers:
         self._context = zmq.Context()
         self._authenticator = ThreadAuthenticator(self._context)
         self._authenticator.start()
-        self._authenticator.configure_curve_callback("*", _OnlyClusterMembers(zmq.utils.z85.decode(keys.client_public)))
+        self._authenticator.configure_curve_callback("*", _OnlyClusterMembers(keys.client_public))
         self._router = self._socket(zmq.ROUTER)
         self._router.curve_server = True
         self._router.curve_publickey, self._router.curve_secretkey = keys.server_public, keys.server_secret
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a node that came back takes over its identity
-        self.port: int = port
-        if port:
-            self._router.bind(f"tcp://{host}:{port}")
-        else:
-            self.port = self._router.bind_to_random_port(f"tcp://{host}")
-        self._dealers: dict[str, Any] = {}
+        self._dealers: dict[
+            str, tuple[tuple[str, int], Any]
+        ] = {}  # by node id, with the address it connects to
+        self.port = self._bind(host, port)
+
+    def _bind(self, host: str, port: int) -> int:
+        try:
+            if port:
+                self._router.bind(f"tcp://{host}:{port}")
+                return port
+            bound: int = self._router.bind_to_random_port(f"tcp://{host}")
+            return bound
+        except zmq.ZMQError as exc:
+            self.close()
+            raise StartFailed(
+                f"the node could not listen at {host}:{port}: {exc}; is that an address of this machine, and the port "
+                "free? Port 0 takes any free one"
+            ) from exc
 
     def _socket(self, kind: int) -> Any:
         socket = self._context.socket(kind)
         # At its high-water mark a ROUTER drops messages silently; the queues are bounded in the core.
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.RCVHWM, 0)
-        socket.setsockopt(zmq.LINGER, 200)
+        socket.setsockopt(zmq.LINGER, LINGER_MS)
         socket.setsockopt(zmq.MAXMSGSIZE, 256 * 1024 * 1024)
         return socket
 
@@ -94,14 +79,19 @@ class Peers:
 
     def send(self, node_id: str, address: tuple[str, int], frame: bytes) -> None:
         """Send a frame to a node; lost if the node is gone."""
-        dealer = self._dealers.get(node_id)
-        if dealer is None:
-            dealer = self._dealers[node_id] = self._socket(zmq.DEALER)
-            dealer.setsockopt(zmq.IDENTITY, self._node_id.encode())
-            dealer.curve_serverkey = self._keys.server_public
-            dealer.curve_publickey, dealer.curve_secretkey = self._keys.client_public, self._keys.client_secret
-            dealer.connect(f"tcp://{address[0]}:{address[1]}")
-        dealer.send(frame, zmq.NOBLOCK, copy=len(frame) < 65536)
+        known = self._dealers.get(node_id)
+        if known is None or known[0] != address:
+            self.forget(node_id)  # it may have come back, and listen elsewhere
+            known = self._dealers[node_id] = (address, self._connect(address))
+        known[1].send(frame, zmq.NOBLOCK, copy=len(frame) < _COPY_BYTES_MAX)
+
+    def _connect(self, address: tuple[str, int]) -> Any:
+        dealer = self._socket(zmq.DEALER)
+        dealer.setsockopt(zmq.IDENTITY, self._node_id.encode())
+        dealer.curve_serverkey = self._keys.server_public
+        dealer.curve_publickey, dealer.curve_secretkey = self._keys.client_public, self._keys.client_secret
+        dealer.connect(f"tcp://{address[0]}:{address[1]}")
+        return dealer
 
     def receive(self) -> list[tuple[str, bytes]]:
         """All frames that have come, with the node that sent each."""
@@ -116,14 +106,15 @@ class Peers:
 
     def forget(self, node_id: str) -> None:
         """The node is gone: drop what was still to be sent to it."""
-        dealer = self._dealers.pop(node_id, None)
+        _, dealer = self._dealers.pop(node_id, (None, None))
         if dealer is not None:
             dealer.close(0)
 
     def close(self) -> None:
         """Close all sockets, after a short time for what is on its way."""
         self._authenticator.stop()
-        for dealer in self._dealers.values():
+        for _, dealer in self._dealers.values():
             dealer.close()
+        self._dealers.clear()
         self._router.close()
         self._context.term()

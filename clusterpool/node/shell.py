@@ -25,13 +25,18 @@ from clusterpool import ids
 from clusterpool.config import detect_memory_bytes
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
+from clusterpool.core import package_messages as p
 from clusterpool.core import wire
 from clusterpool.core.cluster_view import NodeRecord
-from clusterpool.core.membership import JoinRequested
+from clusterpool.core.environments import DropPackage, FetchPackage
+from clusterpool.core.joining import RegistrationRefused, mismatch
+from clusterpool.core.membership import JoinRequested, LeaveRequested
 from clusterpool.core.messages import Address, Message
 from clusterpool.core.node import TICK_S, NodeMachine
 from clusterpool.errors import ProtocolError
 from clusterpool.node.disk import DiskThread
+from clusterpool.node.packages import PackageThread
+from clusterpool.node.routes import Routes
 from clusterpool.node.store_thread import StoreThread
 from clusterpool.node.workers import WorkerProcesses
 from clusterpool.object_store.arena import Arena
@@ -39,6 +44,7 @@ from clusterpool.processes.death import open_pidfd
 from clusterpool.processes.launch import NodeStart
 from clusterpool.processes.zygote import Zygote
 from clusterpool.transport import stream
+from clusterpool.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +73,9 @@ class NodeShell:
         self.host = socket.gethostname()
         self.workers = WorkerProcesses(self, zygote)
         self.store = StoreThread(self.config, self.post)
+        self.packages = PackageThread(self.paths.folder / "packages", self.post, self.store.connect_another)
         self.peers: Any = None
+        self.routes: Routes | None = None
 
     def open(self) -> None:
         """Listen, make the arena, and tell the launcher that the node is ready."""
@@ -78,7 +86,8 @@ class NodeShell:
         self.disk = DiskThread(config, self.arena, self.post)
         port = 0
         if config.listen_port is not None:
-            from clusterpool.node.peers import ClusterKeys, Peers
+            from clusterpool.node.cluster_keys import ClusterKeys
+            from clusterpool.node.peers import Peers
 
             keys = ClusterKeys.read(config.keys_file or "")
             self.peers = Peers(self.node_id, keys, host=config.listen_host, port=config.listen_port)
@@ -92,6 +101,8 @@ class NodeShell:
             is_head=config.is_head,
             process_ids=_worker_ids(),
         )
+        if self.peers is not None:
+            self.routes = Routes(self.peers, self.machine.membership, self._hand_back)
         self._listener = stream.listen(paths.node_socket)
         self.watch(self._listener.fileno(), lambda _: self._accept())
         self.watch(self._post_fd, lambda _: self._read_posted())
@@ -172,6 +183,8 @@ class NodeShell:
                 if now_s - self._last_tick_s >= TICK_S:
                     self._last_tick_s = now_s
                     self.handle(e.TimePassed())
+                    if self.routes is not None:
+                        self.routes.time_passed(now_s)
                     if not self.store.is_started and now_s - self._started_s > STORE_DELAY_S:
                         self.store.start()
         finally:
@@ -185,6 +198,10 @@ class NodeShell:
 
     def _close(self) -> None:
         self.workers.close()
+        if not self.config.is_embedded:
+            # The others need not wait until our silence is noticed.
+            self.execute(self.machine.handle(LeaveRequested(), monotonic()))
+        self.packages.stop()
         self.store.stop()
         self.disk.stop()
         for connection in self.connections.values():
@@ -211,7 +228,11 @@ class NodeShell:
         for connection in stream.accept(self._listener):
             fd = connection.fileno()
             self.watch(fd, lambda mask, connection=connection: self._connection_ready(connection, mask))  # type: ignore[misc]
-            connection.send(m.Hello(m.PROTOCOL_VERSION, self.address, "node", os.getpid(), "", platform.python_version()))
+            connection.send(self._hello())
+
+    def _hello(self) -> m.Hello:
+        python_version = platform.python_version()
+        return m.Hello(m.PROTOCOL_VERSION, self.address, "node", os.getpid(), "", python_version, __version__)
 
     def _connection_ready(self, connection: stream.Connection, mask: int) -> None:
         if mask & select.EPOLLOUT and connection.has_unsent:
@@ -252,12 +273,17 @@ class NodeShell:
             self._relay(message)  # type: ignore[arg-type]
         elif kind is m.RegisterProcess:
             self._registered(connection, message)  # type: ignore[arg-type]
+        elif kind is p.OfferPackage or kind is p.SendPackage:
+            self.packages.message(connection.peer.address, message)  # type: ignore[attr-defined, arg-type]
+            self.store.start()
         else:
             self.handle(e.MessageArrived(connection.peer.address, message))  # type: ignore[attr-defined]
 
     def _greeted(self, connection: stream.Connection, hello: m.Hello) -> None:
-        if hello.protocol != m.PROTOCOL_VERSION:
-            raise ProtocolError(f"it speaks protocol {hello.protocol}, we speak {m.PROTOCOL_VERSION}")
+        reason = mismatch(self._hello(), hello)
+        if reason:
+            connection.send(RegistrationRefused(reason))
+            raise ProtocolError(reason)
         connection.peer = hello
         self.connections[hello.address.process_id] = connection
 
@@ -278,6 +304,7 @@ class NodeShell:
         hello = connection.peer
         if isinstance(hello, m.Hello) and self.connections.get(hello.address.process_id) is connection:
             del self.connections[hello.address.process_id]
+            self.packages.forget(hello.address)
             self.handle(e.ProcessLeft(hello.address))
 
     # --- sending
@@ -315,16 +342,26 @@ class NodeShell:
                 self.send(relay.source, m.Undeliverable(destination))
 
     def _send_to_node(self, relay: m.Relay) -> None:
-        node_id = relay.destination.node_id
-        view = self.machine.membership.view.get(node_id)
-        if view is None or self.peers is None:
-            if relay.source != self.address:
-                self.send(relay.source, m.Undeliverable(relay.destination))
-            return
-        self.peers.send(node_id, view.address, wire.encode(relay))
+        if self.routes is None:
+            self._hand_back(relay)
+        else:
+            self.routes.send(relay, monotonic())
+
+    def _hand_back(self, relay: m.Relay) -> None:
+        """Tell the sender; by the queue, since the machine may be in the middle of its commands."""
+        undeliverable = m.Undeliverable(relay.destination)
+        if relay.source.node_id != self.node_id:
+            logger.debug("dropped a message of %s: node %s is gone", relay.source, relay.destination.node_id)
+        elif relay.source == self.address:
+            self.post(e.MessageArrived(self.address, undeliverable))
+        else:
+            self.send(relay.source, undeliverable)
 
     def _peers_ready(self) -> None:
+        assert self.routes is not None
         for node_id, frame in self.peers.receive():
+            if self.routes.is_from_the_dead(node_id):
+                continue
             try:
                 message = wire.decode(frame)
                 if not isinstance(message, m.Relay):
@@ -347,12 +384,28 @@ class NodeShell:
                 self.workers.end(command)
             elif isinstance(command, e.ReservePages):
                 self.handle(self.disk.reserve(command))
+            elif isinstance(command, (FetchPackage, DropPackage)):
+                self.packages.take(command)
+                self.store.start()
             elif isinstance(command, e.StopNode):
                 self.stop(command.text)
+            elif isinstance(command, (e.PeerJoined, e.PeerLost)):
+                self._peer_changed(command)
             elif not self.disk.take(command, self.send):
                 self.store.put(command)
-                if isinstance(command, e.CallStore) and command.operation != "register_job":
+                # That a job begins or ends is no reason to start the control store of an embedded cluster.
+                if isinstance(command, e.CallStore) and command.operation not in ("register_job", "finish_job"):
                     self.store.start()
+
+    def _peer_changed(self, command: e.PeerJoined | e.PeerLost) -> None:
+        if self.routes is None:
+            return
+        if isinstance(command, e.PeerJoined):
+            logger.info("node %s: node %s has joined", self.node_id, command.node_id)
+            self.routes.joined(command.node_id)
+        else:
+            logger.warning("node %s: node %s is gone: %s", self.node_id, command.node_id, command.text)
+            self.routes.lost(command.node_id)
 
     def memory_text(self) -> str:
         """How much memory the host has left, for the text of a worker's death."""

@@ -25,6 +25,7 @@ from clusterpool.errors import ClusterpoolError, NotConnected
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
+_CONNECT_S = 10.0
 _ADDRESS_FIELD = "actor"
 
 
@@ -41,6 +42,7 @@ class StoreThread:
         self._thread = threading.Thread(target=self._main, name="control-store", daemon=True)
         self._feed = threading.Thread(target=self._follow, name="change-feed", daemon=True)
         self._is_started = False
+        self._is_connected = threading.Event()
 
     @property
     def is_started(self) -> bool:
@@ -57,6 +59,15 @@ class StoreThread:
         """Carry out a command of the machine (CallStore, or one of the membership's), in order."""
         self._queue.put(command)
 
+    def connect_another(self) -> Any:
+        """A connection for another thread of the node, once the control store has been reached here.
+
+        Raises: NotConnected.
+        """
+        if not self._is_connected.wait(_CONNECT_S):
+            raise NotConnected("the control store could not be started or reached; the node's log says why")
+        return self._connect_feed()
+
     def stop(self) -> None:
         """Finish what is queued, disconnect, and end the server that was started here."""
         self._is_stopping = True
@@ -72,11 +83,9 @@ class StoreThread:
     # --- the calling thread
 
     def _main(self) -> None:
-        try:
-            self._store = self._connect()
-        except Exception:
-            logger.exception("the control store could not be started or reached")
+        if not self._open():
             return
+        self._is_connected.set()
         if not self._config.is_embedded:
             self._feed.start()
         while True:
@@ -84,6 +93,26 @@ class StoreThread:
             if command is None:
                 return
             self._carry_out(command)
+
+    def _open(self) -> bool:
+        """Connect, however long it takes; whether there is a store."""
+        has_warned = False
+        while not self._is_stopping:
+            try:
+                self._store = self._connect()
+            except NotConnected as exc:
+                if not has_warned:
+                    logger.warning("the control store does not answer yet: %s", exc)
+                has_warned = True
+                time.sleep(_RETRY_S)
+            except Exception as exc:
+                logger.exception("the control store could not be started or reached")
+                if not self._config.is_embedded:
+                    self._post(e.StopNode(f"it cannot use the control store: {exc}"))
+                return False
+            else:
+                return True
+        return False
 
     def _connect(self) -> Any:
         from clusterpool.control_store.store import ControlStore
@@ -111,6 +140,9 @@ class StoreThread:
             event = ms.StoreFailed(str(exc))
         except ClusterpoolError as exc:
             logger.warning("the control store refused %s: %s", type(command).__name__, exc)
+            event = ms.StoreFailed(str(exc))
+        except Exception as exc:  # this thread's end would be taken for the node's death
+            logger.exception("control store: %s failed", type(command).__name__)
             event = ms.StoreFailed(str(exc))
         if event is not None:
             self._post(event)
@@ -168,6 +200,8 @@ class StoreThread:
         self._store.finish_job(job_id)
 
     def _op_create_actor(self, actor: m.ActorPart) -> None:
+        if actor.name:
+            self._op_find_actor(actor.namespace, actor.name)  # frees the name if its holder's node is gone
         record = msgspec.json.encode(actor)
         self._store.create_actor(
             actor.actor_id, record, state=actor.state, name=actor.name, namespace=actor.namespace
@@ -182,7 +216,16 @@ class StoreThread:
         self._post(e.ActorEventRead(actor.actor_id))
 
     def _op_find_actor(self, namespace: str, name: str) -> m.ActorPart | None:
-        return _actor_of_entry(self._store.find_actor(namespace, name))
+        actor = _actor_of_entry(self._store.find_actor(namespace, name))
+        if actor is None or actor.address is None or actor.address.node_id == self._config.node_id:
+            return actor
+        living = {node.record.node_id for node in self._store.list_nodes().nodes}
+        if actor.address.node_id in living:
+            return actor
+        # Its creator would have reported its death, but has ended as well.
+        text = f"its node {actor.address.node_id} is gone"
+        self._store.update_actor(actor.actor_id, (), "dead", {"address": "", "text": text})
+        return None
 
     def _op_get_actor(self, actor_id: str) -> m.ActorPart | None:
         return _actor_of_entry(self._store.get_actor(actor_id))

@@ -11,6 +11,7 @@ import msgspec
 
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
+from clusterpool.errors import StartFailed
 from clusterpool.processes.logs import LogPipe, WorkerLog
 from clusterpool.processes.sweep import SESSION_VARIABLE
 from clusterpool.processes.zygote import ForkFailed, WorkerExited, WorkerForked, Zygote, ZygoteDied
@@ -52,7 +53,10 @@ class WorkerProcesses:
         if job.host == shell.host:
             # As children of the driver would, workers on its host have its environment.
             env.update({name: value for name, value in job.env.items() if name != SESSION_VARIABLE})
+        working_dir, modules, variables = shell.packages.environment_paths(job.runtime_env)
+        env.update(variables)
         env.update(command.env)
+        env["CLUSTERPOOL_NODE_ID"] = shell.node_id
         spec = {
             "env": env,
             "process_id": command.process_id,
@@ -60,9 +64,16 @@ class WorkerProcesses:
             "node_socket": str(shell.paths.node_socket),
             "processes_folder": str(shell.paths.process_sockets_folder),
             "name": command.name,
+            "working_dir": working_dir,
+            "modules": modules,
             "job": msgspec.msgpack.encode(msgspec.structs.replace(job, env={})),
         }
-        self._zygote.fork_worker(command.process_id, spec)
+        try:
+            self._zygote.fork_worker(command.process_id, spec)
+        except (ValueError, StartFailed) as exc:
+            # Posted, since the machine is in the middle of its commands.
+            del self._workers[command.process_id]
+            shell.post(e.ForkFailed(command.process_id, str(exc)))
 
     def end(self, command: e.EndWorker) -> None:
         """Send a worker a signal."""

@@ -91,6 +91,29 @@ def make_node_folder(config: NodeConfig) -> NodeFolderLock:
     return NodeFolderLock(paths, session_fd, node_fd)
 
 
+def make_or_join_session(session: SessionPaths) -> int:
+    """A descriptor of a shared flock on the session's folder, which is made if it is not there.
+
+    As long as it is open, here or in a process that inherited it, the session counts as living.
+
+    Raises: StartFailed if the session is just being removed; PermissionError if the folder is another user's.
+    """
+    return _make_or_join_session(session)
+
+
+def remove_session_if_over(session: SessionPaths) -> bool:
+    """Remove what is left of a session that nobody alive belongs to; whether nothing is left."""
+    descriptor = try_lock(session.folder)
+    if descriptor is None:
+        return not session.folder.exists()
+    try:
+        remove_folder(session.folder)
+        remove_user_folder_if_empty(session.folder.parent)
+    finally:
+        os.close(descriptor)
+    return True
+
+
 def try_lock(folder: Path) -> int | None:
     """The descriptor of an exclusive flock on `folder`; None if somebody alive holds it, or if it is not
     there.

@@ -80,7 +80,6 @@ class Connection:
                 sent = 0
             except OSError:
                 # The reading side finds the end of the stream and reports it with its cause.
-                self._out.clear()
                 return
             if sent == len(frame):
                 return
@@ -141,7 +140,11 @@ class Connection:
 
     def _is_whole_frame_in(self) -> bool:
         waiting = self._in
-        return len(waiting) >= 4 and len(waiting) >= 4 + _LENGTH.unpack_from(waiting, 0)[0]
+        if len(waiting) < 4:
+            return False
+        length = int(_LENGTH.unpack_from(waiting, 0)[0])
+        # One that is too long counts as whole, so that `split_frames` refuses it before it is all in memory.
+        return length > FRAME_BYTES_MAX or len(waiting) >= 4 + length
 
     def close(self) -> None:
         """Close the socket; may be called twice."""
@@ -158,6 +161,8 @@ def split_frames(received: bytes | bytearray) -> tuple[list[bytes], bytes]:
     """
     frames: list[bytes] = []
     position, end = 0, len(received)
+    if end >= 4 and _LENGTH.unpack_from(received, 0)[0] == end - 4:
+        return [bytes(received[4:])], b""  # one whole frame: the rule when calls come one at a time
     view = memoryview(received)
     try:
         while end - position >= 4:

@@ -44,6 +44,10 @@ class CallRunner:
             return self.error(spec, exc)
         except (Exception, KeyboardInterrupt) as exc:
             return self.error(spec, exc)
+        except BaseException as exc:
+            if not runner.runtime.returns_exits:
+                raise
+            return self.error(spec, exc)
         finally:
             if extras is not None:
                 runner.drop_references(spec)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -23,7 +25,10 @@ def main(spec: dict[str, Any]) -> int:
     """Run one worker until it is retired; its exit code. `spec`: plain values from the node."""
     job = msgspec.msgpack.decode(spec["job"], type=m.JobPart)
     install_main_module()
+    if job.authkey:
+        multiprocessing.current_process().authkey = job.authkey
     _adopt_environment(job)
+    _enter_packages(spec["working_dir"], spec["modules"])
     client = Client(
         node_socket=spec["node_socket"],
         processes_folder=spec["processes_folder"],
@@ -48,3 +53,10 @@ def _adopt_environment(job: m.JobPart) -> None:
         os.chdir(job.cwd)
     known = set(job.sys_path)
     sys.path[:] = [*job.sys_path, *(entry for entry in sys.path if entry not in known)]
+
+
+def _enter_packages(working_dir: str, modules: Sequence[str]) -> None:
+    """The copies of the folders in `runtime_env` come before all else that has modules of the same names."""
+    if working_dir:
+        os.chdir(working_dir)
+    sys.path[:0] = [*([working_dir] if working_dir else []), *modules]

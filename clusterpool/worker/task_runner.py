@@ -23,7 +23,7 @@ from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core.messages import Address, Reference, TaskResult, TaskSpec, TaskStatus, ValuePart
 from clusterpool.serialization.exceptions import dump_exception, unpicklable_result
-from clusterpool.serialization.functions import loads_function
+from clusterpool.serialization.functions import explain_load_failure, loads_function
 from clusterpool.serialization.packing import dumps_value, loads
 from clusterpool.worker.calls import CallRunner
 
@@ -212,6 +212,9 @@ class TaskRunner:
                 if spec.extras is not None:
                     self._hold_references(spec)
                 self.pending.append((source, spec))
+        elif isinstance(message, m.ForgetFunctions):
+            for number in message.numbers:
+                self.functions.pop((source, number), None)
         elif isinstance(message, m.TakeBackTasks):
             self.client.send(source, m.TasksFinished(self._give_back(source, message.count), 0, self._is_blocked))
         elif isinstance(message, m.CancelTasks):
@@ -271,14 +274,17 @@ class TaskRunner:
         return function
 
     def arguments_of(self, spec: TaskSpec) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a task, with the values of its references in place."""
-        extras = spec.extras
-        if extras is None:
-            arguments: tuple[tuple[Any, ...], dict[str, Any]] = loads(spec.payload)
-            return arguments
-        values = self.runtime.values
-        args, kwargs = values.load_stored(extras.stored) if extras.stored is not None else loads(spec.payload)
-        if extras.arguments:
+        """The arguments of a task, with the values of its references in place.
+
+        Raises: VersionMismatch when they need a module that this node has not.
+        """
+        extras, values = spec.extras, self.runtime.values
+        stored = extras.stored if extras is not None else None
+        try:
+            args, kwargs = loads(spec.payload) if stored is None else values.load_stored(stored)
+        except (ImportError, AttributeError) as exc:
+            raise explain_load_failure(exc, self.client.address.node_id) from exc
+        if extras is not None and extras.arguments:
             loaded = [values.load(part) for part in extras.arguments]
             args = tuple(loaded[arg.index] if type(arg) is Slot else arg for arg in args)
             kwargs = {name: loaded[arg.index] if type(arg) is Slot else arg for name, arg in kwargs.items()}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fake_group import FakeGroup, wait_until, wake_waiters
+from group_of_threads import FakeGroup, wait_until, wake_waiters
 
 from clusterpool.calls import waiting
 from clusterpool.client import api

@@ -21,6 +21,8 @@ import clusterpool
 from clusterpool.futures import ProcessPoolExecutor, as_completed, wait
 from clusterpool.futures.process import BrokenProcessPool
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 _initialized = None
 
 
@@ -85,7 +87,7 @@ def until(predicate, seconds=20):
 
 
 @pytest.fixture(scope="module")
-def executor():
+def executor(cluster):
     with ProcessPoolExecutor(2) as executor:
         yield executor
 

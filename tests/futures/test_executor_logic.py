@@ -17,6 +17,7 @@ from fake_group import Killed, wait_until
 
 import clusterpool.futures
 from clusterpool import errors
+from clusterpool.calls.worker_setup import set_up_worker
 from clusterpool.futures import ProcessPoolExecutor, pool_state
 from clusterpool.futures.process import BrokenProcessPool
 
@@ -197,9 +198,7 @@ def test_initializer_runs_before_tasks_and_its_failure_is_logged(caplog):
     with ProcessPoolExecutor(1, initializer=done.append, initargs=("ready",)) as executor:
         assert executor.submit(done.copy).result(10) == ["ready"]
     with pytest.raises(OSError):
-        from clusterpool.futures.executor import _initialize
-
-        _initialize(raise_, (OSError("no license"),))
+        set_up_worker(raise_, (OSError("no license"),))
     assert "Exception in initializer:" in caplog.text
 
 

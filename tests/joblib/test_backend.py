@@ -18,6 +18,8 @@ from joblib import Parallel, delayed, parallel_backend, parallel_config  # noqa:
 
 import clusterpool  # noqa: E402  (this import alone registers the backend)
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 
 def pid_of(_):
     time.sleep(0.01)

@@ -22,9 +22,12 @@ import clusterpool
 import clusterpool.multiprocessing
 from clusterpool.multiprocessing import Pool
 
+# All on one cluster of the module: only its last test waits for the end of a cluster.
+pytestmark = pytest.mark.usefixtures("cluster")
+
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[Any]:
+def pool(cluster: None) -> Iterator[Any]:
     with Pool(2) as pool:
         yield pool
 

@@ -17,9 +17,12 @@ import pytest
 
 from clusterpool.multiprocessing import Pool
 
+# All on one cluster of the module: only its last test waits for the end of a cluster.
+pytestmark = pytest.mark.usefixtures("cluster")
+
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[Any]:
+def pool(cluster: None) -> Iterator[Any]:
     with Pool(2) as pool:
         yield pool
 

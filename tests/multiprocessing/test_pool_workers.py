@@ -18,6 +18,9 @@ import pytest
 from clusterpool.errors import TaskCancelled, WorkerDied, WorkerSetupFailed
 from clusterpool.multiprocessing import Pool
 
+# All on one cluster of the module: only its last test waits for the end of a cluster.
+pytestmark = pytest.mark.usefixtures("cluster")
+
 setup_value: Any = None
 
 

@@ -1,0 +1,25 @@
+"""How a worker of an executor or of joblib is made ready; a small module, because each of them imports it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from clusterpool.client import api
+
+
+def set_up_worker(initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
+    """Have a task's `sys.exit()` raised at its caller, as these do, and run the user's initializer.
+
+    (`multiprocessing.Pool` instead loses the worker.) The log record is the standard executor's.
+    """
+    if api.in_worker():
+        api.runtime().returns_exits = True
+    if initializer is None:
+        return
+    try:
+        initializer(*initargs)
+    except BaseException:
+        logging.getLogger("concurrent.futures").critical("Exception in initializer:", exc_info=True)
+        raise

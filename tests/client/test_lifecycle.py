@@ -1,0 +1,451 @@
+"""Start, end, start again; forks, crashes, resources of a cluster: each test has its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import clusterpool
+from clusterpool import errors
+from tests.client.engine import wait_for
+
+# Driver programs run apart: what they print is what the test looks at.
+SCRIPT_S = 40
+
+
+@pytest.fixture
+def started(fresh: None) -> None:
+    clusterpool.init(num_cpus=2)
+
+
+def run_script(code: str, *, timeout_s: float = SCRIPT_S) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+@clusterpool.remote
+def add(x: int, y: int = 1) -> int:
+    return x + y
+
+
+# --- init and shutdown ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("fresh")
+def test_init_says_what_it_joined() -> None:
+    assert not clusterpool.is_initialized()
+    answer = clusterpool.init(num_cpus=1, resources={"licence": 2})
+    assert clusterpool.is_initialized()
+    assert answer["is_embedded"] is True and answer["node_id"].startswith("n")
+    assert Path(answer["address"]).is_socket()
+    total = clusterpool.cluster_resources()
+    assert (total["CPU"], total["licence"]) == (1, 2)
+    (node,) = clusterpool.nodes()
+    assert node["node_id"] == answer["node_id"] and node["alive"]
+
+
+@pytest.mark.usefixtures("started")
+def test_init_twice_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="started already"):
+        clusterpool.init()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_sizes_of_a_cluster_that_runs_cannot_be_set(tmp_path: Path) -> None:
+    address = clusterpool.init(num_cpus=1)["address"]
+    script = f"""
+    import clusterpool
+    try:
+        clusterpool.init({address!r}, num_cpus=3)
+    except ValueError as exc:
+        print("refused:", exc)
+    print(clusterpool.init({address!r})["is_embedded"])
+    @clusterpool.remote
+    def f(x): return x + 1
+    print(clusterpool.get(f.remote(1), timeout=20))
+    """
+    done = run_script(script)
+    assert done.stderr == ""
+    assert done.stdout.startswith("refused: num_cpus") and done.stdout.endswith("False\n2\n")
+    assert clusterpool.get(add.remote(1), timeout=20) == 2
+
+
+@pytest.mark.usefixtures("fresh")
+def test_an_address_where_nothing_is(tmp_path: Path) -> None:
+    with pytest.raises(errors.NotConnected, match="no cluster is at"):
+        clusterpool.init(str(tmp_path / "nothing"))
+    assert not clusterpool.is_initialized()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(
+    ("sizes", "error"),
+    [
+        ({"num_cpus": -1}, ValueError),
+        ({"num_gpus": -1}, ValueError),
+        ({"resources": {"CPU": 3}}, ValueError),
+        ({"resources": {"licence": -1}}, ValueError),
+        ({"object_store_bytes": -5}, ValueError),
+        ({"memory": -5}, ValueError),
+        ({"runtime_env": {"container": "x"}}, ValueError),
+    ],
+)
+def test_bad_sizes_are_refused(sizes: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        clusterpool.init(**sizes)
+    assert not clusterpool.is_initialized()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_first_use_starts_a_cluster() -> None:
+    assert clusterpool.get(add.remote(1), timeout=20) == 2
+    assert clusterpool.is_initialized()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_shutdown_and_start_again() -> None:
+    for _ in range(3):
+        clusterpool.init(num_cpus=1)
+        assert clusterpool.get(add.remote(1), timeout=20) == 2
+        clusterpool.shutdown()
+        assert not clusterpool.is_initialized()
+    clusterpool.shutdown()  # twice
+
+
+@pytest.mark.usefixtures("fresh")
+def test_what_belongs_to_a_cluster_that_was_shut_down_says_so() -> None:
+    @clusterpool.remote
+    class Counter:
+        def add(self) -> int:
+            return 1
+
+    clusterpool.init(num_cpus=2)
+    ref, counter, stored = add.remote(1), Counter.remote(), clusterpool.put(1)
+    method = counter.add
+    clusterpool.get([ref, counter.add.remote()], timeout=20)
+    clusterpool.shutdown()
+    for again in (False, True):
+        if again:
+            clusterpool.init(num_cpus=2)
+        for use in (
+            lambda: clusterpool.get(ref, timeout=5),
+            lambda: clusterpool.wait([stored], timeout=5),
+            lambda: clusterpool.cancel(ref),
+            lambda: ref.future(),
+            lambda: counter.add.remote(),
+            lambda: method.remote(),
+            lambda: clusterpool.kill(counter),
+            lambda: add.remote(ref),
+            lambda: add.remote([ref]),
+        ):
+            with pytest.raises(errors.NotConnected, match="shut down"):
+                use()
+        assert clusterpool.is_initialized() is again
+
+
+@pytest.mark.usefixtures("fresh")
+def test_shutdown_wakes_those_who_wait() -> None:
+    import threading
+
+    @clusterpool.remote
+    def sleep() -> None:
+        time.sleep(60)
+
+    clusterpool.init(num_cpus=1)
+    ref = sleep.remote()
+    caught: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            clusterpool.get(ref, timeout=30)
+        except BaseException as exc:
+            caught.append(exc)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.5)
+    clusterpool.shutdown()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert isinstance(caught[0], errors.NotConnected)
+
+
+# --- the end of a program -------------------------------------------------------------------------------------------
+
+
+def test_the_end_of_a_program_ends_its_cluster_without_a_word() -> None:
+    done = run_script(
+        """
+        import clusterpool
+        @clusterpool.remote
+        def f(x): return x + 1
+        print(clusterpool.get([f.remote(n) for n in range(3)], timeout=20))
+        ref = f.remote(5)          # still there at the end
+        @clusterpool.remote
+        class A:
+            def hello(self): return "hello"
+        a = A.remote()
+        print(clusterpool.get(a.hello.remote(), timeout=20))
+        """
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("[1, 2, 3]\nhello\n", "", 0)
+
+
+def test_an_exception_of_the_program_is_seen() -> None:
+    done = run_script(
+        """
+        import clusterpool, time
+        @clusterpool.remote
+        def f(): time.sleep(60)
+        ref = f.remote()
+        raise KeyError("the program's own")
+        """
+    )
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1 and "the program's own" in done.stderr
+
+
+def test_an_interrupted_program_ends() -> None:
+    code = """
+    import clusterpool, time
+    @clusterpool.remote
+    def f(): time.sleep(60)
+    ref = f.remote()
+    print("waiting", flush=True)
+    clusterpool.get(ref)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "waiting\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    assert "KeyboardInterrupt" in err
+    assert process.returncode == -signal.SIGINT
+
+
+def test_a_killed_driver_leaves_nothing() -> None:
+    # The fixture `nothing_left_behind` gives node, workers, arena and folder five seconds from the end of this test.
+    code = """
+    import clusterpool, time, os
+    import numpy as np
+    @clusterpool.remote
+    def f(): time.sleep(60)
+    @clusterpool.remote
+    class A:
+        def pid(self): return os.getpid()
+    a = A.remote()
+    big = clusterpool.put(np.zeros(5_000_000))
+    refs = [f.remote() for _ in range(2)]
+    print(clusterpool.get(a.pid.remote(), timeout=20), flush=True)
+    time.sleep(60)
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        actor_pid = int(process.stdout.readline())
+        process.kill()
+    assert wait_for(lambda: not Path(f"/proc/{actor_pid}").exists(), 5)
+
+
+def test_a_killed_node_is_told_to_the_driver() -> None:
+    done = run_script(
+        """
+        import clusterpool, os, signal, time
+        @clusterpool.remote
+        def f(): time.sleep(60)
+        clusterpool.init(num_cpus=1)
+        ref = f.remote()
+        pid = clusterpool.nodes()[0]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        try:
+            clusterpool.get(ref, timeout=20)
+        except clusterpool.errors.NotConnected as exc:
+            print("told")
+        print(clusterpool.is_initialized())
+        """
+    )
+    assert done.stdout == "told\nFalse\n", done
+
+
+# --- forks ----------------------------------------------------------------------------------------------------------
+
+
+def in_child(function: Any) -> str:
+    """What `function` returns in a forked child, as text; the child ends by os._exit."""
+    read_fd, write_fd = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            text = str(function())
+        except BaseException as exc:
+            text = f"{type(exc).__name__}: {exc}"
+        os.write(write_fd, text.encode())
+        os._exit(0)
+    os.close(write_fd)
+    with os.fdopen(read_fd) as file:
+        text = file.read()
+    os.waitpid(pid, 0)
+    return text
+
+
+@pytest.mark.usefixtures("started")
+def test_a_forked_child_that_does_nothing_changes_nothing() -> None:
+    ref = clusterpool.put(b"x" * 1_000_000)
+    array_ref = add.remote(1)
+    assert in_child(lambda: clusterpool.is_initialized()) == "False"
+    assert clusterpool.get(array_ref, timeout=20) == 2
+    assert len(clusterpool.get(ref)) == 1_000_000
+
+
+@pytest.mark.usefixtures("started")
+def test_references_of_the_parent_are_refused_in_a_forked_child() -> None:
+    ref = clusterpool.put(5)
+    assert in_child(lambda: clusterpool.get(ref, timeout=5)).startswith("NotConnected")
+    assert clusterpool.get(ref) == 5
+
+
+@pytest.mark.usefixtures("started")
+def test_a_forked_child_may_have_a_cluster_of_its_own() -> None:
+    def use() -> int:
+        value: int = clusterpool.get(add.remote(1), timeout=20)
+        clusterpool.shutdown()
+        return value
+
+    assert in_child(use) == "2"
+    assert clusterpool.get(add.remote(2), timeout=20) == 3
+
+
+@pytest.mark.usefixtures("started")
+def test_a_forked_child_that_ends_normally_does_not_end_the_parents_cluster() -> None:
+    import multiprocessing
+
+    process = multiprocessing.get_context("fork").Process(target=print, args=("",))
+    process.start()
+    process.join(20)
+    assert process.exitcode == 0
+    assert clusterpool.get(add.remote(2), timeout=20) == 3
+
+
+@pytest.mark.usefixtures("started")
+def test_a_task_may_fork() -> None:
+    @clusterpool.remote
+    def fork() -> int:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(7)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    assert clusterpool.get(fork.remote(), timeout=20) == 7
+    assert clusterpool.get(add.remote(2), timeout=20) == 3
+
+
+# --- resources ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("fresh")
+def test_tasks_with_gpus_see_different_ones(tmp_path: Path) -> None:
+    clusterpool.init(num_cpus=2, num_gpus=2)
+
+    @clusterpool.remote(num_gpus=1)
+    def devices(folder: str, number: int) -> str:
+        Path(folder, str(number)).touch()
+        deadline_s = time.monotonic() + 20
+        while len(os.listdir(folder)) < 2 and time.monotonic() < deadline_s:
+            time.sleep(0.005)
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+
+    refs = [devices.remote(str(tmp_path), number) for number in range(2)]
+    assert sorted(clusterpool.get(refs, timeout=30)) == ["0", "1"]
+
+    @clusterpool.remote
+    def no_device() -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    assert clusterpool.get([no_device.remote() for _ in range(5)], timeout=20) == [before] * 5
+
+
+@pytest.mark.usefixtures("fresh")
+def test_custom_resources_bound_what_runs_at_once(tmp_path: Path) -> None:
+    clusterpool.init(num_cpus=4, resources={"licence": 1})
+
+    @clusterpool.remote(num_cpus=0.5, resources={"licence": 1})
+    def alone(folder: str, number: int) -> int:
+        path = Path(folder, str(number))
+        path.touch()
+        others = len(os.listdir(folder))
+        time.sleep(0.05)
+        path.unlink()
+        return others
+
+    assert clusterpool.get([alone.remote(str(tmp_path), n) for n in range(4)], timeout=30) == [1] * 4
+    assert wait_for(lambda: clusterpool.available_resources()["licence"] == 1)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_environment_variables_of_a_job() -> None:
+    clusterpool.init(num_cpus=1, runtime_env={"env_vars": {"ENGINE_TEST": "job"}})
+
+    @clusterpool.remote
+    def variable() -> str | None:
+        return os.environ.get("ENGINE_TEST")
+
+    assert clusterpool.get(variable.remote(), timeout=20) == "job"
+    own = variable.options(runtime_env={"env_vars": {"ENGINE_TEST": "task"}})
+    assert clusterpool.get(own.remote(), timeout=20) == "task"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_detached_actors_outlive_their_driver() -> None:
+    address = clusterpool.init(num_cpus=2)["address"]
+    done = run_script(
+        f"""
+        import clusterpool
+        clusterpool.init({address!r})
+        @clusterpool.remote(name="detached", lifetime="detached")
+        class Counter:
+            def __init__(self): self.value = 0
+            def add(self):
+                self.value += 1
+                return self.value
+        print(clusterpool.get(Counter.remote().add.remote(), timeout=20))
+        """
+    )
+    assert (done.stdout, done.stderr) == ("1\n", "")
+    counter = clusterpool.get_actor("detached")
+    assert clusterpool.get(counter.add.remote(), timeout=20) == 2
+    clusterpool.kill(counter)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_actors_and_names_of_a_driver_go_with_it() -> None:
+    address = clusterpool.init(num_cpus=2)["address"]
+    done = run_script(
+        f"""
+        import clusterpool
+        clusterpool.init({address!r})
+        @clusterpool.remote(name="mine")
+        class Counter:
+            def add(self): return 1
+        print(clusterpool.get(Counter.remote().add.remote(), timeout=20))
+        """
+    )
+    assert (done.stdout, done.stderr) == ("1\n", "")
+
+    def is_unknown() -> bool:
+        try:
+            clusterpool.get_actor("mine")
+        except errors.ActorNotFound:
+            return True
+        return False
+
+    assert wait_for(is_unknown)
