@@ -49,9 +49,7 @@ class CallbackThread:
         with self._lock:
             if self._thread is None:
                 # Not a bound method as target: the thread must not keep this object, hence its pool, alive.
-                thread = threading.Thread(
-                    target=_run_calls, args=(self._calls,), name=self._name, daemon=True
-                )
+                thread = threading.Thread(target=_run_calls, args=(self._calls,), name=self._name, daemon=True)
                 thread.start()
                 self._thread = thread
 

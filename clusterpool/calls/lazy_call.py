@@ -21,12 +21,11 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from clusterpool.client.worker_group import GroupWorker, TaskKind, WorkerGroup
-
 from clusterpool.calls import waiting
 from clusterpool.calls.chunking import is_non_blocking, read_chunks
 from clusterpool.calls.ordering import AsTheyCome, InOrder
 from clusterpool.calls.window import FeedWindow, approximate_size_bytes
+from clusterpool.client.worker_group import GroupWorker, TaskKind, WorkerGroup
 from clusterpool.errors import NotConnected
 
 # More would let the consumer wait for the first results; fewer cost more submits.
@@ -76,9 +75,7 @@ class LazyCall:
     def start(self, iterable: Iterable[Any], chunksize: int) -> None:
         """Begin to read `iterable`. Once."""
         arguments = (iterable, chunksize)
-        threading.Thread(
-            target=self._feed, args=arguments, name="clusterpool-imap-feeder", daemon=True
-        ).start()
+        threading.Thread(target=self._feed, args=arguments, name="clusterpool-imap-feeder", daemon=True).start()
 
     def take(self, timeout_s: float | None = None) -> Outcome | None:
         """The next outcome; None after the last.
@@ -103,13 +100,9 @@ class LazyCall:
             # Another consumer of the same iterator may have been quicker; then the wait begins again.
 
     def _is_worth_a_look(self) -> bool:
-        return (
-            self._outcomes.is_ready() or self._outcomes.taken == self._length or self._stop_error is not None
-        )
+        return self._outcomes.is_ready() or self._outcomes.taken == self._length or self._stop_error is not None
 
-    def task_done(
-        self, index: int, value: Any, error: BaseException | None, worker: GroupWorker | None
-    ) -> None:
+    def task_done(self, index: int, value: Any, error: BaseException | None, worker: GroupWorker | None) -> None:
         """Called by the group."""
         result_bytes = approximate_size_bytes(value)
         with self._lock:

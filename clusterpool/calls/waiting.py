@@ -8,9 +8,8 @@ their place.
 
 from __future__ import annotations
 
-from clusterpool.client.api import wait_until
-
 from clusterpool.client import future as client_future
+from clusterpool.client.api import wait_until
 
 __all__ = ["wait_until", "wake_waiters"]
 

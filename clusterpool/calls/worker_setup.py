@@ -1,4 +1,4 @@
-"""How a worker of an executor or of joblib is made ready; a small module, because each of them imports it."""
+"""How a worker of a pool, an executor or joblib is made ready; a small module, because each of them imports it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clusterpool.client import api
 def set_up_worker(initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
     """Have a task's `sys.exit()` raised at its caller, as these do, and run the user's initializer.
 
-    (`multiprocessing.Pool` instead loses the worker.) The log record is the standard executor's.
+    The log record is the standard executor's.
     """
     if api.in_worker():
         api.runtime().returns_exits = True
@@ -23,3 +23,15 @@ def set_up_worker(initializer: Callable[..., object] | None, initargs: tuple[Any
     except BaseException:
         logging.getLogger("concurrent.futures").critical("Exception in initializer:", exc_info=True)
         raise
+
+
+def set_up_pool_worker(initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
+    """The same for a pool.
+
+    The standard pool loses the worker of a task that calls `sys.exit()`, and its caller waits for ever; to run
+    the task again in other workers would only end these too.
+    """
+    if api.in_worker():
+        api.runtime().returns_exits = True
+    if initializer is not None:
+        initializer(*initargs)

@@ -82,9 +82,7 @@ def read_cluster_file(path: Path) -> ClusterPlan:
         plan = msgspec.convert({} if found is None else found, ClusterPlan)
         check_plan(plan)
     except ValueError as exc:  # msgspec's ValidationError is one
-        raise WrongFile(
-            f"the cluster file {path} is wrong: {_explained(exc)}; docs/cli.md describes it"
-        ) from exc
+        raise WrongFile(f"the cluster file {path} is wrong: {_explained(exc)}; docs/cli.md describes it") from exc
     folder = path.absolute().parent
     password_file = plan.control_store.password_file
     if password_file is not None:
@@ -99,9 +97,7 @@ def check_plan(plan: ClusterPlan) -> None:
     if not plan.listen_host:
         raise ValueError("listen_host: an address of this machine is wanted")
     if store.url is not None and store.port:
-        raise ValueError(
-            "control_store: give port for a server of the cluster's own, or url for one that runs already"
-        )
+        raise ValueError("control_store: give port for a server of the cluster's own, or url for one that runs already")
     if store.password_file is not None and store.url is None:
         raise ValueError(
             "control_store.password_file: it belongs to a url; the cluster's own server gets a new password"
@@ -163,7 +159,7 @@ def _explained(exc: ValueError) -> str:
     text = str(exc)
     match = re.fullmatch(r"(?s)(.*) - at `\$\.?(.*)`", text)
     if match:
-        text = f"{match[2] or 'the top'}: {match[1]}"
+        text = f"{match[2]}: {match[1]}"
     kinds: tuple[type[Any], ...] = (ClusterPlan, NodePlan, ControlStorePlan)
     if "unknown field" in text:
         is_top, is_store = match is None, match is not None and match[2] == "control_store"

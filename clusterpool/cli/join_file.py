@@ -71,9 +71,7 @@ def read_join_file(path: Path) -> JoinFile:
     except ValueError as exc:
         raise WrongFile(f"{path} is no join file of this version of clusterpool: {exc}") from exc
     if join.version != _VERSION or not _CLUSTER_ID.fullmatch(join.cluster_id):
-        raise WrongFile(
-            f"{path} is no join file of this version of clusterpool; use the same version everywhere"
-        )
+        raise WrongFile(f"{path} is no join file of this version of clusterpool; use the same version everywhere")
     return join
 
 

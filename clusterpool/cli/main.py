@@ -78,30 +78,22 @@ def _parse_labels(_context: Any, _parameter: Any, texts: tuple[str, ...]) -> dic
     for text in texts:
         if not text.partition("=")[0] or "=" not in text:
             raise click.BadParameter(f"NAME=VALUE is wanted, not {text!r}")
-    return dict((text.partition("=")[0], text.partition("=")[2]) for text in texts)
+    return {text.partition("=")[0]: text.partition("=")[2] for text in texts}
 
 
 _NODE_OPTIONS = (
     click.option("--num-cpus", type=float, help="CPUs that tasks may take. Default: what this machine has."),
     click.option("--num-gpus", type=float, help="GPUs that tasks may take. Default: what this machine has."),
     click.option("--memory", help="Memory that tasks may take, as 8GiB. Default: what this machine has."),
-    click.option(
-        "--object-store-memory", help="Shared memory for objects, as 2GiB. Default: 30 % of the memory."
-    ),
+    click.option("--object-store-memory", help="Shared memory for objects, as 2GiB. Default: 30 % of the memory."),
     click.option("--resources", callback=_parse_resources, help="Amounts of anything, as '{\"ssd\": 1}'."),
     click.option("--name", default="", help="A name for the node; it becomes the label `name`."),
-    click.option(
-        "--label", "labels", multiple=True, callback=_parse_labels, help="NAME=VALUE; may be repeated."
-    ),
-    click.option(
-        "--port", type=click.IntRange(0, 65535), default=0, help="Where other nodes reach it. Default: any."
-    ),
+    click.option("--label", "labels", multiple=True, callback=_parse_labels, help="NAME=VALUE; may be repeated."),
+    click.option("--port", type=click.IntRange(0, 65535), default=0, help="Where other nodes reach it. Default: any."),
     click.option("--spill-folder", help="Where objects go that no longer fit into shared memory."),
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-_address_option = click.option(
-    "--address", help="Session folder or node socket. Default: the recorded cluster."
-)
+_address_option = click.option("--address", help="Session folder or node socket. Default: the recorded cluster.")
 
 
 def _node_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,7 +119,7 @@ def _node_plan(options: dict[str, Any]) -> NodePlan:
 @_node_options
 @_json_option
 @click.pass_context
-def up(context: click.Context, cluster_file: Path | None, as_json: bool, **options: Any) -> None:
+def up(context: click.Context, /, cluster_file: Path | None, as_json: bool, **options: Any) -> None:
     """Start a cluster on this machine: a control store, a head, and the nodes of CLUSTER_FILE if there is one.
 
     It is recorded as yours: programs of yours that use clusterpool run on it from now on.
@@ -140,9 +132,7 @@ def up(context: click.Context, cluster_file: Path | None, as_json: bool, **optio
     else:
         for name in options:
             if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-                raise click.UsageError(
-                    f"--{name.replace('_', '-')} belongs into the cluster file, when there is one"
-                )
+                raise click.UsageError(f"--{name.replace('_', '-')} belongs into the cluster file, when there is one")
         plan = read_cluster_file(cluster_file)
     _show_started(start_cluster(plan), as_json=as_json)
 
@@ -154,14 +144,10 @@ def up(context: click.Context, cluster_file: Path | None, as_json: bool, **optio
     help="Join a cluster: the join file that `up` or `start --head` wrote on its head's host.",
 )  # fmt: skip
 @click.option("--host", help="The address of this machine at which other nodes reach it.")
-@click.option(
-    "--store-port", type=click.IntRange(0, 65535), default=0, help="With --head: of the control store."
-)
+@click.option("--store-port", type=click.IntRange(0, 65535), default=0, help="With --head: of the control store.")
 @_node_options
 @_json_option
-def start(
-    head: bool, join_file: Path | None, host: str | None, store_port: int, as_json: bool, **options: Any
-) -> None:
+def start(head: bool, join_file: Path | None, host: str | None, store_port: int, as_json: bool, **options: Any) -> None:
     """Start a node on this machine, as the head of a new cluster or as part of a running one."""
     from clusterpool.cli.cluster_file import ClusterPlan, ControlStorePlan
     from clusterpool.cli.join_file import read_join_file
@@ -202,9 +188,7 @@ def stop(node_id: str | None, as_json: bool) -> int:
 @cli.command()
 @_address_option
 @_json_option
-@click.option(
-    "--watch", type=click.FloatRange(min=0.1), metavar="SECONDS", help="Show it anew every so often."
-)
+@click.option("--watch", type=click.FloatRange(min=0.1), metavar="SECONDS", help="Show it anew every so often.")
 def status(address: str | None, as_json: bool, watch: float | None) -> None:
     """Show the nodes: their resources, workers, object stores and queues."""
     from clusterpool.cli import status as module
@@ -308,9 +292,7 @@ def _tell_stopped(report: StopReport, *, is_whole: bool) -> None:
     store = " and its control store" if report.is_store_ended else ""
     click.echo(f"Cluster {report.cluster_id}: {count} node{'s' if count != 1 else ''}{store} ended.")
     if report.killed:
-        click.secho(
-            f"These did not end when asked and were killed: {', '.join(report.killed)}", fg="yellow", err=True
-        )
+        click.secho(f"These did not end when asked and were killed: {', '.join(report.killed)}", fg="yellow", err=True)
     if report.remaining and is_whole:
         click.secho(
             f"These did not end; end them where they run: {', '.join(report.remaining)}",
@@ -318,9 +300,7 @@ def _tell_stopped(report: StopReport, *, is_whole: bool) -> None:
             err=True,
         )
     elif report.remaining:
-        click.echo(
-            f"The cluster goes on with {', '.join(report.remaining)}; `clusterpool down` ends all of it."
-        )
+        click.echo(f"The cluster goes on with {', '.join(report.remaining)}; `clusterpool down` ends all of it.")
 
 
 if __name__ == "__main__":

@@ -69,9 +69,7 @@ class NodeLink:
             frames, has_ended = self._connection.receive()
             messages = [wire.decode(frame) for frame in frames]
         except (ValueError, ProtocolError) as exc:
-            raise NotConnected(
-                f"what listens at {self.node_socket} is no node of this version: {exc}"
-            ) from exc
+            raise NotConnected(f"what listens at {self.node_socket} is no node of this version: {exc}") from exc
         if has_ended and not messages:
             raise NotConnected(f"the node at {self.node_socket} closed the connection: it is ending")
         return messages

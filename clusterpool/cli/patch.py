@@ -18,10 +18,12 @@ from typing import Any
 
 
 def patch_standard_library() -> None:
-    """Any number of times. What was imported from the modules before keeps what it has."""
-    # Ours first: they pass on some of the standard names, which must be the standard ones still.
+    """Once, before the program is loaded. What was imported from the modules before keeps what it has."""
+    # First, because they build on the standard classes, or pass them on, and must go on doing so.
     from clusterpool.futures import ProcessPoolExecutor
-    from clusterpool.multiprocessing.pool import Pool
+
+    _patch_joblib()
+    pool_class = _stand_in(multiprocessing.pool.Pool)
 
     def context_pool(
         self: Any,
@@ -29,18 +31,40 @@ def patch_standard_library() -> None:
         initializer: Callable[..., Any] | None = None,
         initargs: Iterable[Any] = (),
         maxtasksperchild: int | None = None,
-    ) -> Pool:
+    ) -> Any:
         """A pool of the cluster's; which start method the context has makes no difference to it."""
-        return Pool(processes, initializer, initargs, maxtasksperchild, context=self)
+        return pool_class(processes, initializer, initargs, maxtasksperchild, context=self)
 
     standard: Any = multiprocessing
-    standard.Pool = Pool
-    standard.pool.Pool = Pool
+    standard.Pool = pool_class
+    standard.pool.Pool = pool_class
     standard.context.BaseContext.Pool = context_pool
     futures: Any = concurrent.futures
     futures.ProcessPoolExecutor = ProcessPoolExecutor
     futures.process.ProcessPoolExecutor = ProcessPoolExecutor
-    _patch_joblib()
+
+
+def _stand_in(standard_pool: Any) -> Any:
+    """A class that is the cluster's `Pool` to programs, and the standard one to the standard `ThreadPool`.
+
+    That one, like the standard pool itself, reaches its base by the module's name `Pool`: for its constructor, and for
+    helpers that the cluster's pool does not have.
+    """
+    from clusterpool.multiprocessing.pool import Pool
+
+    def initialize(self: Any, *args: Any, **options: Any) -> None:
+        if isinstance(self, standard_pool):
+            standard_pool.__init__(self, *args, **options)
+        else:
+            Pool.__init__(self, *args, **options)
+
+    helpers = {
+        name: member
+        for name, member in vars(standard_pool).items()
+        if isinstance(member, (staticmethod, classmethod)) and not hasattr(Pool, name)
+    }
+    names = {"__init__": initialize, "__doc__": Pool.__doc__, "__module__": Pool.__module__}
+    return type("Pool", (Pool,), {**helpers, **names})
 
 
 def _patch_joblib() -> None:

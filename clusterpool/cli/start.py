@@ -37,6 +37,8 @@ PASSWORD_NAME = "password"
 STORE_NAME = "store"
 # Each node must have heard of each other one; on a busy machine the nodes themselves need seconds to start.
 JOIN_WITHIN_S = 30.0
+# A member reads the list of nodes at once, and hears of news within half a second.
+_OTHERS_WITHIN_S = 5.0
 _OBJECT_STORE_BYTES_MIN = 16 << 20
 _PAGE_BYTES = 4096
 
@@ -148,9 +150,7 @@ def _refuse_second_cluster() -> None:
     clean_up_after(record)
 
 
-def _control_store(
-    plan: ClusterPlan, session: config.SessionPaths, lock: int, undo: _Undo
-) -> tuple[str, str]:
+def _control_store(plan: ClusterPlan, session: config.SessionPaths, lock: int, undo: _Undo) -> tuple[str, str]:
     """The address and the password of the cluster's control store, started now unless it runs elsewhere."""
     store = plan.control_store
     if store.url is not None:
@@ -194,9 +194,7 @@ class _Share:
         return cls(max(1, config.detect_cpus() // nodes), memory_bytes // nodes, store_bytes)
 
 
-def _launch_all(
-    plan: ClusterPlan, session: config.SessionPaths, join: JoinFile, undo: _Undo
-) -> list[NodeProcess]:
+def _launch_all(plan: ClusterPlan, session: config.SessionPaths, join: JoinFile, undo: _Undo) -> list[NodeProcess]:
     nodes = plan.all_nodes()
     share = _Share.of_host(len(nodes))
     return [
@@ -215,9 +213,7 @@ def _launch(
     is_head: bool,
     listen_host: str,
 ) -> NodeProcess:
-    store_bytes = (
-        share.object_store_bytes if plan.object_store_memory is None else parse_size(plan.object_store_memory)
-    )
+    store_bytes = share.object_store_bytes if plan.object_store_memory is None else parse_size(plan.object_store_memory)
     # Nodes of one host count its GPUs by the same numbers: only the head takes them unasked.
     gpus = plan.num_gpus if plan.num_gpus is not None else (len(config.detect_gpus()) if is_head else 0)
     process = launch_node(
@@ -234,9 +230,7 @@ def _launch(
             object_store_bytes=max(store_bytes // _PAGE_BYTES * _PAGE_BYTES, _OBJECT_STORE_BYTES_MIN),
             spill_folder=plan.spill_folder or config.default_spill_folder(),
             control_store_url=join.control_store_url,
-            control_store_password_file=str(session.folder / PASSWORD_NAME)
-            if join.control_store_password
-            else None,
+            control_store_password_file=str(session.folder / PASSWORD_NAME) if join.control_store_password else None,
             listen_host=listen_host,
             listen_port=plan.port,
             keys_file=str(session.folder / KEYS_NAME),
@@ -259,21 +253,25 @@ def _wait_known(processes: list[NodeProcess]) -> list[NodePart]:
 
 def _wait_member(process: NodeProcess) -> list[NodePart]:
     process.wait_ready(JOIN_WITHIN_S)
-    nodes = _wait_view(process, lambda nodes: True)
-    if len(nodes) < 2:
+    try:
+        return _wait_view(process, lambda nodes: len(nodes) > 1, timeout_s=_OTHERS_WITHIN_S)
+    except StartFailed as exc:
+        if process.poll() is not None:
+            raise
         raise NoCluster(
-            "the control store answered, but none of the cluster's nodes is alive; start the cluster with `clusterpool up`, "
-            "and use the join file that it writes"
-        )
-    return nodes
+            "the control store answered, but none of the cluster's other nodes is alive; start the cluster with "
+            "`clusterpool up`, and use the join file that it writes"
+        ) from exc
 
 
-def _wait_view(process: NodeProcess, is_enough: Callable[[list[NodePart]], bool]) -> list[NodePart]:
+def _wait_view(
+    process: NodeProcess, is_enough: Callable[[list[NodePart]], bool], *, timeout_s: float = JOIN_WITHIN_S
+) -> list[NodePart]:
     """The node's view of the cluster once it is a member and `is_enough`.
 
     Raises: StartFailed, with the end of the node's log.
     """
-    deadline_s = time.monotonic() + JOIN_WITHIN_S
+    deadline_s = time.monotonic() + timeout_s
     log_file = process.paths.node_log
     tail = ""
     while time.monotonic() < deadline_s:
@@ -290,7 +288,7 @@ def _wait_view(process: NodeProcess, is_enough: Callable[[list[NodePart]], bool]
                 return nodes
         time.sleep(0.02)
     raise StartFailed(
-        f"node {process.config.node_id} did not become a member within {JOIN_WITHIN_S:g} s: does the control store at "
+        f"node {process.config.node_id} did not become a member within {timeout_s:g} s: does the control store at "
         f"{redacted(process.config.control_store_url or '')} answer?\nThe end of the node's log:\n{tail or '(empty)'}"
     )
 
@@ -321,7 +319,5 @@ def _own_address(control_store_url: str) -> str:
             probe.connect(where)  # sends nothing
             address: str = probe.getsockname()[0]
     except OSError as exc:
-        raise CommandFailed(
-            f"the host of the control store ({host}) cannot be found: {exc}; give --host"
-        ) from exc
+        raise CommandFailed(f"the host of the control store ({host}) cannot be found: {exc}; give --host") from exc
     return address

@@ -47,8 +47,8 @@ def find_cluster(address: str | None) -> Target:
         raise NoCluster("no cluster of yours runs on this host; start one with `clusterpool up`")
     if not config.is_alive(record):
         raise NoCluster(
-            f"cluster {record.cluster_id} is recorded, but its node on this host has ended (it was killed, or the machine "
-            "was restarted); `clusterpool down` removes what is left of it, `clusterpool up` starts a new one"
+            f"cluster {record.cluster_id} is recorded, but its node on this host has ended (it was killed, or the "
+            "machine was restarted); `clusterpool down` removes what is left of it, `clusterpool up` starts a new one"
         )
     return Target(record.node_socket, record)
 
@@ -104,9 +104,10 @@ def render(target: Target, nodes: list[NodePart]) -> Group:
     table.add_column("OTHER")
     for node in nodes:
         state = ("[green]alive" if node.alive else "[yellow]silent") + (", head" if node.is_head else "")
+        memory, queue = show_size(node.total.get("memory", 0)), str(node.queue_length)
         table.add_row(
-            node.node_id, node.host, node.address or "-", state, _used(node, "CPU"), _used(node, "GPU"),
-            show_size(node.total.get("memory", 0)), _store(node), str(node.workers), str(node.queue_length), _others(node),
+            node.node_id, node.host, node.address or "-", state, _used(node, "CPU"), _used(node, "GPU"), memory,
+            _store(node), str(node.workers), queue, _others(node),
         )  # fmt: skip
     return Group(Text.from_markup(_heading(target, nodes)), table, Text(_together(nodes)))
 

@@ -22,6 +22,8 @@ from clusterpool.processes.sweep import sweep_stale_sessions
 
 # Nodes of other hosts hear of the end through the head; a dead one is off the list after five seconds.
 _OTHERS_WITHIN_S = 10.0
+# The workers of a node end with it, but a moment later; what they hold open counts as life in the session.
+_LAST_WORKERS_WITHIN_S = 3.0
 
 
 @dataclass
@@ -111,7 +113,9 @@ def _end_in_order(nodes: list[LocalNode], report: StopReport) -> None:
 def _forget(session: SessionPaths, cluster_id: str) -> None:
     with suppress(OSError):
         sweep_stale_sessions([session.folder.parent])
-    remove_session_if_over(session)
+    deadline_s = time.monotonic() + _LAST_WORKERS_WITHIN_S
+    while not remove_session_if_over(session) and time.monotonic() < deadline_s:
+        time.sleep(0.02)
     remove_join_file(cluster_id)
     config.remove_cluster_record(cluster_id)
 
@@ -132,9 +136,7 @@ def _wait_for_others(session: SessionPaths, record: ClusterRecord) -> list[str]:
     store: Any = None
     try:
         password = (session.folder / "password").read_text().strip() or None
-        store = ControlStore.connect(
-            record.control_store_url, cluster_id=record.cluster_id, password=password
-        )
+        store = ControlStore.connect(record.control_store_url, cluster_id=record.cluster_id, password=password)
         deadline_s = time.monotonic() + _OTHERS_WITHIN_S
         while True:
             left = [entry.record.node_id for entry in store.list_nodes().nodes]

@@ -6,18 +6,23 @@ Source: Ray paper, section 3.1 (actors).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from clusterpool import errors, ids
-from clusterpool.client import api
-from clusterpool.client.remote_function import RESOURCE_OPTIONS, env_of, resources_of, send, strategy_of
+from clusterpool.client import api, current
+from clusterpool.client.object_ref import ObjectRef
+from clusterpool.client.remote_function import RESOURCE_OPTIONS, env_of, resources_of, returns_of, send, strategy_of
 from clusterpool.client.runtime import Runtime
+from clusterpool.client.submission import put_value
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core.messages import ActorPart, TaskExtras, TaskKind, WorkerDemand, WorkerKind
+
+if TYPE_CHECKING:
+    from clusterpool.client.client import Client
 
 ACTOR_OPTIONS = (
     *RESOURCE_OPTIONS, "name", "namespace", "lifetime", "get_if_exists", "max_concurrency", "scheduling", "runtime_env",
@@ -31,10 +36,8 @@ class ActorClass:
 
     def __init__(self, cls: type, options: dict[str, Any]) -> None:
         api.check_options(options, ACTOR_OPTIONS)
-        if options.get("lifetime") not in (None, "detached"):
-            raise ValueError(f"lifetime must be 'detached' or left out: {options['lifetime']!r}")
-        if options.get("max_concurrency", 1) < 1:
-            raise ValueError(f"max_concurrency must be 1 or more: {options['max_concurrency']}")
+        _check_actor_options(options)
+        env_of(options)
         self._cls = cls
         self._options = options
         self._resources = resources_of(options, default_cpus=0)
@@ -49,12 +52,13 @@ class ActorClass:
         """The same class with other options."""
         return ActorClass(self._cls, {**self._options, **options})
 
-    def remote(self, *args: Any, **kwargs: Any) -> ActorHandle:
+    def remote(self, /, *args: Any, **kwargs: Any) -> ActorHandle:
         """Make an actor; its handle comes at once, and calls wait until it is there.
 
         Raises: NameTaken when a living actor has the name; what pickle raises for the arguments.
         """
-        here = api.runtime()
+        _check_whole(self._options)
+        here = api.runtime_for(args, kwargs)
         actor = self._actor_part(here)
         if actor.name:
             existing = self._claim_name(here, actor)
@@ -63,8 +67,8 @@ class ActorClass:
         is_async = any(inspect.iscoroutinefunction(getattr(self._cls, name, None)) for name in actor.methods)
         concurrency = self._options.get("max_concurrency") or (ASYNC_CONCURRENCY if is_async else 1)
         extras = TaskExtras(1, self.__name__, 1, concurrency=concurrency)
-        task, arguments = here.maker.task(
-            here.functions.number_of(self._cls), args, kwargs, None, 0, extras=extras, kind=TaskKind.CREATE_ACTOR
+        task, arguments = here.maker.call(
+            here.functions, self._cls, args, kwargs, None, 0, extras=extras, kind=TaskKind.CREATE_ACTOR
         )
         demand = WorkerDemand(
             WorkerKind.ACTOR, self._resources, actor.name or self.__name__, env_of(self._options), self._strategy,
@@ -74,8 +78,12 @@ class ActorClass:
         if not actor.name:
             # Nobody can look it up before its handle is passed on, so nobody has to wait for the registry.
             here.client.send(here.client.node, m.RegisterActor(0, actor))
-        here.client.handle_event(e.ActorOpened(actor, demand, setup, task, arguments))
-        return ActorHandle(actor)
+        # An actor that has no name ends with its last handle: the handles share a reference to an object that stands
+        # for it, and are counted as references are.
+        lifetime = None if actor.name else put_value(here.client, here.values, None)
+        number = lifetime.part.number if lifetime is not None else 0
+        here.client.handle_event(e.ActorOpened(actor, demand, setup, task, arguments, number))
+        return ActorHandle(here.client, actor, lifetime)
 
     def _actor_part(self, here: Runtime) -> ActorPart:
         options, job = self._options, here.client.job
@@ -108,6 +116,30 @@ class ActorClass:
         return None
 
 
+def _check_actor_options(options: Mapping[str, Any]) -> None:
+    """Raises: TypeError, ValueError."""
+    if options.get("lifetime") not in (None, "detached"):
+        raise ValueError(f"lifetime must be 'detached' or left out: {options['lifetime']!r}")
+    concurrency = options.get("max_concurrency", 1)
+    if not isinstance(concurrency, int):
+        raise TypeError(f"max_concurrency must be an integer: {concurrency!r}")
+    if concurrency < 1:
+        raise ValueError(f"max_concurrency must be 1 or more: {concurrency}")
+    for name in ("name", "namespace"):
+        if not isinstance(options.get(name, ""), (str, type(None))):
+            raise TypeError(f"{name} must be a string: {options[name]!r}")
+
+
+def _check_whole(options: Mapping[str, Any]) -> None:
+    """What only makes sense together, looked at when the actor is made: `.options()` may still have added some.
+
+    Raises: ValueError.
+    """
+    for option in ("lifetime", "get_if_exists"):
+        if options.get(option) and not options.get("name"):
+            raise ValueError(f"{option}={options[option]!r} needs a name=, or nobody could ever find the actor")
+
+
 def _methods_of(cls: type) -> dict[str, int]:
     """Public methods, and how many values each returns (-1: a generator, which streams)."""
     methods: dict[str, int] = {}
@@ -125,8 +157,10 @@ def _methods_of(cls: type) -> dict[str, int]:
 class ActorHandle:
     """Calls an actor: `handle.method.remote(...)`. Can be passed to tasks, put in containers, and pickled."""
 
-    def __init__(self, actor: ActorPart) -> None:
+    def __init__(self, client: Client, actor: ActorPart, lifetime: ObjectRef | None) -> None:
+        self._client = client
         self._actor = actor
+        self._lifetime = lifetime
 
     @property
     def actor_id(self) -> str:
@@ -139,10 +173,10 @@ class ActorHandle:
         returns = self._actor.methods.get(name)
         if returns is None:
             raise AttributeError(f"actor class {self._actor.class_name} has no method {name!r}")
-        return ActorMethod(self._actor.actor_id, name, returns)
+        return ActorMethod(self, name, returns)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore_handle, (msgspec.msgpack.encode(self._actor),)
+        return _restore_handle, (msgspec.msgpack.encode(self._actor), self._lifetime)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ActorHandle) and other.actor_id == self.actor_id
@@ -157,21 +191,23 @@ class ActorHandle:
 class ActorMethod:
     """One method of an actor."""
 
-    __slots__ = ("_actor_id", "_name", "_returns")
+    __slots__ = ("_handle", "_name", "_returns")
 
-    def __init__(self, actor_id: str, name: str, returns: int) -> None:
-        self._actor_id = actor_id
+    def __init__(self, handle: ActorHandle, name: str, returns: int) -> None:
+        self._handle = handle
         self._name = name
         self._returns = returns
 
     def options(self, *, num_returns: int | str) -> ActorMethod:
         """The same method with another number of return values."""
-        returns = -1 if num_returns == "streaming" else int(num_returns)
-        return ActorMethod(self._actor_id, self._name, returns)
+        return ActorMethod(self._handle, self._name, returns_of({"num_returns": num_returns}))
 
-    def remote(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the method; an ObjectRef (or as `num_returns` says) at once. Calls of one process run in order."""
-        here = api.runtime()
+    def remote(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Call the method; an ObjectRef (or as `num_returns` says) at once. Calls of one process run in order.
+
+        Raises: what pickle raises for the arguments; NotConnected when the actor's cluster was shut down.
+        """
+        here = runtime_of(self._handle)
         extras = TaskExtras(1, self._name, self._returns, method=self._name)
         made = here.maker.task(0, args, kwargs, None, 0, extras=extras, kind=TaskKind.ACTOR_CALL)
         return send(here, made, self._returns, self._submitter(here, made))
@@ -179,26 +215,43 @@ class ActorMethod:
     def _submitter(self, here: Runtime, made: tuple[Any, Any]) -> Callable[[], None]:
         def submit() -> None:
             task, arguments = made
+            actor_id = self._handle.actor_id
             if arguments is None:
-                here.client.submit_call(self._actor_id, task)
+                here.client.submit_call(actor_id, task)
             else:
-                event = e.TaskWithArgumentsSubmitted(0, self._actor_id, task, arguments)
-                here.client.handle_event(event)
+                here.client.handle_event(e.TaskWithArgumentsSubmitted(0, actor_id, task, arguments))
 
         return submit
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(f"an actor's method cannot be pickled: pass the handle, and call {self._name}.remote there")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"an actor's method is not called directly: use {self._name}.remote(...)")
 
 
-def _handle_of(here: Runtime, actor: ActorPart) -> ActorHandle:
-    here.client.handle_event(e.ActorMet(actor))
-    return ActorHandle(actor)
+def runtime_of(handle: ActorHandle) -> Runtime:
+    """The runtime that the handle belongs to.
+
+    Raises: NotConnected when it was shut down.
+    """
+    here = current.get_if_any()
+    if here is None or here.client is not handle._client:
+        raise errors.NotConnected(
+            f"{handle!r} belongs to a cluster that this process has left "
+            f"({handle._client.closed_text or 'shut down'}): make the actor again, or look it up by its name"
+        )
+    return here
 
 
-def _restore_handle(encoded: bytes) -> ActorHandle:
+def _handle_of(here: Runtime, actor: ActorPart, lifetime: ObjectRef | None = None) -> ActorHandle:
+    here.client.handle_event(e.ActorMet(actor, lifetime.part if lifetime is not None else None))
+    return ActorHandle(here.client, actor, lifetime)
+
+
+def _restore_handle(encoded: bytes, lifetime: ObjectRef | None) -> ActorHandle:
     actor = msgspec.msgpack.decode(encoded, type=ActorPart)
-    return _handle_of(api.runtime(), actor)
+    return _handle_of(api.runtime(), actor, lifetime)
 
 
 def find_actor(here: Runtime, name: str, namespace: str | None) -> ActorHandle:
@@ -214,8 +267,9 @@ def find_actor(here: Runtime, name: str, namespace: str | None) -> ActorHandle:
     return _handle_of(here, answer.actor)
 
 
-def kill_actor(here: Runtime, handle: ActorHandle) -> None:
+def kill_actor(handle: ActorHandle) -> None:
     """End an actor, wherever it is."""
+    here = runtime_of(handle)
     actor_id = handle.actor_id
 
     def is_located(machine: Any) -> Any:

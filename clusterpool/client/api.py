@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from clusterpool import errors
 from clusterpool.client import bootstrap, current, packages
 from clusterpool.client import future as lean_future
+from clusterpool.client.client import NUMBERS_APART
 from clusterpool.client.future import LeanFuture
 from clusterpool.client.object_ref import ObjectRef
 from clusterpool.client.runtime import Runtime
@@ -64,6 +66,7 @@ def init(
         if has_sizes and node_socket is not None:
             given = ", ".join(name for name, value in sizes.items() if value is not None)
             raise ValueError(f"{given} cannot be set for a cluster that runs already ({address}); leave out the address")
+        bootstrap.check_sizes(**sizes)  # type: ignore[arg-type]
         environment = packages.prepare(runtime_env)
         process = None
         if node_socket is None:
@@ -92,8 +95,15 @@ def init(
 
 
 def _end_node(process: Any) -> None:
-    if process.wait(_NODE_END_S) is None:
-        process.terminate()
+    exit_code = process.wait(_NODE_END_S)
+    if exit_code is None:
+        exit_code = process.terminate()
+    if exit_code != 0:
+        # It could not remove what it had written.
+        from clusterpool.processes.sweep import sweep_stale_sessions
+
+        with contextlib.suppress(OSError):
+            sweep_stale_sessions([process.paths.session.folder.parent])
 
 
 def _install(runtime: Runtime) -> None:
@@ -141,6 +151,19 @@ def runtime() -> Runtime:
         if runtime is None:
             init()
         return current.get()
+
+
+def runtime_for(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Runtime:
+    """The runtime that takes a call with these arguments.
+
+    Raises: NotConnected when a reference among them belongs to a cluster that was shut down; none is started for it.
+    """
+    here = current.get_if_any()
+    if here is None or here.client.is_closed:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, ObjectRef):
+                value.check_client(None)
+    return runtime()
 
 
 def connect() -> Client:
@@ -227,10 +250,21 @@ def get(refs: ObjectRef | Sequence[ObjectRef], timeout: float | None = None) -> 
     for ref in wanted:
         if not isinstance(ref, ObjectRef):
             raise TypeError(f"get() takes an ObjectRef or a sequence of them, not {type(ref).__name__}: {ref!r}")
-    here = runtime()
+    here = _runtime_of(wanted)
     parts = _known_parts(here, wanted, timeout)
     values = [here.values.load(part) for part in parts]
     return values[0] if is_single else values
+
+
+def _runtime_of(refs: list[ObjectRef]) -> Runtime:
+    """The runtime that the references belong to.
+
+    Raises: NotConnected when it was shut down, rather than start a new one that could only wait in vain.
+    """
+    here = current.get_if_any()
+    for ref in refs:
+        ref.check_client(here.client if here is not None else None)
+    return runtime()
 
 
 def _known_parts(here: Runtime, wanted: list[ObjectRef], timeout: float | None) -> list[ValuePart]:
@@ -276,7 +310,7 @@ def wait(
         raise ValueError("wait() got the same ObjectRef twice")
     if not 1 <= num_returns <= len(wanted):
         raise ValueError(f"num_returns must be between 1 and the number of refs ({len(wanted)}): {num_returns}")
-    client = runtime().client
+    client = _runtime_of(wanted).client
     table = client.machine.objects.table
     client.settle()
     for ref in wanted:
@@ -300,14 +334,19 @@ def wait(
 
 def future_of(ref: ObjectRef) -> concurrent.futures.Future[Any]:
     """A standard future that gets the value of `ref`."""
-    here = runtime()
+    here = _runtime_of([ref])
     future: LeanFuture[Any] = LeanFuture()
+
+    def on_loaded(value: Any, error: BaseException | None) -> None:
+        # Until here the reference is held, so that the object cannot go before it is pinned.
+        assert ref is not None
+        future.finish(value, error)
 
     def on_known() -> None:
         part = here.client.machine.objects.table.value_of(ref.part)
         assert part is not None
         if part.stored is not None:
-            here.values.load_stored_nowait(part.stored, lambda value, error: future.finish(value, error))
+            here.values.load_stored_nowait(part.stored, on_loaded)
             return
         try:
             value = here.values.load(part)
@@ -322,15 +361,20 @@ def future_of(ref: ObjectRef) -> concurrent.futures.Future[Any]:
 
 
 def cancel(ref: ObjectRef, *, force: bool = False) -> bool:
-    """Cancel the task that makes `ref`: drop it if it has not started, else interrupt it (TaskCancelled is raised in
-    it, as KeyboardInterrupt would be), or with `force` kill its worker.
+    """Cancel the task that makes `ref`: drop it if it has not started, else interrupt it (KeyboardInterrupt is raised
+    in it, as by Ctrl-C, so that it can clean up), or with `force` kill its worker. `get` raises TaskCancelled.
 
     Returns: whether it will certainly not run to its end.
+    Raises: ValueError when another process has submitted the task.
     """
-    client = runtime().client
+    if not isinstance(ref, ObjectRef):
+        raise TypeError(f"cancel() takes an ObjectRef, not {type(ref).__name__}")
+    client = _runtime_of([ref]).client
     if ref.part.owner != client.address:
         raise ValueError("only the process that submitted a task can cancel it")
-    return cancel_task(client, ref.part.number, force=force, interrupt=True)
+    # The results of one task are numbered from its own number on.
+    number = ref.part.number - ref.part.number % NUMBERS_APART
+    return cancel_task(client, number, force=force, interrupt=True)
 
 
 def cancel_task(client: Client, number: int, *, force: bool, interrupt: bool) -> bool:
@@ -384,7 +428,7 @@ def kill(actor: ActorHandle) -> None:
 
     if not isinstance(actor, ActorHandle):
         raise TypeError(f"kill() takes an actor's handle, not {type(actor).__name__}")
-    kill_actor(runtime(), actor)
+    kill_actor(actor)
 
 
 def check_options(options: Mapping[str, Any], known: Iterable[str]) -> None:

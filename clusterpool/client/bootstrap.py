@@ -15,6 +15,8 @@ import sys
 import threading
 from pathlib import Path
 
+import msgspec
+
 from clusterpool import config, ids
 from clusterpool.client.client import Client
 from clusterpool.client.packages import Prepared, upload
@@ -44,7 +46,7 @@ def join(node_socket: str, *, namespace: str, environment: Prepared, log_to_driv
         kind="driver",
     )
     if log_to_driver:
-        client.on_log_lines = print_lines
+        client.on_log_lines = lambda message: print_lines(message, own_node_id=node_id)
     client.start(wants_logs=log_to_driver)
     try:
         upload(client, environment.packages)
@@ -64,7 +66,7 @@ def _make_job(address: Address, namespace: str, runtime_env: str) -> m.JobPart:
         namespace=namespace or "default",
         host=socket.gethostname(),
         cwd=_working_folder(),
-        sys_path=[str(Path(entry).resolve()) if entry else _working_folder() for entry in sys.path],
+        sys_path=_search_path(),
         main_path=main_path,
         env=dict(os.environ),
         runtime_env=runtime_env,
@@ -73,11 +75,45 @@ def _make_job(address: Address, namespace: str, runtime_env: str) -> m.JobPart:
     )
 
 
+def renewed(job: m.JobPart) -> m.JobPart:
+    """The job with this process's environment, search path and working folder as they are now.
+
+    Children of the standard Pool inherit what the program has set by the time the pool is made.
+    """
+    return msgspec.structs.replace(job, env=dict(os.environ), cwd=_working_folder(), sys_path=_search_path())
+
+
+def _search_path() -> list[str]:
+    return [str(Path(entry).resolve()) if entry else _working_folder() for entry in sys.path]
+
+
 def _working_folder() -> str:
     try:
         return os.getcwd()  # noqa: PTH109
     except OSError:  # it was removed
         return "/"
+
+
+def check_sizes(
+    *,
+    num_cpus: float | None,
+    num_gpus: float | None,
+    memory: int | None,
+    resources: dict[str, float] | None,
+    object_store_bytes: int | None,
+) -> None:
+    """Raises: ValueError, TypeError for sizes that no cluster can have."""
+    named = {"num_cpus": num_cpus, "num_gpus": num_gpus, "memory": memory, "object_store_bytes": object_store_bytes}
+    for name in resources or {}:
+        if name in ("CPU", "GPU", "memory"):
+            raise ValueError(f"give {name} as num_cpus=, num_gpus= or memory=, not in resources=")
+    for name, amount in (*named.items(), *(resources or {}).items()):
+        if amount is None:
+            continue
+        if not isinstance(amount, (int, float)):
+            raise TypeError(f"{name} must be a number, not {amount!r}")
+        if not 0 <= amount < float("inf"):
+            raise ValueError(f"{name} must be a number of 0 or more: {amount}")
 
 
 def start_embedded(
@@ -151,9 +187,12 @@ def socket_of(address: str) -> str:
 _print_lock = threading.Lock()
 
 
-def print_lines(message: m.LogLines) -> None:
-    """Show what a worker printed, with a prefix that says which worker it was."""
-    prefix = f"({message.name or 'task'} pid={message.pid}, node={message.node_id}) "
+def print_lines(message: m.LogLines, *, own_node_id: str) -> None:
+    """Show what a worker printed: as it is where the standard library's child would have printed it itself, with a
+    prefix that says which worker it was where it comes from another node.
+    """
+    is_near = message.node_id == own_node_id
+    prefix = "" if is_near else f"({message.name or 'task'} pid={message.pid}, node={message.node_id}) "
     stream = sys.stdout if message.stream == 1 else sys.stderr
     if stream is None:
         return

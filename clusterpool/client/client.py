@@ -26,7 +26,7 @@ from typing import Any
 
 import msgspec
 
-from clusterpool.client.group_worker import as_group_worker
+from clusterpool.client.group_worker import GroupWorker, as_group_worker
 from clusterpool.client.loop import Loop
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
@@ -82,6 +82,7 @@ class Client:
         self._node_socket = node_socket
         self._processes_folder = processes_folder
         self._lock = threading.Lock()
+        self._worker_facts: dict[str, GroupWorker | None] = {}
         self._lock_ident = 0
         self._is_interrupted = False
         # Tasks by set number, calls by actor id, events by None: in one queue, so that none overtakes another.
@@ -449,10 +450,14 @@ class Client:
             wakeup_s = self._wakeup_s
             if wakeup_s is not None and wakeup_s <= monotonic():
                 self._execute(self.machine.handle(e.TimePassed(), monotonic()))
-            self._drain_locked()
+            if self._submitted or self._released or self._unpinned:
+                self._drain_locked()
+            else:
+                self._wakeup_s = self.machine.next_wakeup_s(monotonic())
         finally:
             self._unlock()
-        self.drain()
+        if self._submitted or self._released or self._unpinned:
+            self.drain()
 
     def _accept_if_listener(self, fd: int) -> None:
         if self._listener is None or fd != self._listener.fileno():
@@ -620,7 +625,7 @@ class Client:
                     self._deliveries.append(lambda sink=sink, command=command: sink.set_event(command))  # type: ignore
 
     def _deliver_results(self, command: e.DeliverResults) -> None:
-        load, worker = self.result_loader, as_group_worker(command.worker)
+        load, worker = self.result_loader, self._facts_of(command.worker)
         results = deque(command.results)
         deliveries = self._deliveries
 
@@ -633,6 +638,16 @@ class Client:
                 load(task, result, worker)
 
         deliveries.append(deliver)
+
+    def _facts_of(self, worker: m.WorkerPart | None) -> GroupWorker | None:
+        if worker is None:
+            return None
+        facts = self._worker_facts.get(worker.address.process_id)
+        if facts is None:
+            if len(self._worker_facts) > 1000:
+                self._worker_facts.clear()
+            facts = self._worker_facts[worker.address.process_id] = as_group_worker(worker)
+        return facts
 
     def _deliver_failures(self, command: e.FailTasks) -> None:
         fail = self.failure_loader

@@ -42,12 +42,12 @@ class ObjectRef:
         except AttributeError:  # __init__ failed, or the interpreter is at its end
             pass
 
-    def check_client(self, client: Client) -> None:
+    def check_client(self, client: Client | None) -> None:
         """Raises: NotConnected when the reference belongs to another cluster than `client`'s."""
         if self._client is not client:
             raise NotConnected(
-                f"{self!r} belongs to a cluster that this process has left ({self._client.closed_text or 'shut down'}); "
-                "its value is gone: make it again in the present one"
+                f"{self!r} belongs to a cluster that this process has left "
+                f"({self._client.closed_text or 'shut down'}); its value is gone: make it again in the present one"
             )
 
     @property
@@ -72,6 +72,12 @@ class ObjectRef:
     def __reduce__(self) -> tuple[Any, ...]:
         references.capture(self)
         return references.restore, (self._owner.node_id, self._owner.process_id, self._number)
+
+    def __copy__(self) -> ObjectRef:
+        return self
+
+    def __deepcopy__(self, _memo: object) -> ObjectRef:
+        return self
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ObjectRef):

@@ -9,6 +9,7 @@ from typing import Any
 from clusterpool.client import api, packages
 from clusterpool.client.object_ref import ObjectRef
 from clusterpool.client.runtime import Runtime
+from clusterpool.core import owner_events as e
 from clusterpool.core.messages import TaskExtras, TaskKind, WorkerDemand, WorkerKind
 
 RETRIES_DEFAULT = 3
@@ -36,7 +37,10 @@ def resources_of(options: Mapping[str, Any], *, default_cpus: float) -> dict[str
 
     Raises: ValueError for negative amounts, TypeError for what is no number.
     """
-    resources = dict(options.get("resources") or {})
+    given = options.get("resources") or {}
+    if not isinstance(given, Mapping):
+        raise TypeError(f"resources must be a dict of names and amounts: {given!r}")
+    resources = dict(given)
     for name in ("CPU", "GPU", "memory"):
         if name in resources:
             raise ValueError(f"give {name} as num_cpus=, num_gpus= or memory=, not in resources=")
@@ -47,8 +51,8 @@ def resources_of(options: Mapping[str, Any], *, default_cpus: float) -> dict[str
     for name, amount in resources.items():
         if not isinstance(amount, (int, float)):
             raise TypeError(f"an amount of {name} must be a number, not {amount!r}")
-        if amount < 0:
-            raise ValueError(f"an amount of {name} cannot be negative: {amount}")
+        if not 0 <= amount < float("inf"):
+            raise ValueError(f"an amount of {name} must be a number of 0 or more: {amount}")
     return {name: float(amount) for name, amount in resources.items() if amount}
 
 
@@ -82,14 +86,15 @@ class RemoteFunction:
         api.check_options(options, FUNCTION_OPTIONS)
         self._function = function
         self._options = options
-        self._name = options.get("name") or getattr(function, "__qualname__", type(function).__name__)
-        self._returns = _returns_of(options)
+        self._name: str = options.get("name") or getattr(function, "__qualname__", type(function).__name__)
+        self._returns = returns_of(options)
         self._retries = options.get("retries", RETRIES_DEFAULT)
         if not isinstance(self._retries, int) or self._retries < 0:
             raise ValueError(f"retries must be an integer of 0 or more: {self._retries!r}")
         self._resources = resources_of(options, default_cpus=1)
         self._strategy = strategy_of(options)
         self._env = env_of(options)
+        self._set: tuple[Runtime, int] | None = None  # the set that its tasks went to last, when nothing drew them
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,15 +104,13 @@ class RemoteFunction:
         """The same function with other options."""
         return RemoteFunction(self._function, {**self._options, **options})
 
-    def remote(self, *args: Any, **kwargs: Any) -> Any:
+    def remote(self, /, *args: Any, **kwargs: Any) -> Any:
         """Start a task; an ObjectRef, a list of `num_returns` of them, or an iterator of them for "streaming".
 
         Raises: what pickle raises for arguments that cannot be pickled.
         """
-        here = api.runtime()
-        strategy = self._strategy or _drawn_to(here, args)
-        demand = WorkerDemand(WorkerKind.TASK, self._resources, self._name, self._env, strategy)
-        set_number = here.task_set(demand, self._env)
+        here = api.runtime_for(args, kwargs)
+        set_number = self._set_number(here, args)
         extras = None
         if self._returns != 1:
             extras = TaskExtras(1, self._name, self._returns)
@@ -116,6 +119,17 @@ class RemoteFunction:
             here.functions, self._function, args, kwargs, None, 0, retries=self._retries, extras=extras, kind=kind
         )
         return send(here, made, self._returns, lambda: here.submit(set_number, made))
+
+    def _set_number(self, here: Runtime, args: tuple[Any, ...]) -> int:
+        drawn = "" if self._strategy else _drawn_to(here, args)
+        known = self._set
+        if known is not None and known[0] is here and not drawn:
+            return known[1]
+        demand = WorkerDemand(WorkerKind.TASK, self._resources, self._name, self._env, self._strategy or drawn)
+        number = here.task_set(demand, self._env)
+        if not drawn:
+            self._set = (here, number)
+        return number
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteFunction, (self._function, self._options)
@@ -137,7 +151,11 @@ def send(here: Runtime, made: tuple[Any, Any], returns: int, submit: Callable[[]
     return refs[0] if returns == 1 else (refs if refs else None)
 
 
-def _returns_of(options: Mapping[str, Any]) -> int:
+def returns_of(options: Mapping[str, Any]) -> int:
+    """How many values a call gives; -1: a stream of them.
+
+    Raises: ValueError.
+    """
     returns = options.get("num_returns", 1)
     if returns == "streaming":
         return -1
@@ -167,12 +185,15 @@ class ObjectRefStream(Iterator[ObjectRef]):
         self._number = number
         self._stream = stream
         self._position = 0
+        self._is_closed = False
 
     def __iter__(self) -> ObjectRefStream:
         return self
 
     def __next__(self) -> ObjectRef:
         stream, position = self._stream, self._position
+        if self._is_closed:
+            raise StopIteration
         self._here.client.wait_until(lambda: len(stream.items) > position or stream.is_ended, None)
         if len(stream.items) <= position:
             self.close()
@@ -196,14 +217,11 @@ class ObjectRefStream(Iterator[ObjectRef]):
         return asyncio.get_running_loop().run_in_executor(None, next_or_end)
 
     def close(self) -> None:
-        """Let go of items that nobody took."""
-        client, stream = self._here.client, self._stream
-        if client.is_closed:
-            return
-        client.ask_machine(lambda machine: machine.objects.streams.pop(self._number, None))
-        while self._position < len(stream.items):
-            client.release_reference(client.address, stream.items[self._position])
-            self._position += 1
+        """End the generator if it still runs, and let go of items that nobody took."""
+        if not self._is_closed:
+            self._is_closed = True
+            # From a garbage collection, perhaps: the machine is only left a note.
+            self._here.client.handle_event_later(e.StreamClosed(self._number, self._position))
 
     def __del__(self) -> None:
         try:

@@ -250,15 +250,14 @@ class TaskMaker:
         return self._finish(function, serialized, [], held, sink, index, retries, None, kind)
 
     def _finish(
-        self, function: int, serialized: Serialized, dependencies: list[ObjectRef], held: Sequence[ObjectRef], sink: Any,
-        index: int, retries: int, extras: TaskExtras | None, kind: int,
+        self, function: int, serialized: Serialized, dependencies: list[ObjectRef], held: Sequence[ObjectRef],
+        sink: Any, index: int, retries: int, extras: TaskExtras | None, kind: int,
     ) -> tuple[Task, e.TaskArguments | None]:  # fmt: skip
         client = self._client
         number = next(client.numbers)
-        if not (dependencies or held or serialized.references) and len(serialized.stream) <= INLINE_BYTES_MAX:
-            if serialized.size_bytes <= INLINE_BYTES_MAX:
-                spec = TaskSpec(number, function, kind, serialized.to_bytes(), extras)
-                return Task(spec, sink, index, retries), None
+        if not (dependencies or held or serialized.references) and serialized.size_bytes <= INLINE_BYTES_MAX:
+            spec = TaskSpec(number, function, kind, serialized.to_bytes(), extras)
+            return Task(spec, sink, index, retries), None
         holders = (*dependencies, *serialized.references, *held)
         for reference in holders:
             reference.check_client(client)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,10 @@ class Values:
         """
         size_bytes = serialized.size_bytes
         client = self._client
-        answer = client.request(lambda request: m.CreateObject(request, object_id, size_bytes))
+        answer = self._ask(
+            lambda request: m.CreateObject(request, object_id, size_bytes),
+            lambda: client.send(client.node, m.AbortObject(object_id)),
+        )
         if isinstance(answer, m.StoreFailed):
             if answer.kind == "exists":
                 return m.StoredValue(object_id, size_bytes, [client.node.node_id])
@@ -94,6 +98,32 @@ class Values:
             raise
         client.send(client.node, m.SealObject(object_id))
         return m.StoredValue(object_id, size_bytes, [client.node.node_id])
+
+    def _ask(self, make: Callable[[int], m.Message], give_back: Callable[[], None]) -> m.Message:
+        """Ask the node for room or for a pin; `give_back` it when this thread is interrupted while it waits."""
+        client = self._client
+        answers: list[m.Message] = []
+        lock = threading.Lock()
+        is_abandoned = False
+
+        def answered(answer: m.Message) -> None:
+            with lock:
+                answers.append(answer)
+            if is_abandoned and not isinstance(answer, m.StoreFailed):
+                give_back()
+
+        client.request_nowait(make, answered)
+        try:
+            client.loop.wait_until(lambda: bool(answers) or client.is_closed)
+        except BaseException:
+            with lock:
+                is_abandoned = not answers
+            if answers and not is_abandoned and not isinstance(answers[0], m.StoreFailed):
+                give_back()
+            raise
+        if not answers:
+            client.check_open()
+        return answers[0]
 
     def _write(self, offset: int, size_bytes: int, serialized: Serialized) -> None:
         arena = self.arena
@@ -135,7 +165,10 @@ class Values:
 
     def load_stored(self, stored: m.StoredValue) -> Any:
         """The value of a stored object, in place."""
-        answer = self._client.request(lambda request: m.PinObject(request, stored))
+        client = self._client
+        answer = self._ask(
+            lambda request: m.PinObject(request, stored), lambda: client.unpin(stored.object_id)
+        )
         return self.loaded(stored, answer)
 
     def load_stored_nowait(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from clusterpool import errors
 from clusterpool.client import api
+from clusterpool.client.bootstrap import renewed
 from clusterpool.client.group_worker import GroupWorker, as_group_worker
 from clusterpool.client.object_ref import ObjectRef
 from clusterpool.client.submission import FunctionTable
@@ -14,7 +15,6 @@ from clusterpool.core import owner_events as e
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import TaskKind, WorkerDemand, WorkerKind
 from clusterpool.serialization.exceptions import load_exception
-
 
 if TYPE_CHECKING:
     from clusterpool.client.client import Client
@@ -82,6 +82,8 @@ class WorkerGroup:
             parts = [reference.part for reference in self._setup_references]
             setup = e.SetupPlan(setup.name, setup.env, payload, parts)
         self._client.set_sinks[self._number] = self
+        if self._client.kind == "driver":
+            self._client.machine.job = renewed(self._client.machine.job)
         self._client.handle_event(e.SetOpened(self._number, demand, setup, size, tasks_per_worker_max))
 
     # --- tasks

@@ -20,6 +20,7 @@ from clusterpool.core.messages import (
     CancelTasks,
     FunctionPart,
     JobPart,
+    Reference,
     StartTasks,
     TaskResult,
     WorkerDemand,
@@ -45,6 +46,11 @@ class ActorChannel:
         self.creation: Task | None = None
         self.is_creation_sent = False
         self.functions_sent: set[int] = set()
+        self.error = b""  # the exception of its constructor, when that was its end
+        self.lifetime: Reference | None = None  # of somebody else's actor: what its handles are counted by
+        self.is_held = False  # our calls keep it alive
+        self.is_released = False  # the creator: nobody has a handle any more
+        self.is_retiring = False
 
     @property
     def address(self) -> Address | None:
@@ -96,6 +102,7 @@ class ActorChannel:
     def died(self, text: str, error: bytes = b"") -> list[Command]:
         """The actor is no more: its calls fail, and so will all later ones."""
         self.actor = msgspec.structs.replace(self.actor, state="dead", text=text, address=None)
+        self.error = error
         tasks = [task for task in [*self.outstanding.values(), *self.queue] if task is not self.creation]
         self.outstanding.clear()
         self.queue.clear()

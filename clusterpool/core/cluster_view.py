@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgspec
 
@@ -29,6 +30,8 @@ class NodeLoad(msgspec.Struct, frozen=True):
     available: dict[str, float]
     queue_length: int = 0
     workers: int = 0
+    leases: int = 0
+    number: int = 0  # grows: what comes by way of the store may be older than what the node itself has told us
     arena_used_bytes: int = 0
     arena_size_bytes: int = 0
     spilled_bytes: int = 0
@@ -72,6 +75,8 @@ class NodeView(msgspec.Struct, frozen=True):
     host_name: str = ""
     pid: int = 0
     spilled_bytes: int = 0
+    leases: int = 0
+    load_number: int = 0
 
 
 class ClusterView:
@@ -110,8 +115,20 @@ class ClusterView:
         return self._sum(lambda view: view.available)
 
     def put(self, view: NodeView) -> None:
+        known = self._view_by_node.get(view.node_id)
+        if known is not None and known.incarnation == view.incarnation and known.load_number > view.load_number:
+            view = msgspec.structs.replace(known, is_suspect=view.is_suspect)
         self._view_by_node[view.node_id] = view
         self.version += 1
+
+    def hear(self, node_id: str, load: NodeLoad) -> bool:
+        """A node has told us its load itself; whether that was news."""
+        known = self._view_by_node.get(node_id)
+        if known is None or known.load_number >= load.number:
+            return False
+        self._view_by_node[node_id] = msgspec.structs.replace(known, **_load_fields(load))
+        self.version += 1
+        return True
 
     def drop(self, node_id: str) -> None:
         if self._view_by_node.pop(node_id, None) is not None:
@@ -134,14 +151,22 @@ def view_of_entry(entry: NodeEntry, *, is_suspect: bool) -> NodeView:
         address=(record.host, record.port),
         public_key=record.public_key,
         total=record.resources,
-        available=load.available,
-        queue_length=load.queue_length,
-        workers=load.workers,
-        arena_used_bytes=load.arena_used_bytes,
-        arena_size_bytes=load.arena_size_bytes,
         labels=record.labels,
         is_suspect=is_suspect,
         host_name=record.host_name,
         pid=record.pid,
-        spilled_bytes=load.spilled_bytes,
+        **_load_fields(load),
     )
+
+
+def _load_fields(load: NodeLoad) -> dict[str, Any]:
+    return {
+        "available": load.available,
+        "queue_length": load.queue_length,
+        "workers": load.workers,
+        "leases": load.leases,
+        "load_number": load.number,
+        "arena_used_bytes": load.arena_used_bytes,
+        "arena_size_bytes": load.arena_size_bytes,
+        "spilled_bytes": load.spilled_bytes,
+    }

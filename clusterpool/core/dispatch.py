@@ -50,8 +50,8 @@ class WorkerSlot:
     """One worker, as its dispatcher sees it."""
 
     __slots__ = (
-        "address", "functions_sent", "idle_since_s", "is_blocked", "is_retiring", "is_taking_back", "lease", "outstanding", "pid", "runs_left",
-        "sent_s", "token",
+        "address", "functions_sent", "idle_since_s", "is_blocked", "is_long", "is_retiring", "is_taking_back", "lease",
+        "outstanding", "pid", "runs_left", "sent_s", "token",
     )  # fmt: skip
 
     def __init__(self, address: Address, *, lease: int, pid: int, runs_max: int | None, token: Any = None) -> None:
@@ -65,6 +65,7 @@ class WorkerSlot:
         self.is_retiring = False
         self.is_blocked = False  # its task waits for other tasks
         self.is_taking_back = False
+        self.is_long = False  # what was sent last takes long, or nobody knows how long
         self.idle_since_s = 0.0
         self.sent_s = 0.0
 
@@ -185,6 +186,17 @@ class Dispatcher:
                 batches.append(self._take(slot, count, now_s))
         return batches
 
+    def idle_slot(self) -> WorkerSlot | None:
+        """A worker with nothing to do, which may have a task."""
+        for slot in self.slots.values():
+            if not slot.outstanding and slot.is_open and (slot.runs_left is None or slot.runs_left > 0):
+                return slot
+        return None
+
+    def send_one(self, slot: WorkerSlot, now_s: float) -> Batch:
+        """Send the only task of the queue to an idle worker."""
+        return self._take(slot, 1, now_s)
+
     def _drop_cancelled(self) -> bool:
         queue = self.queue
         while queue and queue[0].is_cancelled:
@@ -194,6 +206,8 @@ class Dispatcher:
     def _room(self, slot: WorkerSlot, workers: int) -> int:
         """How many of the queue's tasks `slot` should get."""
         held = len(slot.outstanding)
+        if held and slot.is_long:
+            return 0
         mean_s = self._mean_s.get(self.queue[0].spec.function)
         if mean_s is None or mean_s >= LONG_TASK_S:
             limit = 1
@@ -215,6 +229,7 @@ class Dispatcher:
         functions: list[int] = []
         first_mean_s = self._mean_s.get(queue[0].spec.function)
         first_function = queue[0].spec.function
+        slot.is_long = first_mean_s is None or first_mean_s >= LONG_TASK_S
         size_bytes = 0
         while queue and len(tasks) < count and size_bytes < BATCH_BYTES_MAX:
             task = queue[0]
@@ -268,6 +283,16 @@ class Dispatcher:
             if len(slot.outstanding) > 1 and not slot.is_taking_back
         ]
         return max(min(times), now_s) if times else None
+
+    def stuck_since_s(self) -> list[float]:
+        """For each worker that has unstarted tasks: since when it may be that a long one is in their way."""
+        if self.outstanding_count <= len(self.slots):
+            return []
+        return [
+            slot.sent_s + TAKE_BACK_AFTER_S
+            for slot in self.slots.values()
+            if len(slot.outstanding) > 1 and not slot.is_taking_back
+        ]
 
     def mean_of_next_s(self) -> float | None:
         """Measured duration of the queue's first task, in seconds; None while unknown."""

@@ -216,7 +216,12 @@ class CancelTasks(Message, frozen=True):
 
 
 class RetireWorker(Message, frozen=True):
-    """Finish what you have, then end with exit code 0."""
+    """Finish what you have, then end with exit code 0.
+
+    `lingers`: but not while others hold references to your objects, or need the actors that you made.
+    """
+
+    lingers: bool = False
 
 
 # --- owners and borrowers -------------------------------------------------------------------------------------------
@@ -404,12 +409,16 @@ class ReclaimLeases(Message, frozen=True):
 
 
 class WorkerExited(Message, frozen=True):
-    """A worker that you hold is no more. `exit_code`: negative for a signal, as in multiprocessing."""
+    """A worker that you hold is no more. `exit_code`: negative for a signal, as in multiprocessing.
+
+    `task`: the number of the task that it ran; 0 when it ran none, -1 when nobody knows.
+    """
 
     lease: int
     address: Address
     exit_code: int
     text: str
+    task: int = -1
 
 
 class WorkerBlocked(Message, frozen=True):

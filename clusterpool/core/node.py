@@ -22,9 +22,9 @@ from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
 from clusterpool.core import store_messages as s
 from clusterpool.core.cluster_view import NodeLoad, NodeRecord, NodeView
-from clusterpool.core.departure import EndJob, JobEnded
 from clusterpool.core.messages import Address
 from clusterpool.core.node_actors import NodeActors
+from clusterpool.core.node_messages import EndJob, JobEnded, LoadChanged
 from clusterpool.core.node_objects import NodeObjects
 from clusterpool.core.placement import Candidate
 from clusterpool.core.resources import to_amounts, to_numbers
@@ -53,12 +53,20 @@ class NodeMachine:
     """One node. `is_embedded`: it belongs to one driver and ends with it."""
 
     def __init__(
-        self, record: NodeRecord, *, arena_bytes: int, is_embedded: bool, is_head: bool, process_ids: Iterator[str]
+        self,
+        record: NodeRecord,
+        *,
+        arena_bytes: int,
+        is_embedded: bool,
+        is_head: bool,
+        process_ids: Iterator[str],
+        driver_pid: int | None = None,
     ) -> None:
         self.record = record
         self.node_id = record.node_id
         self.address = Address(record.node_id, record.node_id)
         self.is_embedded = is_embedded
+        self.driver_pid = driver_pid  # whose node it is, when embedded; other drivers may come and go
         self.is_head = is_head
         self.processes: dict[str, Process] = {}
         self.scheduler = Scheduler(self.node_id, record.host_name, record.resources, process_ids=process_ids)
@@ -70,6 +78,8 @@ class NodeMachine:
         self._watched_by_node: dict[str, set[Address]] = {}  # owners elsewhere whose leases are here
         self._details: dict[str, m.NodePart] = {}
         self._departing: dict[Address, Address] = {}  # by driver elsewhere, the node to tell when its job has ended
+        self._told: dict[str, tuple[Any, ...]] = {}  # by node that has sent requests here, the last load it was told
+        self._load_number = 0
         self._fencing: set[str] | None = None  # workers that must end before this node may join anew
         self._handlers: dict[type, Callable[[Any, float], Commands]] = {
             e.ProcessJoined: self._process_joined,
@@ -87,7 +97,7 @@ class NodeMachine:
             e.TimePassed: self._time_passed,
         }
         self._message_handlers: dict[type, Callable[[Address, Any, float], Commands]] = {
-            m.RequestWorkers: lambda source, message, _: self.scheduler.requested(source, message),
+            m.RequestWorkers: self._workers_requested,
             m.CancelRequest: lambda source, message, _: self.scheduler.cancelled(source, message),
             m.ReleaseWorkers: lambda source, message, _: self.scheduler.released(source, message),
             m.KillWorker: lambda source, message, _: self.scheduler.kill(source, message),
@@ -103,6 +113,7 @@ class NodeMachine:
             m.KillActor: self._kill_actor,
             m.DescribeCluster: self._describe,
             m.StopNode: self._stop,
+            LoadChanged: self._load_changed,
             EndJob: self._end_job,
             JobEnded: self._job_ended,
         }
@@ -111,10 +122,12 @@ class NodeMachine:
         """Take note of `event` at `now_s` (monotonic seconds); what to do about it, in order."""
         handler = self._handlers.get(type(event))
         if handler is not None:
-            return self._admitted(handler(event, now_s))
-        if isinstance(event, s.StoreEvent):
+            commands = self._admitted(handler(event, now_s))
+        elif isinstance(event, s.StoreEvent):
             return self.objects.store_event(event, now_s)
-        return self._admitted(self._membership(event, now_s))
+        else:
+            commands = self._admitted(self._membership(event, now_s))
+        return commands + self._tell_load() if self._told else commands
 
     # --- forks that wait for packages
 
@@ -179,11 +192,17 @@ class NodeMachine:
         if process is None:
             return []
         commands = self._owner_gone(process, now_s)
-        for watcher in sorted(self._watchers.pop(event.address.process_id, ())):
-            commands.append(e.Send(watcher, m.ProcessEnded(event.address, "the process has ended")))
-        if process.kind == "driver" and self.is_embedded:
+        if event.address.process_id not in self.scheduler.workers:  # else how it ended will be known soon
+            commands += self._tell_watchers(event.address, "the process has ended")
+        for watchers in self._watchers.values():  # else an actor that lives long would gather all who ever called it
+            watchers.discard(event.address)
+        if process.kind == "driver" and self.is_embedded and process.pid == self.driver_pid:
             commands.append(e.StopNode("its driver has ended"))
         return commands
+
+    def _tell_watchers(self, address: Address, text: str) -> Commands:
+        watchers = sorted(self._watchers.pop(address.process_id, ()))
+        return [e.Send(watcher, m.ProcessEnded(address, text)) for watcher in watchers]
 
     def _owner_gone(self, process: Process, now_s: float) -> Commands:
         ends_job = process.job_id if process.kind == "driver" else ""
@@ -205,6 +224,16 @@ class NodeMachine:
         commands += self.scheduler.owner_ended(source, ends_job=process.job_id)
         commands += self.actors.call("finish_job", {"job_id": process.job_id})
         return commands + self._maybe_left(process)
+
+    def _workers_requested(self, source: Address, message: m.RequestWorkers, _now_s: float) -> Commands:
+        if source.node_id != self.node_id:
+            self._told.setdefault(source.node_id, ())
+        driver = self.processes.get(message.job.owner.process_id)
+        is_leaving = (driver is not None and driver.is_leaving) or message.job.owner in self._departing
+        if is_leaving and not message.job.detached:
+            # Sent before its owner knew of the end: replacements for the workers that end with the job.
+            return []
+        return list(self.scheduler.requested(source, message))
 
     def _maybe_left(self, process: Process) -> Commands:
         """Answer a leaving driver once its last worker, and all that it printed, has been heard."""
@@ -236,8 +265,9 @@ class NodeMachine:
             return []
         text = worker.end_text or event.text
         commands = self._process_left(e.ProcessLeft(Address(self.node_id, event.process_id)), now_s)
+        commands += self._tell_watchers(Address(self.node_id, event.process_id), text)
         commands += self.actors.worker_ended(worker.actor_id, text)
-        commands += self.scheduler.worker_ended(event.process_id, event.exit_code, event.text)
+        commands += self.scheduler.worker_ended(event.process_id, event.exit_code, event.text, event.task)
         self.environments.worker_ended(event.process_id)
         return commands + self._workers_gone(worker.job.job_id)
 
@@ -251,7 +281,8 @@ class NodeMachine:
     def _remote_ended(self, _source: Address, message: m.ProcessEnded | m.Undeliverable, now_s: float) -> Commands:
         """A process of another node, whose leases or objects may be here, has ended; or a whole node is not there."""
         if _is_node(message.address):
-            return self.objects.node_lost(message.address.node_id, now_s)
+            node_id = message.address.node_id
+            return [*self.objects.node_lost(node_id, now_s), *self._expect_no_answer(node_id)]
         commands: Commands = list(self.scheduler.owner_ended(message.address))
         return commands + self.objects.process_left(message.address.process_id, now_s)
 
@@ -278,13 +309,32 @@ class NodeMachine:
             commands += self._membership(ms.WorkEnded(), now_s)
         return commands + self._membership(ms.HeartbeatDue(self.load()), now_s)
 
+    def _tell_load(self) -> Commands:
+        """Who sends requests here hears of each change at once: by heartbeats alone it would pile them up."""
+        scheduler = self.scheduler
+        current = (len(scheduler.leases), len(scheduler.pending), *scheduler.pool.free.values())
+        commands: Commands = []
+        for node_id, told in self._told.items():
+            if told != current:
+                self._told[node_id] = current
+                commands.append(e.Send(Address(node_id, node_id), LoadChanged(self.node_id, self.load())))
+        return commands
+
+    def _load_changed(self, _source: Address, message: LoadChanged, _now_s: float) -> Commands:
+        if not self.membership.view.hear(message.node_id, message.load):
+            return []
+        return list(self.scheduler.peers_changed([_candidate(view) for view in self._peers()]))
+
     def load(self) -> NodeLoad:
-        """What the node says about itself with a heartbeat."""
+        """What the node says about itself, with a heartbeat or in between."""
         stats = self.objects.store.stats()
+        self._load_number += 1
         return NodeLoad(
             available=to_numbers(self.scheduler.pool.free),
             queue_length=sum(pending.count for pending in self.scheduler.pending),
             workers=len(self.scheduler.workers),
+            leases=len(self.scheduler.leases),
+            number=self._load_number,
             arena_used_bytes=stats.used_bytes,
             arena_size_bytes=stats.capacity_bytes,
             spilled_bytes=stats.spilled_bytes,
@@ -312,13 +362,21 @@ class NodeMachine:
 
     def _node_lost(self, node_id: str, reason: str, now_s: float) -> Commands:
         commands: Commands = [e.PeerLost(node_id, reason), *self.objects.node_lost(node_id, now_s)]
+        self._told.pop(node_id, None)
         for owner in self.scheduler.owners_on(node_id):
             self._departing.pop(owner, None)
             commands += self.scheduler.owner_ended(owner)
             commands += self.objects.process_left(owner.process_id, now_s)
+        for process_id, watchers in list(self._watchers.items()):
+            self._watchers[process_id] = {watcher for watcher in watchers if watcher.node_id != node_id}
         lost = m.NodeLost(node_id, reason)
+        commands += [e.Send(process.address, lost) for process in self.processes.values()]
+        return commands + self._expect_no_answer(node_id)
+
+    def _expect_no_answer(self, node_id: str) -> Commands:
+        """A node is not there to say that it has ended a job."""
+        commands: Commands = []
         for process in self.processes.values():
-            commands.append(e.Send(process.address, lost))
             if node_id in process.waits_for:
                 process.waits_for.discard(node_id)
                 commands += self._maybe_left(process)
@@ -377,7 +435,7 @@ def _is_node(address: Address) -> bool:
 
 def _candidate(view: NodeView) -> Candidate:
     free = {name: round(amount * 10_000) for name, amount in view.available.items()}
-    return Candidate(view.node_id, to_amounts(view.total), free, view.queue_length, view.workers, False)
+    return Candidate(view.node_id, to_amounts(view.total), free, view.queue_length, view.leases, False)
 
 
 def _part_of_view(view: NodeView) -> m.NodePart:

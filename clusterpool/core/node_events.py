@@ -47,11 +47,13 @@ class MessageArrived(Event, frozen=True):
 
 
 class WorkerEnded(Event, frozen=True):
-    """A worker process was waited for, and all it printed was read. `text` says how and probably why."""
+    """A worker process was waited for, and all it printed was read. `text` says how and probably why; `task`: which
+    one it ran, as in WorkerExited."""
 
     process_id: str
     exit_code: int
     text: str
+    task: int = -1
 
 
 class ForkFailed(Event, frozen=True):

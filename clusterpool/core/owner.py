@@ -54,6 +54,7 @@ class OwnerMachine:
             e.ActorOpened: self.actors.opened,
             e.ActorMet: self.actors.met,
             e.ActorCallsSubmitted: self.actors.calls_submitted,
+            e.StreamClosed: self._stream_closed,
             e.TaskCancelAsked: self._cancel_asked,
             e.ReferencesHeld: self._references_held,
             e.ReferencesMade: self._references_made,
@@ -107,6 +108,10 @@ class OwnerMachine:
         """Whether a task submitted to this set would start at once."""
         worker_set = self.sets.get(set_number)
         return worker_set is not None and worker_set.dispatcher.has_room()
+
+    def is_needed(self) -> bool:
+        """Whether others would lose something if this process ended now."""
+        return self.objects.is_needed() or self.actors.is_needed()
 
     def is_sent(self, number: int) -> bool:
         """Whether the task is at a worker."""
@@ -208,7 +213,7 @@ class OwnerMachine:
         if isinstance(target, ActorChannel):
             target.waiting.add(number)
             if not is_creation:
-                target.submit([task])
+                self.actors.submit(target, [task])
         else:
             target.awaiting.add(number)
         commands, is_known = self.objects.expect_arguments(task, arguments, self.requests)
@@ -246,12 +251,23 @@ class OwnerMachine:
     hand_over_arguments = _hand_over_arguments
 
     def _tasks_finished(self, source: m.Address, message: m.TasksFinished, now_s: float) -> Commands:
+        strays: Commands = []
+        for result in message.results:
+            if result.extras is not None and result.number not in self.tasks:  # its task was cancelled meanwhile
+                strays += self.objects.discard_result(result)
+        if strays:
+            return strays + self._tasks_finished_for(source, message, now_s)
+        return self._tasks_finished_for(source, message, now_s)
+
+    def _tasks_finished_for(self, source: m.Address, message: m.TasksFinished, now_s: float) -> Commands:
         worker_set = self._set_by_process.get(source.process_id)
         if worker_set is None:
             return self.actors.finished(source, message)
         finished, worker = worker_set.finished(source.process_id, message, now_s)
         commands = self.settle(finished, worker)
-        return commands + self._checked(worker_set.advance(now_s))
+        if not worker_set.is_quiet:
+            commands += self._checked(worker_set.advance(now_s))
+        return commands
 
     def settle(self, finished: list[tuple[Task, m.TaskResult]], worker: m.WorkerPart | None) -> Commands:
         """Tasks have ended: values go to their objects or sinks, and their arguments are let go."""
@@ -276,7 +292,10 @@ class OwnerMachine:
 
     def _checked(self, commands: Commands) -> Commands:
         """Pass commands on; failures of object tasks become values of their objects, not calls of a sink."""
-        if not any(type(command) in (e.FailTasks, e.SetWorkerJoined, e.SetWorkerLeft, e.SetEnded) for command in commands):
+        for command in commands:
+            if type(command) is e.FailTasks or type(command) is e.SetEnded:
+                break
+        else:
             return commands
         checked: Commands = []
         for command in commands:
@@ -313,6 +332,10 @@ class OwnerMachine:
         for channel in channels:
             commands += self.actors.send_ready(channel)
         return commands
+
+    def _stream_closed(self, event: e.StreamClosed, now_s: float) -> Commands:
+        commands = self.objects.close_stream(event.number, event.taken)
+        return commands + self._cancel_asked(e.TaskCancelAsked(event.number, False, True), now_s)
 
     def _cancel_asked(self, event: e.TaskCancelAsked, now_s: float) -> Commands:
         task = self.tasks.get(event.number)
@@ -363,7 +386,8 @@ class OwnerMachine:
         commands = self.objects.process_gone(message.address, message.text)
         worker_set = self._set_by_process.get(process_id)
         if worker_set is not None:
-            commands += self._checked(worker_set.exited(process_id, message.exit_code, message.text, now_s))
+            ended = worker_set.exited(process_id, message.exit_code, message.text, now_s, task=message.task)
+            commands += self._checked(ended)
         return commands + self.actors.process_gone(message.address, message.text)
 
     def _request_failed(self, _source: m.Address, message: m.RequestFailed, now_s: float) -> Commands:
@@ -381,7 +405,12 @@ class OwnerMachine:
         return commands
 
     def _process_gone(self, event: e.ProcessGone, now_s: float) -> Commands:
-        return self._gone(event.address, event.text, now_s)
+        """A connection broke. The nodes of the processes that matter here report their ends, with the cause."""
+        address = event.address
+        is_leased = address.process_id in self._set_by_process or self.actors.has_lease(address)
+        if is_leased or self.objects.is_watched(address):
+            return []
+        return self._gone(address, event.text, now_s)
 
     def _gone(self, address: m.Address, text: str, now_s: float) -> Commands:
         """A process ended. Its node reports a worker's exit with the cause, so tasks wait for that report."""
@@ -391,11 +420,12 @@ class OwnerMachine:
     def _node_lost(self, _source: m.Address, message: m.NodeLost, now_s: float) -> Commands:
         commands = self.objects.node_gone(message.node_id, message.text)
         for worker_set in list(self.sets.values()):
+            commands += worker_set.cancel_requests()  # they may have been passed on to that node
             for process_id, worker in list(worker_set.held.items()):
                 if worker.address.node_id == message.node_id:
                     text = f"its node {message.node_id} is gone: {message.text}"
                     commands += self._checked(worker_set.exited(process_id, -9, text, now_s))
-            commands += self._checked(worker_set.renew_requests(now_s))
+            commands += self._checked(worker_set.advance(now_s))
         return commands + self.actors.node_gone(message.node_id, message.text)
 
     def _client_closed(self, event: e.ClientClosed, _now_s: float) -> Commands:

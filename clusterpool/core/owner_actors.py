@@ -9,6 +9,7 @@ import msgspec
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core.actors import ActorChannel
+from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import Address, TaskStatus
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class OwnerActors:
         channel = self.channels[event.actor.actor_id] = ActorChannel(event.actor)
         channel.is_creator = True
         channel.creation = event.creation
+        if event.lifetime:
+            owner.objects.lifetimes[event.lifetime] = lambda: self._released(channel)
         self._envs[event.actor.actor_id] = event.setup
         channel.wish = (event.demand, msgspec.structs.replace(owner.job, detached=event.actor.detached))
         commands: Commands = [self._request_worker(channel)]
@@ -57,9 +60,10 @@ class OwnerActors:
         if event.actor.actor_id in self.channels:
             return []
         channel = self.channels[event.actor.actor_id] = ActorChannel(event.actor)
+        channel.lifetime = event.lifetime
         if event.actor.address is not None:
             self.channel_of_process[event.actor.address.process_id] = channel
-            return self._owner.objects._watch(event.actor.address)
+            return self._owner.objects.watch(event.actor.address)
         return self._locate(channel)
 
     def _locate(self, channel: ActorChannel) -> Commands:
@@ -76,19 +80,57 @@ class OwnerActors:
             if task.sink is None:
                 self._owner.objects.expect_results(task)
         if channel.actor.state == "dead":
-            return self._owner.checked([e.FailTasks(event.tasks, "actor_died", channel.actor.text)])
-        channel.submit(event.tasks)
+            failure = e.FailTasks(event.tasks, "actor_died", channel.actor.text, None, channel.error)
+            return self._owner.checked([failure])
+        self.submit(channel, event.tasks)
         return self.send_ready(channel)
+
+    def submit(self, channel: ActorChannel, tasks: list[Task]) -> None:
+        """Queue calls. Until they are done the actor must not end, even if our handle goes."""
+        channel.submit(tasks)
+        if channel.lifetime is not None and not channel.is_held:
+            channel.is_held = True
+            self._owner.objects.table.hold(channel.lifetime)
+
+    def _let_go_if_done(self, channel: ActorChannel) -> Commands:
+        if not channel.is_held or channel.queue or channel.outstanding:
+            return []
+        assert channel.lifetime is not None
+        channel.is_held = False
+        return self._owner.objects.dropped([(channel.lifetime.owner, channel.lifetime.number)])
+
+    def _released(self, channel: ActorChannel) -> Commands:
+        """The last handle of an actor that we created is gone: it ends when it has done what it was asked."""
+        channel.is_released = True
+        if channel.actor.state == "dead":
+            self.channels.pop(channel.actor.actor_id, None)
+        return self._retire_if_done(channel)
+
+    def _retire_if_done(self, channel: ActorChannel) -> Commands:
+        address = channel.actor.address
+        if not channel.is_released or channel.is_retiring or channel.queue or address is None:
+            return []
+        if not channel.is_creation_sent:
+            return []
+        channel.is_retiring = True
+        return [e.Send(address, m.RetireWorker(True))]
 
     def send_ready(self, channel: ActorChannel) -> Commands:
         """Send the calls that can go."""
         if channel.actor.state == "dead" and channel.queue:
-            return self._owner.checked(channel.died(channel.actor.text))
+            return self._owner.checked(channel.died(channel.actor.text, channel.error)) + self._let_go_if_done(channel)
         commands: Commands = []
         for tasks, send in channel.send_ready(self._owner.functions):
             commands += self._owner.hand_over_arguments(send.destination, tasks)
             commands.append(send)
-        return commands
+        return commands + self._retire_if_done(channel)
+
+    def is_needed(self) -> bool:
+        """Whether an actor that this process created would end with it."""
+        return any(
+            channel.is_creator and channel.actor.state != "dead" and not channel.actor.detached
+            for channel in list(self.channels.values())
+        )
 
     # --- from the node and the actor's worker
 
@@ -143,7 +185,13 @@ class OwnerActors:
                 continue
             commands += self._created(channel, result)
         worker = m.WorkerPart(source, 0, "", channel.lease)
-        return commands + self._owner.settle(rest, worker)
+        commands += self._owner.settle(rest, worker)
+        return commands + self._let_go_if_done(channel)
+
+    def has_lease(self, address: Address) -> bool:
+        """Whether we created the actor that lives there, so that its node reports its end to us."""
+        channel = self.channel_of_process.get(address.process_id)
+        return channel is not None and channel.is_creator
 
     def _created(self, channel: ActorChannel, result: m.TaskResult) -> Commands:
         creation = channel.creation
@@ -172,7 +220,7 @@ class OwnerActors:
             return self._died(channel, message.actor.text or "the actor is not known any more")
         channel.actor = message.actor
         self.channel_of_process[message.actor.address.process_id] = channel
-        commands = self._owner.objects._watch(message.actor.address)
+        commands = self._owner.objects.watch(message.actor.address)
         return [*commands, e.ActorMoved(channel.actor), *self.send_ready(channel)]
 
     def process_gone(self, address: Address, text: str) -> Commands:
@@ -203,5 +251,7 @@ class OwnerActors:
             commands += self._owner.objects.release_arguments(channel.creation)
         if channel.is_creator:
             commands.append(e.Send(self._owner.node, m.ActorChanged(channel.actor)))
+        if channel.is_released:
+            self.channels.pop(channel.actor.actor_id, None)
         commands.append(e.ActorMoved(channel.actor))
-        return commands
+        return commands + self._let_go_if_done(channel)

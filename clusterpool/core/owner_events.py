@@ -121,12 +121,21 @@ class ActorOpened(Event, frozen=True):
     setup: SetupPlan
     creation: Task
     arguments: TaskArguments | None
+    lifetime: int = 0  # number of the object whose end is the actor's
 
 
 class ActorMet(Event, frozen=True):
-    """This process got a handle of somebody else's actor."""
+    """This process got a handle of somebody else's actor. `lifetime`: the object that its handles are counted by."""
 
     actor: ActorPart
+    lifetime: Reference | None = None
+
+
+class StreamClosed(Event, frozen=True):
+    """Nobody will take more items of a generator task than the first `taken`."""
+
+    number: int
+    taken: int
 
 
 class ActorCallsSubmitted(Event, frozen=True):

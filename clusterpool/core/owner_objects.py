@@ -96,7 +96,7 @@ class OwnerObjects:
             e.Send(owner, m.AddBorrower(receiver, numbers))
             for owner, numbers in self.table.hand_over(receiver, references)
         ]
-        return commands + self._watch(receiver)
+        return commands + self.watch(receiver)
 
     def hold_result(self, result: m.TaskResult) -> None:
         """Keep the references inside a result that goes to a sink; the shell drops them after loading it."""
@@ -177,7 +177,7 @@ class OwnerObjects:
             return []
         borrowed.is_asked = True
         self._asked[request] = reference
-        return [*self._watch(reference.owner), e.Send(reference.owner, m.ResolveObject(request, reference.number))]
+        return [*self.watch(reference.owner), e.Send(reference.owner, m.ResolveObject(request, reference.number))]
 
     def asked(self, source: Address, message: m.ResolveObject) -> Commands:
         """A borrower wants a value of ours."""
@@ -241,17 +241,33 @@ class OwnerObjects:
     def add_borrower(self, message: m.AddBorrower) -> Commands:
         """Somebody passed references of ours on."""
         dropped = self.table.add_borrower(message.borrower, message.numbers)
-        return self._watch(message.borrower) + self._let_go(dropped)
+        return self.watch(message.borrower) + self._let_go(dropped)
 
     def remove_borrower(self, source: Address, message: m.RemoveBorrower) -> Commands:
         """A borrower let go."""
         return self._let_go(self.table.remove_borrower(source, message.numbers, message.counts))
 
-    def _watch(self, address: Address) -> Commands:
+    def watch(self, address: Address) -> Commands:
+        """Have the process's node tell us when it ends."""
         if address in self._watched or address == self.address:
             return []
         self._watched.add(address)
         return [e.Send(Address(address.node_id, address.node_id), m.WatchProcess(address.process_id))]
+
+    def is_needed(self) -> bool:
+        """Whether another process has a reference to an object of ours."""
+        return any(record.borrowers or record.askers for record in list(self.table.owned.values()))
+
+    def discard_result(self, result: m.TaskResult) -> Commands:
+        """Nobody waits for this result any more: free what is stored of it, and let go of its references."""
+        assert result.extras is not None
+        self.hold_result(result)
+        values = [value for value in (result.extras.value, *result.extras.values) if value is not None]
+        return self._let_go([Dropped(self.address, 0, 0, value, value.references) for value in values])
+
+    def is_watched(self, address: Address) -> bool:
+        """Whether its node will tell us when this process ends."""
+        return address in self._watched
 
     # --- the end of others
 
@@ -298,6 +314,14 @@ class OwnerObjects:
         """A generator task is about to be submitted."""
         stream = self.streams[number] = e.Stream()
         return stream
+
+    def close_stream(self, number: int, taken: int) -> Commands:
+        """Nobody will take more than the first `taken` items."""
+        stream = self.streams.pop(number, None)
+        if stream is None:
+            return []
+        stream.is_ended = True
+        return self.dropped([(self.address, item) for item in stream.items[taken:]])
 
     def stream_item(self, message: m.StreamItem) -> Commands:
         """A generator task has yielded."""

@@ -184,8 +184,9 @@ class Scheduler:
             return self.node_id if self.pool.could_ever_fit(pending.amounts) else None
         if not self.peers and not must_be_elsewhere:
             return self.node_id if self.pool.could_ever_fit(pending.amounts) else None
-        is_simple = not demand.strategy and not bytes_by_node(demand)
-        if is_simple and self.pool.fits(pending.amounts):
+        # Whoever passed it on here chose so; from here, with another old view, it would only go in circles.
+        is_simple = pending.hops > 0 or (not demand.strategy and not bytes_by_node(demand))
+        if is_simple and not must_be_elsewhere and self.pool.fits(pending.amounts):
             return self.node_id
         target = choose_node([self._self_candidate(), *self.peers], pending.amounts, demand)
         if target is None or target == self.node_id:
@@ -198,8 +199,7 @@ class Scheduler:
         return self.node_id  # full everywhere: wait at home, and look again when the view changes
 
     def _self_candidate(self) -> Candidate:
-        workers = sum(1 for lease in self.leases.values() if lease.kind == WorkerKind.GROUP)
-        return Candidate(self.node_id, self.pool.total, self.pool.free, len(self.pending), workers, True)
+        return Candidate(self.node_id, self.pool.total, self.pool.free, len(self.pending), len(self.leases), True)
 
     def _pass_on(self, pending: Pending, node_id: str, count: int) -> Command:
         # Remember what we sent there until the node's next heartbeat says it itself.
@@ -284,7 +284,7 @@ class Scheduler:
         failed = m.RequestFailed(lease.request, 1, kind, f"a worker could not be started: {text}")
         return [Send(lease.origin, failed), *self.advance()]
 
-    def worker_ended(self, process_id: str, exit_code: int, text: str) -> list[Command]:
+    def worker_ended(self, process_id: str, exit_code: int, text: str, task: int = -1) -> list[Command]:
         """A worker process is gone."""
         worker = self.workers.pop(process_id, None)
         if worker is None:
@@ -299,7 +299,7 @@ class Scheduler:
         text = worker.end_text or text
         address = Address(self.node_id, process_id)
         if lease.is_granted:
-            message: m.Message = m.WorkerExited(lease.number, address, exit_code, text)
+            message: m.Message = m.WorkerExited(lease.number, address, exit_code, text, task)
         else:
             message = m.RequestFailed(lease.request, 1, "start_failed", f"a worker ended while it started: {text}")
         return [Send(lease.origin, message), *self.advance()]
@@ -329,7 +329,7 @@ class Scheduler:
             if is_reusable and not worker.is_ending and len(idle) < self._idle_max():
                 idle.append(worker)
             else:
-                commands.append(self._end(worker, "its owner let it go"))
+                commands.append(self._let_end(worker))
         self._reclaim_asked = False
         return commands + self.advance()
 
@@ -354,6 +354,11 @@ class Scheduler:
             self.pending.remove(pending)
             commands.append(Send(pending.origin, m.RequestFailed(pending.request, pending.count, "killed", text)))
         return commands
+
+    def _let_end(self, worker: Worker) -> Command:
+        # Not by a signal: it may own objects that others have references to.
+        worker.is_ending = True
+        return Send(Address(self.node_id, worker.process_id), m.RetireWorker(True))
 
     def _end(self, worker: Worker, text: str) -> Command:
         worker.is_ending = True

@@ -6,9 +6,9 @@ from typing import Any, Union
 
 import msgspec
 
-from clusterpool.core import departure as d
 from clusterpool.core import joining as j
 from clusterpool.core import messages as m
+from clusterpool.core import node_messages as n
 from clusterpool.core import package_messages as p
 from clusterpool.core import transfer_messages as t
 
@@ -21,7 +21,7 @@ AnyMessage = Union[
     m.ObjectCreated, m.StoreFailed, m.SealObject, m.AbortObject, m.PinObject, m.ObjectPinned, m.UnpinObjects,
     m.FreeObjects, m.RegisterActor, m.ActorChanged, m.LocateActor, m.ActorLocated, m.KillActor, m.DescribeCluster,
     m.ClusterDescribed, m.StopNode, m.Relay, m.Undeliverable,
-    d.EndJob, d.JobEnded, j.RegistrationRefused, p.OfferPackage, p.SendPackage, p.PackageAnswer,
+    n.EndJob, n.JobEnded, n.LoadChanged, j.RegistrationRefused, p.OfferPackage, p.SendPackage, p.PackageAnswer,
     t.OpenTransfer, t.TransferOpened, t.TransferRefused, t.SendChunk, t.ChunkData, t.CloseTransfer,
 ]  # fmt: skip
 
@@ -37,5 +37,8 @@ def decode(frame: bytes | bytearray | memoryview) -> m.Message:
 
     Raises: msgspec.MsgspecError when the bytes are no message of ours.
     """
-    message: m.Message = _decoder.decode(frame)
+    try:
+        message: m.Message = _decoder.decode(frame)
+    except (UnicodeDecodeError, RecursionError) as exc:  # msgspec lets these two pass
+        raise msgspec.DecodeError(f"malformed frame: {exc}") from exc
     return message

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from clusterpool.core.dispatch import BACKLOG_S, Dispatcher, Task
+from clusterpool.core.dispatch import BACKLOG_S, Batch, Dispatcher, Task
 from clusterpool.core.messages import (
     Address,
     CancelRequest,
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SIGTERM, SIGKILL = 15, 9  # the core imports no signal module
+
+# What WorkerExited says of a worker's task when nobody knows.
+TASK_UNKNOWN = -1
 
 # An idle lease is kept this long, so that a loop of calls, each waiting for its result, does not lease each time.
 # Longer would keep CPUs from others; they can ask for it sooner (ReclaimLeases).
@@ -117,21 +120,41 @@ class WorkerSet:
             return [FailTasks(tasks, "cancelled", "the pool was terminated before the task was started")]
         if self.failed_text:
             return [FailTasks(tasks, self.failed_kind, self.failed_text)]
+        if len(tasks) == 1 and self.size is not None and not self.dispatcher.queue:
+            slot = self.dispatcher.idle_slot()
+            if slot is not None:  # the rule for programs that wait for each result
+                self.dispatcher.submit(tasks)
+                return self._sent(self.dispatcher.send_one(slot, now_s))
         self.dispatcher.submit(tasks)
         return self.advance(now_s)
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether `advance` would find nothing to do after results have come."""
+        dispatcher = self.dispatcher
+        if dispatcher.queue or dispatcher.outstanding_count > 1 or dispatcher.runs_max is not None:
+            return False
+        if self.is_closing or self.requested or self._expected:
+            return False
+        return self.size is None or len(self.held) == self.size
+
     def advance(self, now_s: float) -> list[Command]:
         """Send tasks, move them between workers, ask for workers or let them go."""
-        commands = self._send_batches(now_s)
-        for slot, count in self.dispatcher.take_back(now_s):
-            commands.append(Send(slot.address, TakeBackTasks(count)))
-        for slot in self.dispatcher.retire_due():
-            self._expected.add(slot.address.process_id)
-            commands.append(Send(slot.address, RetireWorker()))
+        dispatcher = self.dispatcher
+        # This runs twice for each call that waits for its result: nothing is asked that cannot matter.
+        commands = self._send_batches(now_s) if dispatcher.queue else []
+        if dispatcher.outstanding_count > 1 and not dispatcher.queue:
+            for slot, count in dispatcher.take_back(now_s):
+                commands.append(Send(slot.address, TakeBackTasks(count)))
+        if dispatcher.runs_max is not None:
+            for slot in dispatcher.retire_due():
+                self._expected.add(slot.address.process_id)
+                commands.append(Send(slot.address, RetireWorker()))
         if self.is_closing and not self._has_work():
             self._close_now(commands)
-        elif self.is_group:
-            self._keep_size(commands)
+        elif self.size is not None:
+            if len(self.held) != self.size or self._expected or self.requested or self.is_closing:
+                self._keep_size(commands)
         else:
             self._follow_queue(commands, now_s)
         return commands
@@ -141,6 +164,9 @@ class WorkerSet:
         look_s = self.dispatcher.next_look_s(now_s)
         if self.is_group or self.dispatcher.queue:
             return look_s
+        if look_s is None and not self.requested and self._may_start():
+            # Another lease may be worth having; once it is asked for, its coming is the next thing to happen.
+            look_s = min(self.dispatcher.stuck_since_s(), default=None)
         idle = [slot.idle_since_s for slot in self.dispatcher.slots.values() if not slot.outstanding]
         if idle:
             release_s = min(idle) + LINGER_S
@@ -194,27 +220,32 @@ class WorkerSet:
                 commands.append(FailTasks(tasks, "setup_failed", self.failed_text, None, error))
         return commands
 
-    def exited(self, process_id: str, exit_code: int, text: str, now_s: float) -> list[Command]:
-        """A worker is no more; its tasks are tried again or fail."""
+    def exited(
+        self, process_id: str, exit_code: int, text: str, now_s: float, *, task: int = TASK_UNKNOWN
+    ) -> list[Command]:
+        """A worker is no more; its tasks are tried again or fail. `task`: the number of the one that it ran."""
         worker = self.held.pop(process_id, None)
         if worker is None:
             return []
         was_expected = process_id in self._expected
         self._forget(process_id)
         commands: list[Command] = [SetWorkerLeft(self.number, worker, exit_code, text, was_expected)]
-        commands += self._save_tasks(self.dispatcher.remove_worker(process_id), worker, text)
+        commands += self._save_tasks(self.dispatcher.remove_worker(process_id), worker, text, task)
         return commands + self.advance(now_s)
 
-    def _save_tasks(self, tasks: list[Task], worker: WorkerPart, text: str) -> list[Command]:
+    def _save_tasks(self, tasks: list[Task], worker: WorkerPart, text: str, ran: int) -> list[Command]:
         again: list[Task] = []
         failed: list[Task] = []
         cancelled: list[Task] = []
-        for position, task in enumerate(tasks):
+        if ran == TASK_UNKNOWN and tasks:
+            ran = tasks[0].spec.number  # they are run in order
+        for task in tasks:
+            # The results of those before it had not been sent yet, and those behind it have not started.
+            is_culprit = task.spec.number == ran
             if task.is_cancelled or self.is_terminated:
                 cancelled.append(task)
-            elif position > 0 or task.retries_left > 0:
-                # Workers run their tasks in order, so only the first can be the one that killed it.
-                task.retries_left -= position == 0
+            elif not is_culprit or task.retries_left > 0:
+                task.retries_left -= is_culprit
                 again.append(task)
             else:
                 failed.append(task)
@@ -254,15 +285,6 @@ class WorkerSet:
         slot.idle_since_s = now_s
         return self.dispatcher.finish(process_id, message.results, message.run_ns), slot.token
 
-    def renew_requests(self, now_s: float) -> list[Command]:
-        """A node is gone, and with it what had been passed on to it: ask for all that is outstanding anew.
-
-        What comes for the old requests nevertheless is given back.
-        """
-        if not self.requested:
-            return []
-        return self._cancel_requests() + self.advance(now_s)
-
     # --- the user's wishes
 
     def resize(self, size: int, now_s: float) -> list[Command]:
@@ -299,7 +321,7 @@ class WorkerSet:
     def terminate(self) -> list[Command]:
         """End all workers and cancel all tasks, now."""
         self.is_closing = self.is_terminated = True
-        commands = self._cancel_requests()
+        commands = self.cancel_requests()
         tasks = self.dispatcher.clear()
         for process_id, worker in self.held.items():
             self._expected.add(process_id)
@@ -339,11 +361,16 @@ class WorkerSet:
     def _send_batches(self, now_s: float) -> list[Command]:
         commands: list[Command] = []
         for batch in self.dispatcher.fill(now_s):
-            if self._on_sent is not None:
-                commands += self._on_sent(batch.slot.address, batch.tasks)
-            # Missing only when the shell dropped it while another thread was about to submit: then the task fails.
-            functions = [FunctionPart(number, self._functions.get(number, b"")) for number in batch.functions]
-            commands.append(Send(batch.slot.address, StartTasks(functions, [task.spec for task in batch.tasks])))
+            commands += self._sent(batch)
+        return commands
+
+    def _sent(self, batch: Batch) -> list[Command]:
+        commands: list[Command] = []
+        if self._on_sent is not None:
+            commands += self._on_sent(batch.slot.address, batch.tasks)
+        # Missing only when the shell dropped it while another thread was about to submit: then the task fails.
+        functions = [FunctionPart(number, self._functions.get(number, b"")) for number in batch.functions]
+        commands.append(Send(batch.slot.address, StartTasks(functions, [task.spec for task in batch.tasks])))
         return commands
 
     def _keep_size(self, commands: list[Command]) -> None:
@@ -364,8 +391,11 @@ class WorkerSet:
     def _follow_queue(self, commands: list[Command], now_s: float) -> None:
         dispatcher = self.dispatcher
         requested = sum(self.requested.values())
-        wanted = min(REQUESTED_MAX, self._leases_wanted())
         usable = sum(1 for slot in dispatcher.slots.values() if not slot.outstanding and slot.is_open)
+        wanted = min(REQUESTED_MAX, self._leases_wanted())
+        if not wanted and not usable:
+            # All that is left has been sent in batches, but some wait behind a long one: for those another worker.
+            wanted = sum(1 for since_s in dispatcher.stuck_since_s() if since_s <= now_s)
         if wanted > requested + usable:
             if self._may_start():
                 commands.append(self._request(wanted - requested - usable))
@@ -425,7 +455,8 @@ class WorkerSet:
         self.requested[request] = count
         return Send(self.node, RequestWorkers(request, count, self.demand, self.job))
 
-    def _cancel_requests(self) -> list[Command]:
+    def cancel_requests(self) -> list[Command]:
+        """Expect no worker that has not come; one that comes nevertheless is given back."""
         commands: list[Command] = [
             Send(self.node, CancelRequest(request, count)) for request, count in self.requested.items()
         ]
@@ -437,7 +468,7 @@ class WorkerSet:
         return bool(dispatcher.queue or dispatcher.outstanding_count or self.awaiting) and not self.is_terminated
 
     def _close_now(self, commands: list[Command]) -> None:
-        commands += self._cancel_requests()
+        commands += self.cancel_requests()
         for process_id, worker in list(self.held.items()):
             if process_id in self._expected:
                 continue

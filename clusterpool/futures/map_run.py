@@ -28,7 +28,7 @@ class MapRun:
         self._chunks = chunks
         self._options = options  # kind, and retries if the call has its own
         self._sent = 0
-        self._task_numbers: list[range] = []  # of the chunks in the order sent
+        self._task_numbers: list[list[int]] = []  # of the chunks in the order sent
         self._outcome_by_index: dict[int, tuple[list[Any] | None, BaseException | None]] = {}
         self._wanted = 0
         self._failure: BaseException | None = None

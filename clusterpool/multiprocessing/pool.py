@@ -26,14 +26,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from itertools import count
 from typing import Any, NoReturn
 
-from clusterpool.client.worker_group import GroupWorker, TaskKind, WorkerGroup
-
 from clusterpool.calls.callbacks import CallbackThread
 from clusterpool.calls.chunking import as_items, checked_chunksize, default_chunksize, split
 from clusterpool.calls.lazy_call import LazyCall
 from clusterpool.calls.progress import ProgressOption, checked_progress, new_progress_bar
 from clusterpool.calls.window import FeedWindow, checked_buffersize
+from clusterpool.calls.worker_setup import set_up_pool_worker
 from clusterpool.client import api
+from clusterpool.client.worker_group import GroupWorker, TaskKind, WorkerGroup
 from clusterpool.errors import TaskCancelled, WorkerSetupFailed
 from clusterpool.multiprocessing.imap import IMapIterator, IMapUnorderedIterator
 from clusterpool.multiprocessing.results import ApplyResult, Callback, MapResult
@@ -128,8 +128,8 @@ class Pool:
         return self._group_class(
             self._processes,
             name="pool",
-            initializer=self._initializer,
-            initargs=self._initargs,
+            initializer=set_up_pool_worker,
+            initargs=(self._initializer, self._initargs),
             tasks_per_worker_max=self._maxtasksperchild,
             retries=retries,
             resources=resources,
@@ -164,9 +164,7 @@ class Pool:
             raise
         return result
 
-    def map(
-        self, func: Callable[..., Any], iterable: Iterable[Any], chunksize: int | None = None
-    ) -> list[Any]:
+    def map(self, func: Callable[..., Any], iterable: Iterable[Any], chunksize: int | None = None) -> list[Any]:
         """`[func(item) for item in iterable]`, in the workers."""
         result = self._map_async(func, iterable, TaskKind.MAP, chunksize)
         return result.get()  # type: ignore[no-any-return]
@@ -224,9 +222,7 @@ class Pool:
         buffersize: int | None = None,
     ) -> IMapUnorderedIterator:
         """As `imap`, results in the order in which they arrive."""
-        return IMapUnorderedIterator(
-            self._start_lazy_call(func, iterable, chunksize, buffersize, is_ordered=False)
-        )
+        return IMapUnorderedIterator(self._start_lazy_call(func, iterable, chunksize, buffersize, is_ordered=False))
 
     # --- the end of a pool
 
@@ -398,9 +394,7 @@ class Pool:
     def _close_group_when_idle(self) -> None:
         """A closed group takes no tasks, and a lazy call that began before `close` has more to submit."""
         with self._lock:
-            if self._is_group_closed or any(
-                isinstance(call, LazyCall) for call in list(self._cache.values())
-            ):
+            if self._is_group_closed or any(isinstance(call, LazyCall) for call in list(self._cache.values())):
                 return
             self._is_group_closed = True
         self._group.close()
@@ -461,8 +455,7 @@ def _checked_processes(processes: Any) -> int:
     number = operator.index(processes)
     if number < 1:
         raise ValueError(
-            f"Number of processes must be at least 1, not {number}; "
-            "leave it out to use every CPU of the cluster"
+            f"Number of processes must be at least 1, not {number}; leave it out to use every CPU of the cluster"
         )
     return number
 

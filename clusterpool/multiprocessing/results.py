@@ -14,11 +14,10 @@ from concurrent.futures import Future
 from multiprocessing import TimeoutError
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from clusterpool.client.worker_group import GroupWorker
-
 from clusterpool.calls import waiting
 from clusterpool.calls.callbacks import report_callback_error
 from clusterpool.client.future import LeanFuture
+from clusterpool.client.worker_group import GroupWorker
 from clusterpool.errors import NotConnected, SerializationFailed, TaskCancelled
 
 if TYPE_CHECKING:
@@ -42,9 +41,7 @@ class ApplyResult:
     _is_ready = False
     _future: LeanFuture[Any] | None = None
 
-    def __init__(
-        self, pool: Pool, callback: Callback | None = None, error_callback: Callback | None = None
-    ) -> None:
+    def __init__(self, pool: Pool, callback: Callback | None = None, error_callback: Callback | None = None) -> None:
         self._pool: Pool | None = pool  # kept until the result is ready: it must not be collected before
         if callback is not None:
             self._callback = callback
@@ -73,9 +70,7 @@ class ApplyResult:
             if not self._is_ready:
                 if timeout is None:
                     raise NotConnected("the client was shut down while a result was waited for")
-                raise TimeoutError(
-                    f"no result within {timeout} s; the call goes on, get() may be called again"
-                )
+                raise TimeoutError(f"no result within {timeout} s; the call goes on, get() may be called again")
         if self._error is None:
             return self._value
         raise self._error
@@ -95,9 +90,7 @@ class ApplyResult:
 
         return asyncio.wrap_future(self.future()).__await__()
 
-    def task_done(
-        self, index: int, value: Any, error: BaseException | None, worker: GroupWorker | None
-    ) -> None:
+    def task_done(self, index: int, value: Any, error: BaseException | None, worker: GroupWorker | None) -> None:
         """Called by the group."""
         self._end(value, error)
 
@@ -172,9 +165,7 @@ class MapResult(ApplyResult):
             # As in the standard library, the callback is not called: there was nothing to wait for.
             self._become_ready()
 
-    def task_done(
-        self, index: int, value: Any, error: BaseException | None, worker: GroupWorker | None
-    ) -> None:
+    def task_done(self, index: int, value: Any, error: BaseException | None, worker: GroupWorker | None) -> None:
         """Called by the group. What it costs, each chunk of `map(chunksize=1)` costs."""
         if error is not None:
             if self._error is None:
@@ -215,12 +206,10 @@ def to_stdlib_error(error: BaseException) -> BaseException:
     """`MaybeEncodingError`, as in the standard library, for a result that could not be pickled."""
     if not isinstance(error, SerializationFailed):
         return error
-    reason = getattr(error, "reason", None)
-    value_repr = getattr(error, "value_repr", None)
-    if reason is None or value_repr is None:
-        return error
+    if not error.value_repr:
+        return error  # something other than a result could not be pickled
     from multiprocessing.pool import MaybeEncodingError  # type: ignore[attr-defined]
 
-    converted: BaseException = MaybeEncodingError(_Text(reason), _Text(value_repr))
+    converted: BaseException = MaybeEncodingError(_Text(error.reason), _Text(error.value_repr))
     converted.__cause__ = error.__cause__
     return converted

@@ -7,9 +7,8 @@ import signal
 import socket
 from collections.abc import Callable
 
-from clusterpool.client.worker_group import GroupWorker, WorkerGroup
-
 from clusterpool.client import api
+from clusterpool.client.worker_group import GroupWorker, WorkerGroup
 
 
 class PoolWorker:
@@ -52,9 +51,7 @@ class PoolWorker:
 
     def _send(self, signal_number: int) -> None:
         if self.host != socket.gethostname():
-            raise ProcessLookupError(
-                f"{self.name} runs on {self.host}; only a worker of this host can be signalled"
-            )
+            raise ProcessLookupError(f"{self.name} runs on {self.host}; only a worker of this host can be signalled")
         if self.is_alive():
             os.kill(self.pid, signal_number)
 

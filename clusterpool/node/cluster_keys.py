@@ -46,9 +46,7 @@ class ClusterKeys:
         try:
             pairs = json.loads(text)
             (server_public, server_secret), (client_public, client_secret) = pairs["server"], pairs["client"]
-            keys = [
-                key.encode("ascii") for key in (server_public, server_secret, client_public, client_secret)
-            ]
+            keys = [key.encode("ascii") for key in (server_public, server_secret, client_public, client_secret)]
         except (KeyError, TypeError, AttributeError, ValueError) as exc:
             raise ValueError(f"it holds no two pairs of keys ({type(exc).__name__})") from exc
         if any(len(key) != _KEY_BYTES for key in keys):

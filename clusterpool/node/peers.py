@@ -45,9 +45,7 @@ class Peers:
         self._router.curve_server = True
         self._router.curve_publickey, self._router.curve_secretkey = keys.server_public, keys.server_secret
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a node that came back takes over its identity
-        self._dealers: dict[
-            str, tuple[tuple[str, int], Any]
-        ] = {}  # by node id, with the address it connects to
+        self._dealers: dict[str, tuple[tuple[str, int], Any]] = {}  # by node id, with the address it connects to
         self.port = self._bind(host, port)
 
     def _bind(self, host: str, port: int) -> int:

@@ -30,7 +30,7 @@ from clusterpool.core import wire
 from clusterpool.core.cluster_view import NodeRecord
 from clusterpool.core.environments import DropPackage, FetchPackage
 from clusterpool.core.joining import RegistrationRefused, mismatch
-from clusterpool.core.membership import JoinRequested, LeaveRequested
+from clusterpool.core.membership import JoinRequested, LeaveRequested, State
 from clusterpool.core.messages import Address, Message
 from clusterpool.core.node import TICK_S, NodeMachine
 from clusterpool.errors import ProtocolError
@@ -67,6 +67,8 @@ class NodeShell:
         self._posted: deque[Any] = deque()
         self._post_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._is_stopping = False
+        self._is_reported = False  # to the launcher: a node of a cluster is ready once it is a member
+        self._ready_facts: dict[str, Any] = {}
         self._last_tick_s = monotonic()
         self._started_s = monotonic()
         self.rejected_frames = 0
@@ -98,6 +100,7 @@ class NodeShell:
             self.record,
             arena_bytes=self.arena.capacity_bytes,
             is_embedded=config.is_embedded,
+            driver_pid=config.driver_pid,
             is_head=config.is_head,
             process_ids=_worker_ids(),
         )
@@ -113,7 +116,16 @@ class NodeShell:
         self.execute(self.machine.handle(JoinRequested(self.record), monotonic()))
         if not config.is_embedded:
             self.store.start()
-        self.start.report_ready(port=port, node_socket=str(paths.node_socket), arena_bytes=self.arena.capacity_bytes)
+        self._ready_facts = {
+            "port": port, "node_socket": str(paths.node_socket), "arena_bytes": self.arena.capacity_bytes
+        }  # fmt: skip
+        if config.is_embedded:
+            self._report_ready()
+
+    def _report_ready(self) -> None:
+        if not self._is_reported:
+            self._is_reported = True
+            self.start.report_ready(**self._ready_facts)
 
     def _make_record(self, port: int) -> NodeRecord:
         config = self.config
@@ -195,6 +207,9 @@ class NodeShell:
         """End the loop after this turn."""
         logger.info("node %s: stopping (%s)", self.node_id, text)
         self._is_stopping = True
+        if not self._is_reported:
+            self._is_reported = True
+            self.start.report_failure(text)
 
     def _close(self) -> None:
         self.workers.close()
@@ -221,6 +236,8 @@ class NodeShell:
                 self.stop(event.text)
             else:
                 self.handle(event)
+        if not self._is_reported and self.machine.membership.state is State.MEMBER:
+            self._report_ready()
 
     # --- processes of this host
 

@@ -14,6 +14,7 @@ from clusterpool.core import node_events as e
 from clusterpool.errors import StartFailed
 from clusterpool.processes.logs import LogPipe, WorkerLog
 from clusterpool.processes.sweep import SESSION_VARIABLE
+from clusterpool.processes.task_page import read_task_page, task_page_path
 from clusterpool.processes.zygote import ForkFailed, WorkerExited, WorkerForked, Zygote, ZygoteDied
 
 if TYPE_CHECKING:
@@ -130,7 +131,8 @@ class WorkerProcesses:
             worker.log.close()
         # Results that it had sent must arrive before the news of its end.
         self._shell.drain(event.worker_id)
-        self._shell.handle(e.WorkerEnded(event.worker_id, event.exit_code, self._end_text(worker, event)))
+        task = read_task_page(task_page_path(self._shell.paths.process_sockets_folder, event.worker_id))
+        self._shell.handle(e.WorkerEnded(event.worker_id, event.exit_code, self._end_text(worker, event), task))
 
     def _end_text(self, worker: _WorkerProcess, event: WorkerExited) -> str:
         who = f"worker {event.worker_id} ({worker.name or 'task'}, pid {event.pid}) on node {self._shell.node_id}"

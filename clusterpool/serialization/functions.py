@@ -26,7 +26,7 @@ from typing import Any
 import cloudpickle
 
 from clusterpool import errors
-from clusterpool.serialization import references
+from clusterpool.serialization import left_behind, references
 from clusterpool.serialization.definitions import Definition, definitions, load_definition, place_by_value
 from clusterpool.serialization.namespaces import namespaces
 from clusterpool.serialization.versions import (
@@ -40,12 +40,14 @@ PROTOCOL = 5
 
 Reduction = tuple[Any, ...]
 Export = tuple[str, str, str]  # module, name there, token
+Replaced = dict[int, tuple[Any, Any]]  # by id: a value that cannot be pickled, and what goes in its place
 
 _LruCacheWrapper: type = type(functools.lru_cache(lambda: None))
 # Functions and classes of these packages stay what they are, so one look is enough: numpy's `_frombuffer` is
 # in every array's pickle, and cloudpickle takes 3 us each time to find that it can be imported.
 _STABLE_PACKAGES = frozenset({"numpy", "pandas", "pyarrow", "scipy", "clusterpool"}) | sys.stdlib_module_names
 _STABLE_MAX = 4096
+_ALWAYS_PICKLABLE = frozenset({int, float, complex, str, bytes, bool, type(None), types.ModuleType})
 _stable_by_id: dict[int, Any] = {}
 
 
@@ -58,8 +60,13 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
         buffer_callback: Callable[[pickle.PickleBuffer], object] | None = None,
         *,
         dependencies: list[Dependency] | None = None,
+        replaced: Replaced | None = None,
+        has_fresh_locks: bool = False,
     ) -> None:
         super().__init__(file, protocol=PROTOCOL, buffer_callback=buffer_callback)
+        self.met: list[tuple[str, Any]] = []  # globals, attributes, closed-over variables: what and value
+        self._replaced = replaced or {}
+        self._has_fresh_locks = has_fresh_locks
         # A plain dictionary: the C pickler takes a microsecond and more for each object with cloudpickle's
         # ChainMap.
         self.dispatch_table = _dispatch_table()
@@ -76,7 +83,24 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
             return self._reduce_cached_function(thing)
         if isinstance(thing, type):
             return self._reduce_class(thing)
+        if self._has_fresh_locks:
+            reduction = left_behind.reduce_lock(thing)
+            if reduction is not None:
+                return reduction
+        if kind is types.CellType and self._replaced:
+            return self._reduce_cell(thing)
         return NotImplemented
+
+    def _instead(self, value: Any) -> Any:
+        entry = self._replaced.get(id(value))
+        return value if entry is None else entry[1]
+
+    def _reduce_cell(self, cell: types.CellType) -> Any:
+        try:
+            instead = self._instead(cell.cell_contents)
+        except ValueError:  # not assigned yet
+            return NotImplemented
+        return NotImplemented if instead is cell.cell_contents else (types.CellType, (instead,))
 
     def _reduce_function(self, function: types.FunctionType) -> Any:
         reduction = super().reducer_override(function)
@@ -88,14 +112,29 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
         _, (code, base, _, _, closure), (state, slots), _, _, setter = reduction
         if self._dependencies is not None:
             self._dependencies.extend(_dependencies_of(function, slots["__globals__"]))
+        self._meet_variables(function, slots["__globals__"])
         namespace = namespaces.name_of(function.__globals__)
+        ship, instead = namespaces.versions.token_to_ship, self._instead
         if namespace is None:
+            slots["__globals__"] = {key: instead(value) for key, value in slots["__globals__"].items()}
             return reduction
-        ship = namespaces.versions.token_to_ship
-        shipped = {key: (ship(namespace, key, value), value) for key, value in slots["__globals__"].items()}
+        shipped = {
+            key: (ship(namespace, key, value), instead(value)) for key, value in slots["__globals__"].items()
+        }
         slots["__globals__"] = {}
         filled = (setter, state, slots, namespace, base, shipped, _export(function))
         return make_function, (code, namespace, closure), filled, None, None, set_function_state
+
+    def _meet_variables(self, function: types.FunctionType, shipped: dict[str, Any]) -> None:
+        module = function.__module__
+        self.met += [(f"the global {name!r} of {module}", value) for name, value in shipped.items()]
+        if function.__closure__ and place_by_value(function) is not None:
+            # Of a local function these are arguments as much as globals: there the caller is told at once.
+            for name, cell in zip(function.__code__.co_freevars, function.__closure__, strict=True):
+                try:
+                    self.met.append((f"the variable {name!r} of {function.__qualname__}", cell.cell_contents))
+                except ValueError:
+                    pass  # not assigned yet
 
     def _reduce_class(self, cls: type) -> Any:
         reduction = super().reducer_override(cls)
@@ -109,6 +148,10 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
             # cloudpickle leaves them out, and then instances pickle in a form that the real class rejects.
             # (A tuple's are always empty, and `typing.NamedTuple` makes them itself.)
             arguments[3].setdefault("__slots__", vars(cls)["__slots__"])
+        attributes = state[0]
+        self.met += [(f"the attribute {name!r} of {cls.__qualname__}", value) for name, value in attributes.items()]
+        if self._replaced:
+            state = ({name: self._instead(value) for name, value in attributes.items()}, *state[1:])
         token = namespaces.versions.class_to_ship(cls)
         if self._dependencies is not None:
             self._dependencies.append(Dependency(lambda: namespaces.versions.class_to_ship(cls), token))
@@ -177,10 +220,7 @@ def ship_function(function: Callable[..., Any]) -> ShippedFunction:
     Raises: what pickle raises (PicklingError, TypeError, AttributeError) for a callable that holds something
     unpicklable.
     """
-    dependencies: list[Dependency] = []
-    with io.BytesIO() as file, references.capture_references() as captured:
-        ShippingPickler(file, dependencies=dependencies).dump(function)
-        return ShippedFunction(file.getvalue(), captured, dependencies)
+    return ShippedFunction(*_dump_code(function, ShippingPickler))
 
 
 def dumps_function(function: Callable[..., Any]) -> bytes:
@@ -282,10 +322,7 @@ def explain_load_failure(error: BaseException, node_id: str) -> BaseException:
 
 def _define(thing: Any, place: tuple[str, str], older: Definition | None) -> Definition:
     made_before = namespaces.versions.made_count
-    dependencies: list[Dependency] = []
-    with io.BytesIO() as file, references.capture_references() as captured:
-        CodePickler(file, dependencies=dependencies).dump(thing)
-        pickled = file.getvalue()
+    pickled, captured, dependencies = _dump_code(thing, CodePickler)
     if older is not None and older.dependencies is None and namespaces.versions.made_count == made_before:
         definition = (
             older  # it arrived and nothing was changed here: send it on under the name that others know
@@ -295,6 +332,56 @@ def _define(thing: Any, place: tuple[str, str], older: Definition | None) -> Def
     definition.references = captured
     definition.dependencies = dependencies
     return definition
+
+
+def _dump_code(
+    thing: Any,
+    pickler_type: type[CodePickler],
+    replaced: Replaced | None = None,
+    *,
+    outer: frozenset[int] = frozenset(),
+    has_fresh_locks: bool = False,
+) -> tuple[bytes, list[Any], list[Dependency]]:
+    """Pickle code, leaving behind what it refers to and cannot be pickled (see left_behind.py).
+
+    Returns: the pickle, the object references in it, what it depends on. `replaced` gets what was found;
+    `outer`: ids of what is being pickled by our callers.
+    """
+    replaced = {} if replaced is None else replaced
+    while True:
+        dependencies: list[Dependency] = []
+        with io.BytesIO() as file, references.capture_references() as captured:
+            pickler = pickler_type(
+                file, dependencies=dependencies, replaced=replaced, has_fresh_locks=has_fresh_locks
+            )
+            try:
+                pickler.dump(thing)
+                return file.getvalue(), captured, dependencies
+            except Exception:  # A user's __reduce__ may raise anything.
+                if not _replace_unpicklable(pickler.met, replaced, outer | {id(thing)}):
+                    raise
+
+
+def _replace_unpicklable(met: list[tuple[str, Any]], replaced: Replaced, outer: frozenset[int]) -> bool:
+    """Find what stands in the way of a pickle; whether anything was found."""
+    known_before = len(replaced)
+    # What functions and classes refer to is the cause more often than they are themselves.
+    for place, value in sorted(met, key=lambda item: isinstance(item[1], (types.FunctionType, type))):
+        if id(value) in replaced or id(value) in outer or type(value) in _ALWAYS_PICKLABLE:
+            continue
+        try:
+            _dump_code(value, CodePickler, replaced, outer=outer)
+            continue
+        except Exception as error:
+            reason = left_behind.reason_of(error)
+        instead: Any
+        try:
+            stream, captured, _ = _dump_code(value, CodePickler, replaced, outer=outer, has_fresh_locks=True)
+            instead = left_behind.Pickled(stream, captured)
+        except Exception:
+            instead = left_behind.LeftBehind(place, reason)
+        replaced[id(value)] = (value, instead)
+    return len(replaced) > known_before
 
 
 def _reduce_method(method: types.MethodType) -> Any:

@@ -79,8 +79,19 @@ class ValuePickler(ShippingPickler):
     """Pickles one value with its large buffers out of band."""
 
     def __init__(self, file: io.BytesIO, *, large_bytes_min: int, store_large: StoreLarge | None) -> None:
-        super().__init__(file, self._take_buffer)
-        self.buffers: list[memoryview] = []
+        buffers: list[memoryview] = []
+
+        def take_buffer(buffer: pickle.PickleBuffer) -> bool:
+            # Whether the buffer stays in the stream. (No method: it would make a cycle, and what was pickled
+            # would live until the next garbage collection.)
+            view = buffer.raw()
+            if view.nbytes < BUFFER_BYTES_MIN:
+                return True
+            buffers.append(view)
+            return False
+
+        super().__init__(file, take_buffer)
+        self.buffers = buffers
         self.stored: list[Any] = []
         self._large_bytes_min = large_bytes_min if store_large is not None else NO_LIMIT
         self._store_large = store_large
@@ -121,14 +132,6 @@ class ValuePickler(ShippingPickler):
                 reduction = (_restore_bytes, (pickle.PickleBuffer(value), type(value) is bytearray))
             replaced = self._replaced_by_id[id(value)] = _Reduced(reduction)
         return replaced
-
-    def _take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
-        """Whether the buffer stays in the stream."""
-        view = buffer.raw()
-        if view.nbytes < BUFFER_BYTES_MIN:
-            return True
-        self.buffers.append(view)
-        return False
 
     def _stored_instead(self, value: Any) -> Any:
         assert self._store_large is not None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from clusterpool.core import messages as m
 from clusterpool.core.messages import Address, TaskResult, TaskSpec, TaskStatus
+from clusterpool.worker.interrupts import Interrupted, Key
 
 if TYPE_CHECKING:
     from clusterpool.worker.task_runner import TaskRunner
@@ -22,12 +23,12 @@ class ActorRunner:
         self._runner = runner
         self._instance = instance
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_thread: threading.Thread | None = None
         self._threads: concurrent.futures.ThreadPoolExecutor | None = None
-        self._running: dict[tuple[Address, int], Any] = {}
-        if any(
-            inspect.iscoroutinefunction(member) or inspect.isasyncgenfunction(member)
-            for _, member in inspect.getmembers(type(instance))
-        ):
+        self._running: dict[Key, concurrent.futures.Future[None]] = {}
+        # Not `inspect.getmembers` of the instance: that would run the user's properties.
+        members = [inspect.getattr_static(type(instance), name, None) for name in dir(type(instance))]
+        if any(inspect.iscoroutinefunction(member) or inspect.isasyncgenfunction(member) for member in members):
             self._start_loop(concurrency)
         elif concurrency > 1:
             self._threads = concurrent.futures.ThreadPoolExecutor(concurrency, "actor")
@@ -44,32 +45,45 @@ class ActorRunner:
             future = self._threads.submit(self._run_in_thread, owner, spec)
         else:
             return False
-        key = (owner, spec.number)
+        key = Key(owner, spec.number)
         self._running[key] = future
         future.add_done_callback(lambda _: self._running.pop(key, None))
         return True
 
-    def cancel(self, key: tuple[Address, int]) -> bool:
-        """Cancel a call that was taken; whether it was one."""
+    def cancel(self, key: Key) -> bool:
+        """Cancel a call that was taken; whether it was one that need not be told otherwise."""
         future = self._running.get(key)
         if future is None:
             return False
         if future.cancel():
-            self._finished(key[0], TaskResult(key[1], TaskStatus.CANCELLED, b""))
-        return True
+            self._finished(key.owner, TaskResult(key.number, TaskStatus.CANCELLED, b""))
+            return True
+        # A thread cannot be interrupted, but a generator that it runs ends with its next item.
+        return False
 
     def close(self) -> None:
         """Finish what runs."""
         if self._threads is not None:
             self._threads.shutdown(wait=True)
-        if self._loop is not None:
+        if self._loop is not None and self._loop_thread is not None:
+            concurrent.futures.wait(list(self._running.values()))
             self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop_thread.join()
 
     def _finished(self, owner: Address, result: TaskResult) -> None:
         self._runner.client.send(owner, m.TasksFinished([result], 0))
+        if result.extras is not None:
+            self._runner.let_go_of_result(result)
 
     def _run_in_thread(self, owner: Address, spec: TaskSpec) -> None:
-        self._finished(owner, self._runner.calls.run(owner, spec))
+        runner = self._runner
+        try:
+            result = runner.calls.run(owner, spec)
+        except SystemExit as exc:
+            runner.exit(exc)
+            return
+        runner.interrupts.forget(Key(owner, spec.number))
+        self._finished(owner, result)
 
     # --- coroutines
 
@@ -81,27 +95,36 @@ class ActorRunner:
             asyncio.set_event_loop(loop)
             loop.run_forever()
 
-        threading.Thread(target=turn, name="actor-loop", daemon=True).start()
+        self._loop_thread = threading.Thread(target=turn, name="actor-loop", daemon=True)
+        self._loop_thread.start()
 
     async def _run_async(self, owner: Address, spec: TaskSpec) -> None:
         runner = self._runner
         async with self._limit:
             try:
-                value = runner.calls.call_of(owner, spec)()
-                if inspect.isasyncgen(value):
-                    count = 0
-                    async for item in value:
-                        runner.calls.send_item(owner, spec, count, item)
-                        count += 1
-                    result = TaskResult(spec.number, TaskStatus.STREAM_END, str(count).encode())
-                else:
-                    if inspect.isawaitable(value):
-                        value = await value
-                    result = runner.calls.result(owner, spec, value)
+                result = await self._result_of(owner, spec)
             except asyncio.CancelledError:
-                raise
+                raise  # `cancel` has sent the result
+            except Interrupted:
+                result = TaskResult(spec.number, TaskStatus.CANCELLED, b"")
+            except SystemExit as exc:
+                runner.exit(exc)
+                return
             except BaseException as exc:
                 result = runner.calls.error(spec, exc)
             finally:
                 runner.drop_references(spec)
         self._finished(owner, result)
+
+    async def _result_of(self, owner: Address, spec: TaskSpec) -> TaskResult:
+        calls = self._runner.calls
+        value = calls.call_of(owner, spec)()
+        if inspect.isasyncgen(value):
+            count = 0
+            async for item in value:
+                calls.send_item(owner, spec, count, item)
+                count += 1
+            return calls.stream_ended(spec, count)
+        if inspect.isawaitable(value):
+            value = await value
+        return calls.returned(owner, spec, value)

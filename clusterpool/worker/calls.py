@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from clusterpool import errors, ids
+from clusterpool import ids
 from clusterpool.client.values import INLINE_BYTES_MAX, NONE_PAYLOAD
 from clusterpool.core import messages as m
 from clusterpool.core.messages import Address, ResultExtras, TaskKind, TaskResult, TaskSpec, TaskStatus, ValuePart
 from clusterpool.serialization.exceptions import unpicklable_result
 from clusterpool.serialization.packing import dumps_value
+from clusterpool.worker.interrupts import Interrupted, Key
 
 if TYPE_CHECKING:
     from clusterpool.worker.task_runner import TaskRunner
@@ -30,18 +32,9 @@ class CallRunner:
         try:
             if spec.kind == TaskKind.CREATE_ACTOR:
                 return self._create_actor(owner, spec)
-            value = self.call_of(owner, spec)()
-            if extras is not None and extras.returns == -1:
-                return self._stream(owner, spec, value)
-            if extras is not None and extras.returns != 1:
-                return self._several(owner, spec, value, extras.returns)
-            return self.result(owner, spec, value)
-        except errors.TaskCancelled as exc:
-            if exc.args and exc.args[0] == "the task was cancelled while it ran":
-                return TaskResult(spec.number, TaskStatus.CANCELLED, b"")
-            return self.error(spec, exc)
-        except errors.ObjectLost as exc:
-            return self.error(spec, exc)
+            return self.returned(owner, spec, self.call_of(owner, spec)())
+        except Interrupted:
+            return TaskResult(spec.number, TaskStatus.CANCELLED, b"")
         except (Exception, KeyboardInterrupt) as exc:
             return self.error(spec, exc)
         except BaseException as exc:
@@ -59,18 +52,26 @@ class CallRunner:
         kind = spec.kind
         if kind == TaskKind.ACTOR_CALL:
             assert spec.extras is not None
-            method = runner.actor.method(spec.extras.method)
-            return lambda: method(*args, **kwargs)
+            return partial(_call, runner.actor.method(spec.extras.method), args, kwargs)
         if spec.function:
             function = runner.function_of(owner, spec.function)
         else:
             function, *rest = args
             args = tuple(rest)
         if kind == TaskKind.MAP:
-            return lambda: list(map(function, args[0]))
+            return partial(_map, function, args[0])
         if kind == TaskKind.STARMAP:
-            return lambda: [function(*item) for item in args[0]]
-        return lambda: function(*args, **kwargs)
+            return partial(_starmap, function, args[0])
+        return partial(_call, function, args, kwargs)
+
+    def returned(self, owner: Address, spec: TaskSpec, value: Any) -> TaskResult:
+        """What a call has returned, as its result; a stream's items are made and sent here."""
+        extras = spec.extras
+        if extras is None or extras.returns == 1:
+            return self.result(owner, spec, value)
+        if extras.returns == -1:
+            return self._stream(owner, spec, value)
+        return self._several(owner, spec, value, extras.returns)
 
     def result(self, owner: Address, spec: TaskSpec, value: Any) -> TaskResult:
         """An OK or STORED result."""
@@ -85,7 +86,7 @@ class CallRunner:
         runner = self._runner
         references = [reference.part for reference in serialized.references]
         if references:
-            runner.client.hand_over(owner, references)
+            runner.hand_over(owner, references)
         part = runner.runtime.values.part_of(serialized, ids.object_id(owner.process_id, spec.number), references)
         return TaskResult(spec.number, TaskStatus.STORED, b"", ResultExtras(part))
 
@@ -111,13 +112,24 @@ class CallRunner:
         for item in iterable:
             self.send_item(owner, spec, count, item)
             count += 1
+        return self.stream_ended(spec, count)
+
+    def stream_ended(self, spec: TaskSpec, count: int) -> TaskResult:
+        """A generator has ended well."""
         return TaskResult(spec.number, TaskStatus.STREAM_END, str(count).encode())
 
     def send_item(self, owner: Address, spec: TaskSpec, index: int, item: Any) -> None:
-        """Send one item of a generator to the owner, at once."""
+        """Send one item of a generator to the owner, at once.
+
+        Raises: Interrupted when the owner has closed the stream. (Where the main thread runs the generator, a signal
+        has raised it already.)
+        """
         runner = self._runner
+        if runner.interrupts.take(Key(owner, spec.number)):
+            raise Interrupted
         part: ValuePart = runner.part_of(owner, item, f"{owner.process_id}.{spec.number}s{index}")
         runner.client.send(owner, m.StreamItem(spec.number, index, part))
+        runner.let_go_of_part(part)
 
     def _create_actor(self, owner: Address, spec: TaskSpec) -> TaskResult:
         from clusterpool.worker.actor import ActorRunner
@@ -126,5 +138,25 @@ class CallRunner:
         assert spec.extras is not None
         args, kwargs = runner.arguments_of(spec)
         cls = runner.function_of(owner, spec.function)
-        runner.actor = ActorRunner(runner, cls(*args, **kwargs), concurrency=spec.extras.concurrency)
+        instance = _call(cls, args, kwargs)
+        runner.actor = ActorRunner(runner, instance, concurrency=spec.extras.concurrency)
         return TaskResult(spec.number, TaskStatus.OK, NONE_PAYLOAD)
+
+
+def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return function(*args, **kwargs)
+
+
+def _map(function: Callable[..., Any], items: Iterable[Any]) -> list[Any]:
+    return list(map(function, items))
+
+
+def _starmap(function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> list[Any]:
+    return [function(*item) for item in items]
+
+
+# From these on inwards the user's own code runs.
+USER_CODE_CALLERS = frozenset(
+    function.__code__
+    for function in (_call, _map, _starmap, CallRunner._several, CallRunner._stream)
+)

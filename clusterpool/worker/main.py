@@ -17,6 +17,7 @@ from clusterpool.client.client import Client
 from clusterpool.client.runtime import Runtime
 from clusterpool.core import messages as m
 from clusterpool.core.messages import Address
+from clusterpool.processes.task_page import make_task_page, task_page_path
 from clusterpool.serialization.functions import install_main_module
 from clusterpool.worker.task_runner import TaskRunner
 
@@ -37,7 +38,8 @@ def main(spec: dict[str, Any]) -> int:
         kind="worker",
     )
     runtime = Runtime(client)
-    runner = TaskRunner(runtime, name=spec["name"])
+    page = make_task_page(task_page_path(spec["processes_folder"], spec["process_id"]))
+    runner = TaskRunner(runtime, name=spec["name"], page=page)
     client.on_worker_message = runner.message
     client.on_thread_turn = runner.turn_by_thread
     api.install(runtime)

@@ -11,13 +11,13 @@ hand-back time, the I/O thread takes over the loop and sends what has gathered.
 from __future__ import annotations
 
 import logging
-import signal
+import multiprocessing
+import os
 import threading
 from collections import deque
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
-from clusterpool import errors
 from clusterpool.client.submission import Slot
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
@@ -25,7 +25,8 @@ from clusterpool.core.messages import Address, Reference, TaskResult, TaskSpec, 
 from clusterpool.serialization.exceptions import dump_exception, unpicklable_result
 from clusterpool.serialization.functions import explain_load_failure, loads_function
 from clusterpool.serialization.packing import dumps_value, loads
-from clusterpool.worker.calls import CallRunner
+from clusterpool.worker.calls import USER_CODE_CALLERS, CallRunner
+from clusterpool.worker.interrupts import Interrupts, Key
 
 if TYPE_CHECKING:
     from clusterpool.client.runtime import Runtime
@@ -35,13 +36,16 @@ logger = logging.getLogger(__name__)
 # Finished results wait for this long at most while more tiny tasks run.
 FLUSH_NS = 1_000_000
 FLUSH_RESULTS = 1000
+# Exit handlers of a worker that nobody waits for have this long.
+END_S = 10.0
 _FAILED_SETUP_EXIT_CODE = 1
+_ACTOR_KINDS = (m.TaskKind.CREATE_ACTOR, m.TaskKind.ACTOR_CALL)
 
 
 class TaskRunner:
     """The tasks of one worker."""
 
-    def __init__(self, runtime: Runtime, *, name: str) -> None:
+    def __init__(self, runtime: Runtime, *, name: str, page: memoryview) -> None:
         self.runtime = runtime
         self.client = runtime.client
         self.name = name
@@ -49,19 +53,22 @@ class TaskRunner:
         self.pending: deque[tuple[Address, TaskSpec]] = deque()
         self.setups: deque[tuple[Address, m.SetupWorker]] = deque()
         self.is_retiring = False
-        self.current: tuple[Address, int] | None = None  # the task that the main thread runs
-        self.cancelled: set[tuple[Address, int]] = set()
+        self._page = page  # of one number: the task that runs, for the node to read should the process die
+        self.interrupts = Interrupts(USER_CODE_CALLERS)
         self.actor: Any = None  # worker.actor.ActorRunner
         self.calls = CallRunner(self)
+        # The main thread appends without a lock; whoever sends takes away what is there under `_flush_lock`.
         self._results: list[TaskResult] = []
         self._results_owner: Address | None = None
+        self._flush_lock = threading.Lock()
+        self._exit_code: int | None = None
+        self._lingers = False
         self._run_ns = 0
         self._flushed_ns = 0
         self._is_blocked = False
         self._main_ident = threading.get_ident()
         self.client.on_block = self._block
         self.client.on_unblock = self._unblock
-        signal.signal(signal.SIGINT, self._interrupted)
 
     # --- the main thread
 
@@ -69,9 +76,11 @@ class TaskRunner:
         """Run tasks until the worker is retired or its node is gone; the exit code."""
         loop, client, pending = self.client.loop, self.client, self.pending
         while True:
-            loop.wait_until(lambda: bool(pending or self.setups or self.is_retiring or client.is_closed))
+            loop.wait_until(lambda: bool(pending or self.setups or self._is_ending()))
             if client.is_closed:
                 return 0
+            if self._exit_code is not None:
+                return self._exit_code
             if self.setups:
                 owner, setup = self.setups.popleft()
                 if not self._set_up(owner, setup):
@@ -82,51 +91,78 @@ class TaskRunner:
                 self._end()
                 return 0
 
+    def _is_ending(self) -> bool:
+        return self.is_retiring or self.client.is_closed or self._exit_code is not None
+
+    def exit(self, error: SystemExit) -> None:
+        """A call in another thread wants the process to end."""
+        self._exit_code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        self.client.loop.kick()
+
     def _end(self) -> None:
         if self.actor is not None:
             self.actor.close()
         self.flush()
+        client = self.client
+        if self._lingers:
+            client.loop.wait_until(lambda: client.is_closed or not client.machine.is_needed())
+            # A thread that some task has left running must not keep the process: what it held is given to others.
+            timer = threading.Timer(END_S, os._exit, (0,))
+            timer.daemon = True
+            timer.start()
         self.runtime.shutdown()
 
     def _run_pending(self) -> None:
-        pending = self.pending
+        pending, interrupts, page = self.pending, self.interrupts, self._page
         while True:
             try:
                 owner, spec = pending.popleft()
             except IndexError:
                 break
-            key = (owner, spec.number)
-            if self.cancelled and key in self.cancelled:
-                self.cancelled.discard(key)
+            key = interrupts.current = Key(owner, spec.number)
+            if interrupts.take(key):
+                interrupts.current = None
+                self.drop_references(spec)
                 self.add_result(owner, TaskResult(spec.number, TaskStatus.CANCELLED, b""))
                 continue
             if spec.kind >= m.TaskKind.CREATE_ACTOR and self._is_for_actor(owner, spec):
+                interrupts.current = None
                 continue
-            self.current = key
+            page[0] = spec.number
             started_ns = perf_counter_ns()
             try:
                 result = self.calls.run(owner, spec)
-            except errors.TaskCancelled:  # the interrupt hit outside of the user's code
-                result = TaskResult(spec.number, TaskStatus.CANCELLED, b"")
-            self.current = None
+            except BaseException:
+                # SystemExit: the process ends, but what others are waiting for has been done.
+                self.flush()
+                raise
+            page[0] = 0
+            interrupts.current = None
+            interrupts.forget(key)
             ended_ns = perf_counter_ns()
             self._run_ns += ended_ns - started_ns
             self.add_result(owner, result)
-            if ended_ns - self._flushed_ns > FLUSH_NS or len(self._results) >= FLUSH_RESULTS:
-                if pending:
-                    self.flush()
+            is_due = ended_ns - self._flushed_ns > FLUSH_NS or len(self._results) >= FLUSH_RESULTS
+            if is_due and pending:
+                self.flush()
         self.flush()
 
     def _is_for_actor(self, owner: Address, spec: TaskSpec) -> bool:
         """Hand a call to the actor's own threads or coroutines, when it has them."""
+        if self.actor is None and spec.kind == m.TaskKind.ACTOR_CALL:
+            # The constructor failed: the creator, who hears of it first, fails the calls and ends the process.
+            self.drop_references(spec)
+            return True
         return self.actor is not None and self.actor.take(owner, spec)
 
     def _set_up(self, owner: Address, setup: m.SetupWorker) -> bool:
-        import os
-
         os.environ.update(setup.env)
         if setup.name:
             self.name = setup.name
+        # Programs choose a GPU or the line of a progress bar by `current_process()._identity[0]`.
+        process = multiprocessing.current_process()
+        process.name = f"ClusterPoolWorker-{setup.lease}"
+        process._identity = (setup.lease,)
         if setup.payload:
             try:
                 (function, *args), _ = loads(setup.payload)
@@ -135,27 +171,33 @@ class TaskRunner:
                 error = self.dump(exc, "initializer")
                 self.client.send(owner, m.WorkerSetupFailed(setup.lease, error))
                 return False
+            finally:
+                self._release(setup.references)
         self.client.send(owner, m.WorkerReady(setup.lease))
         return True
 
     # --- results (any thread)
 
     def add_result(self, owner: Address, result: TaskResult) -> None:
-        """Keep a result until the next flush."""
+        """Keep a result until the next flush; the main thread only."""
         if owner != self._results_owner:
             self.flush()
             self._results_owner = owner
         self._results.append(result)
 
     def flush(self) -> None:
-        """Send the results that have gathered."""
+        """Send the results that have gathered; from any thread."""
         self._flushed_ns = perf_counter_ns()
-        results, owner = self._results, self._results_owner
-        if not results or owner is None:
-            return
-        self._results = []
-        run_ns, self._run_ns = self._run_ns, 0
-        self.client.send(owner, m.TasksFinished(results, run_ns, self._is_blocked))
+        with self._flush_lock:
+            results, owner = self._results[:], self._results_owner
+            if not results or owner is None:
+                return
+            del self._results[: len(results)]
+            run_ns, self._run_ns = self._run_ns, 0
+            self.client.send(owner, m.TasksFinished(results, run_ns, self._is_blocked))
+        for result in results:
+            if result.extras is not None:
+                self.let_go_of_result(result)
 
     def turn_by_thread(self) -> None:
         """The I/O thread has taken the loop: the main thread is busy, so what it had finished goes out now."""
@@ -165,12 +207,12 @@ class TaskRunner:
     # --- waiting inside a task
 
     def _block(self) -> None:
-        if threading.get_ident() != self._main_ident or self.current is None:
+        current = self.interrupts.current
+        if threading.get_ident() != self._main_ident or current is None:
             return
-        owner = self.current[0]
+        owner = current.owner
         self._is_blocked = True
         returned = self._give_back(owner, len(self.pending))
-        self._results_owner = self._results_owner or owner
         self.flush()
         self.client.send(owner, m.TasksFinished(returned, 0, True))
         self.client.send(self.client.node, m.WorkerBlocked())
@@ -180,8 +222,8 @@ class TaskRunner:
             return
         self._is_blocked = False
         self.client.send(self.client.node, m.WorkerUnblocked())
-        if self.current is not None:
-            self.client.send(self.current[0], m.TasksFinished([], 0, False))
+        if self.interrupts.current is not None:
+            self.client.send(self.interrupts.current.owner, m.TasksFinished([], 0, False))
 
     def _give_back(self, owner: Address, count: int) -> list[TaskResult]:
         """Take unstarted tasks of `owner` from the end; results that say so."""
@@ -192,9 +234,12 @@ class TaskRunner:
                 item = self.pending.pop()
             except IndexError:
                 break
-            if item[0] == owner and item[1].kind < m.TaskKind.CREATE_ACTOR:
-                returned.append(TaskResult(item[1].number, TaskStatus.RETURNED, b""))
-                self._drop_references(item[1])
+            if item[0] == owner and item[1].kind not in _ACTOR_KINDS:
+                number = item[1].number
+                is_cancelled = self.interrupts.take(Key(owner, number))
+                status = TaskStatus.CANCELLED if is_cancelled else TaskStatus.RETURNED
+                returned.append(TaskResult(number, status, b""))
+                self.drop_references(item[1])
             else:
                 kept.append(item)
         self.pending.extend(reversed(kept))
@@ -213,33 +258,26 @@ class TaskRunner:
                     self._hold_references(spec)
                 self.pending.append((source, spec))
         elif isinstance(message, m.ForgetFunctions):
-            for number in message.numbers:
-                self.functions.pop((source, number), None)
+            # What their closures hold may run code of the user's when it goes: not here, under the lock.
+            forgotten = [self.functions.pop((source, number), None) for number in message.numbers]
+            self.client.call_later(forgotten.clear)
         elif isinstance(message, m.TakeBackTasks):
             self.client.send(source, m.TasksFinished(self._give_back(source, message.count), 0, self._is_blocked))
         elif isinstance(message, m.CancelTasks):
             self._cancel(source, message)
         elif isinstance(message, m.SetupWorker):
+            if message.references:
+                self.client.handle_event(e.ReferencesHeld(message.references))
             self.setups.append((source, message))
         elif isinstance(message, m.RetireWorker):
             self.is_retiring = True
+            self._lingers = message.lingers
 
     def _cancel(self, source: Address, message: m.CancelTasks) -> None:
         for number in message.numbers:
-            key = (source, number)
-            if self.actor is not None and self.actor.cancel(key):
-                continue
-            if any(item[0] == source and item[1].number == number for item in list(self.pending)):
-                self.cancelled.add(key)
-            elif self.current == key and message.interrupt:
-                self.cancelled.add(key)
-                signal.pthread_kill(self._main_ident, signal.SIGINT)
-
-    def _interrupted(self, _signal_number: int, _frame: Any) -> None:
-        """SIGINT reaches the main thread: raise in the task that is to be cancelled, and nowhere else."""
-        if self.current is not None and self.current in self.cancelled and not self.client.is_lock_mine:
-            self.cancelled.discard(self.current)
-            raise errors.TaskCancelled("the task was cancelled while it ran")
+            key = Key(source, number)
+            if self.actor is None or not self.actor.cancel(key):
+                self.interrupts.ask(key)
 
     # --- references
 
@@ -254,11 +292,14 @@ class TaskRunner:
         if references:
             self.client.handle_event(e.ReferencesHeld(references))
 
-    def _drop_references(self, spec: TaskSpec) -> None:
-        for reference in self._references_of(spec):
-            self.client.release_reference(reference.owner, reference.number)
+    def drop_references(self, spec: TaskSpec) -> None:
+        """A task has ended, or will not start."""
+        if spec.extras is not None:
+            self._release(self._references_of(spec))
 
-    drop_references = _drop_references
+    def _release(self, references: list[Reference]) -> None:
+        for reference in references:
+            self.client.release_reference(reference.owner, reference.number)
 
     # --- loading and dumping
 
@@ -290,6 +331,25 @@ class TaskRunner:
             kwargs = {name: loaded[arg.index] if type(arg) is Slot else arg for name, arg in kwargs.items()}
         return args, kwargs
 
+    def hand_over(self, owner: Address, references: list[Reference]) -> None:
+        """References go out with a result. Until it is sent (`let_go...`) they are held here.
+
+        Else the user's code may drop the last one meanwhile, and the owner hears of that before it hears of the result.
+        """
+        self.client.handle_event(e.ReferencesMade(references))
+        self.client.hand_over(owner, references)
+
+    def let_go_of_result(self, result: TaskResult) -> None:
+        """The result is sent."""
+        assert result.extras is not None
+        for part in (result.extras.value, *result.extras.values):
+            if part is not None:
+                self._release(part.references)
+
+    def let_go_of_part(self, part: ValuePart) -> None:
+        """An item of a stream is sent."""
+        self._release(part.references)
+
     def dump(self, exc: BaseException, task_name: str) -> bytes:
         """An exception as the owner gets it."""
         return dump_exception(exc, node_id=self.client.address.node_id, pid=self.client.pid, task_name=task_name)
@@ -305,6 +365,6 @@ class TaskRunner:
             raise unpicklable_result(value, exc) from exc
         references = [reference.part for reference in serialized.references]
         if references:
-            self.client.hand_over(owner, references)
+            self.hand_over(owner, references)
         return self.runtime.values.part_of(serialized, object_id, references)
 

@@ -16,7 +16,6 @@ from itertools import count
 from typing import Any
 
 from clusterpool.client.worker_group import GroupWorker, TaskKind
-
 from clusterpool.errors import SerializationFailed, TaskCancelled
 
 _changed = threading.Condition()

@@ -90,9 +90,7 @@ def test_chunks_are_read_no_further_than_asked(chunksize: int) -> None:
 
 @pytest.mark.parametrize("chunksize", [0, -1, 2.5, "3", None])
 def test_chunksize_that_cannot_be_is_a_value_error_that_names_it(chunksize: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"Chunksize must be 1\+, not " + repr(chunksize).replace(".", r"\.")
-    ):
+    with pytest.raises(ValueError, match=r"Chunksize must be 1\+, not " + repr(chunksize).replace(".", r"\.")):
         checked_chunksize(chunksize)
 
 

@@ -142,9 +142,7 @@ def test_error_callback_gets_the_error_that_get_raises_once(pool: FakePool) -> N
     assert seen == [caught.value]
 
 
-def test_callback_that_raises_does_not_hang_the_result(
-    pool: FakePool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_callback_that_raises_does_not_hang_the_result(pool: FakePool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     assert pool.apply_async(square, (3,), callback=lambda value: 1 / 0).get(10) == 9
     assert pool.apply_async(square, (4,), callback=lambda value: None).get(10) == 16
@@ -501,9 +499,7 @@ def test_initializer_that_fails_now_and_then_is_tried_again() -> None:
         ({"progress": "yes"}, TypeError, "progress must be"),
     ],
 )
-def test_constructor_arguments_that_cannot_be(
-    options: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_constructor_arguments_that_cannot_be(options: dict[str, Any], error: type[Exception], message: str) -> None:
     groups = len(FakeGroup.instances)
     with pytest.raises(error, match=message):
         FakePool(**{"processes": 1, **options})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,7 @@ def store_bytes() -> int:
 
 def check_nothing_left(timeout_s: float = 10.0) -> None:
     """Fails unless all objects go, here and in the store, within `timeout_s`."""
+    gc.collect()  # exceptions that a test has caught hold its frames, and those its references
     wait_for(lambda: not any(objects_left().values()) and store_bytes() == 0, timeout_s)
     assert not any(objects_left().values()), objects_left()
     assert store_bytes() == 0

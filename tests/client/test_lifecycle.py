@@ -145,11 +145,13 @@ def test_what_belongs_to_a_cluster_that_was_shut_down_says_so() -> None:
             lambda: method.remote(),
             lambda: clusterpool.kill(counter),
             lambda: add.remote(ref),
-            lambda: add.remote([ref]),
         ):
             with pytest.raises(errors.NotConnected, match="shut down"):
                 use()
         assert clusterpool.is_initialized() is again
+    for use in (lambda: add.remote([ref]), lambda: clusterpool.put([ref]), lambda: add.remote(counter)):
+        with pytest.raises(errors.NotConnected, match="shut down"):
+            use()
 
 
 @pytest.mark.usefixtures("fresh")

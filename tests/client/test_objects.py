@@ -354,7 +354,6 @@ def test_a_large_array_anywhere_in_an_argument_is_stored_once(shape: str) -> Non
     assert store_bytes() < 101 * MIB
     assert clusterpool.get(refs, timeout=50) == [array.size + 1.0] * 8
     assert array[0] == 1
-    del array
 
 
 def test_an_array_that_was_changed_is_stored_again() -> None:
@@ -363,7 +362,6 @@ def test_an_array_that_was_changed_is_stored_again() -> None:
     array[0] = 1
     second = total.remote(array)
     assert clusterpool.get([first, second], timeout=10) == [0.0, 1.0]
-    del array
 
 
 def test_large_bytes_as_arguments() -> None:
@@ -381,7 +379,6 @@ def test_equal_contents_of_different_arrays_are_stored_once() -> None:
     refs = [total.remote(array) for array in arrays]
     assert store_bytes() < 11 * MIB
     assert clusterpool.get(refs, timeout=20) == [70.0 * MIB] * 4
-    del arrays
 
 
 # --- loss -----------------------------------------------------------------------------------------------------------

@@ -483,7 +483,7 @@ def test_wait_refuses_duplicates_and_other_things() -> None:
 
 def test_get_times_out_and_can_be_repeated(tmp_path: Path) -> None:
     ref = sleep_and_touch.remote(str(tmp_path / "file"), 0.5)
-    with pytest.raises(errors.GetTimeout, match="after 0.05 s") as caught:
+    with pytest.raises(errors.GetTimeout, match=r"after 0\.05 s") as caught:
         clusterpool.get(ref, timeout=0.05)
     assert isinstance(caught.value, TimeoutError)
     with pytest.raises(errors.GetTimeout):
@@ -618,3 +618,40 @@ def test_remote_functions_can_be_passed_on() -> None:
         return clusterpool.get(function.remote(x), timeout=20)
 
     assert clusterpool.get(call.remote(add, 1), timeout=20) == 2
+
+
+# --- leases ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_tiny_task_does_not_wait_behind_a_long_one(tmp_path: Path) -> None:
+    @clusterpool.remote
+    def maybe_long(path: str | None) -> int:
+        if path is None:
+            return 1
+        Path(path).touch()
+        time.sleep(3)
+        return 2
+
+    clusterpool.get([maybe_long.remote(None) for _ in range(500)], timeout=20)  # so that tasks travel in batches
+    time.sleep(0.3)  # all leases but none are given back
+    long = maybe_long.remote(str(tmp_path / "started"))
+    behind = [maybe_long.remote(None) for _ in range(20)]
+    started_s = time.monotonic()
+    assert clusterpool.get(behind, timeout=20) == [1] * 20
+    assert time.monotonic() - started_s < 2
+    assert clusterpool.get(long, timeout=20) == 2
+
+
+def test_the_values_of_a_worker_that_was_let_go_stay() -> None:
+    """Workers with variables of their own are not reused, so they end with their leases."""
+
+    @clusterpool.remote(runtime_env={"env_vars": {"ENGINE_TEST": "own"}})
+    def make() -> list[Any]:
+        return [clusterpool.put("kept"), add.remote(1)]
+
+    refs = clusterpool.get(make.remote(), timeout=20)
+    time.sleep(0.5)
+    assert clusterpool.get(refs, timeout=10) == ["kept", 2]
+    workers = int(clusterpool.nodes()[0]["workers"])
+    del refs
+    assert wait_for(lambda: clusterpool.nodes()[0]["workers"] < workers)

@@ -1,79 +1,14 @@
-"""Clusters of several nodes on this machine, started by the command line as a user would."""
+"""Clusters of three nodes, for a module or for one test."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-THREE_NODES = """
-head: {num_cpus: 2, object_store_memory: 400MiB}
-nodes:
-  - {name: second, num_cpus: 2, resources: {ssd: 2}, object_store_memory: 400MiB}
-  - {name: third, num_cpus: 1, labels: {zone: b}, object_store_memory: 400MiB}
-"""
-
-
-def clusterpool_command(*arguments: str, timeout_s: float = 50) -> subprocess.CompletedProcess[str]:
-    """Run `clusterpool arguments`; its output as text."""
-    command = [sys.executable, "-m", "clusterpool.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What `clusterpool up --json` said; the ids of the nodes by their order in the file."""
-
-    head: str
-    second: str
-    third: str
-    pids: dict[str, int]
-    address: str
-    session_folder: Path
-
-    @property
-    def node_ids(self) -> set[str]:
-        return {self.head, self.second, self.third}
-
-
-@contextlib.contextmanager
-def started_cluster(folder: Path, run_of_tests: Any) -> Iterator[Cluster]:
-    """Three nodes of 2, 2 and 1 CPUs; the second has the resource `ssd`. Ended, and searched for remains, at last."""
-    file = folder / "cluster.yaml"
-    file.write_text(THREE_NODES)
-    done = clusterpool_command("up", str(file), "--json")
-    assert done.returncode == 0, done.stderr
-    started = json.loads(done.stdout)
-    held = run_of_tests.look()
-    run_of_tests.held.append(held)
-    nodes = started["nodes"]
-    try:
-        yield Cluster(
-            head=next(node["node_id"] for node in nodes if node["is_head"]),
-            second=next(node["node_id"] for node in nodes if "ssd" in node["total"]),
-            third=next(node["node_id"] for node in nodes if node["total"]["CPU"] == 1),
-            pids={node["node_id"]: node["pid"] for node in nodes},
-            address=started["address"],
-            session_folder=Path(started["session_folder"]),
-        )
-    finally:
-        done = clusterpool_command("down")
-        run_of_tests.held.remove(held)
-    assert done.returncode == 0, done.stdout + done.stderr
-    leftovers = run_of_tests.wait_until_clean()
-    if leftovers:
-        description = leftovers.describe()
-        run_of_tests.clear(leftovers)
-        pytest.fail(f"`clusterpool down` left behind:\n{description}", pytrace=False)
+from tests.cluster.clusters import Cluster, started_cluster, wait_for_free_cpus
 
 
 @pytest.fixture(scope="module")
@@ -96,39 +31,6 @@ def driver() -> Iterator[None]:
     import clusterpool
 
     assert clusterpool.init()["is_embedded"] is False
+    wait_for_free_cpus()
     yield
     clusterpool.shutdown()
-
-
-def node_link(cluster: Cluster) -> Any:
-    """A conversation with the head, to be used as a context manager."""
-    from clusterpool.cli.node_link import NodeLink
-
-    return NodeLink(cluster.address)
-
-
-def wait_for(condition: Callable[[], bool], *, within_s: float, what: str) -> float:
-    """How long it took until `condition()`; fails after `within_s`."""
-    started_s = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started_s < within_s, f"not within {within_s:g} s: {what}"
-        time.sleep(0.02)
-    return time.monotonic() - started_s
-
-
-def is_alive(pid: int) -> bool:
-    """Whether the process runs; one that was killed and not yet waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def children_of(pid: int) -> list[int]:
-    """Of the process, and theirs."""
-    found: list[int] = []
-    for name in os.listdir("/proc"):
-        with contextlib.suppress(OSError, ValueError):
-            if int(Path(f"/proc/{int(name)}/stat").read_text().rpartition(")")[2].split()[1]) == pid:
-                found += [int(name), *children_of(int(name))]
-    return found

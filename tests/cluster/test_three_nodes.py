@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import signal
-import subprocess
-import sys
-import textwrap
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,61 +11,28 @@ import pytest
 
 import clusterpool
 from clusterpool import errors
-
-_spec = importlib.util.spec_from_file_location("cluster_conftest", Path(__file__).with_name("conftest.py"))
-assert _spec is not None and _spec.loader is not None
-helpers = importlib.util.module_from_spec(_spec)
-sys.modules["cluster_conftest"] = helpers
-_spec.loader.exec_module(helpers)
+from tests.cluster import clusters
+from tests.cluster.clusters import (
+    LARGE_BYTES,
+    Cluster,
+    Counting,
+    large_array,
+    node_of_task,
+    run_script,
+    wait_for_free_cpus,
+)
 
 pytestmark = pytest.mark.cluster
-
-# A node is declared dead within 4.75 s (membership.py); what hangs on it follows at once.
-DEAD_WITHIN_S = 5.0
-SLACK_S = 2.0  # of a machine that runs other things as well
-LARGE_BYTES = 100_000_000
-
-
-def run_script(folder: Path, text: str, *, timeout_s: float = 50) -> subprocess.CompletedProcess[str]:
-    script = folder / "script.py"
-    script.write_text(textwrap.dedent(text))
-    command = [sys.executable, str(script)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, cwd=folder)
-
-
-def node_of_task(_: object = None) -> str:
-    time.sleep(0.05)
-    return os.environ["CLUSTERPOOL_NODE_ID"]
-
-
-def numbered_node_of_task(number: int) -> tuple[int, str]:
-    time.sleep(0.05)
-    return number, os.environ["CLUSTERPOOL_NODE_ID"]
-
-
-def large_array(value: float) -> Any:
-    import numpy
-
-    return numpy.full(LARGE_BYTES // 8, value)
 
 
 def sum_of(array: Any) -> tuple[float, str]:
     return float(array.sum()), clusterpool.node_id()
 
 
-class Counting:
-    def __init__(self) -> None:
-        self.count = 0
-
-    def add(self, _: object = None) -> tuple[int, str]:
-        self.count += 1
-        return self.count, clusterpool.node_id()
-
-
 # --- placement
 
 
-def test_an_unchanged_pool_script_uses_all_three_nodes(three_nodes: Any, tmp_path: Path) -> None:
+def test_an_unchanged_pool_script_uses_all_three_nodes(three_nodes: Cluster, tmp_path: Path) -> None:
     done = run_script(
         tmp_path,
         """
@@ -98,52 +59,53 @@ def test_an_unchanged_pool_script_uses_all_three_nodes(three_nodes: Any, tmp_pat
     assert sorted(int(line.split()[-1]) for line in lines) == list(range(60))
 
 
-def test_a_pool_without_a_size_has_a_worker_for_each_cpu_of_the_cluster(three_nodes: Any, driver: None) -> None:
+def test_a_pool_without_a_size_has_a_worker_for_each_cpu_of_the_cluster(three_nodes: Cluster, driver: None) -> None:
     with clusterpool.Pool() as pool:
         assert pool._processes == 5
         nodes = Counter(pool.map(node_of_task, range(40), chunksize=1))
     assert set(nodes) == three_nodes.node_ids
 
 
-def test_tasks_go_where_their_resource_is(three_nodes: Any, driver: None) -> None:
+def test_tasks_go_where_their_resource_is(three_nodes: Cluster, driver: None) -> None:
     where = clusterpool.remote(resources={"ssd": 1})(node_of_task)
     assert set(clusterpool.get([where.remote() for _ in range(6)], timeout=20)) == {three_nodes.second}
 
 
-def test_a_task_that_no_node_can_ever_run_says_what_there_is(three_nodes: Any, driver: None) -> None:
+def test_a_task_that_no_node_can_ever_run_says_what_there_is(three_nodes: Cluster, driver: None) -> None:
     impossible = clusterpool.remote(resources={"ssd": 3})(node_of_task)
     with pytest.raises(errors.TaskInfeasible, match="3 ssd") as caught:
         clusterpool.get(impossible.remote(), timeout=20)
     assert "2 ssd" in str(caught.value)
 
 
-def test_spread_tasks_go_to_all_nodes(three_nodes: Any, driver: None) -> None:
+def test_spread_tasks_go_to_all_nodes(three_nodes: Cluster, driver: None) -> None:
     where = clusterpool.remote(scheduling="spread")(node_of_task)
     nodes = Counter(clusterpool.get([where.remote() for _ in range(5)], timeout=20))
     assert set(nodes) == three_nodes.node_ids
 
 
-def test_a_task_with_an_affinity_runs_on_that_node(three_nodes: Any, driver: None) -> None:
+def test_a_task_with_an_affinity_runs_on_that_node(three_nodes: Cluster, driver: None) -> None:
     where = clusterpool.remote(node_of_task)
     for node_id in three_nodes.node_ids:
         on_node = where.options(scheduling=f"node:{node_id}")
         assert clusterpool.get(on_node.remote(), timeout=20) == node_id
 
 
-def test_more_tasks_than_the_driver_node_has_cpus_overflow_to_the_others(three_nodes: Any, driver: None) -> None:
+def test_more_tasks_than_the_driver_node_has_cpus_overflow_to_the_others(three_nodes: Cluster, driver: None) -> None:
     where = clusterpool.remote(node_of_task)
     nodes = set(clusterpool.get([where.remote() for _ in range(30)], timeout=20))
     assert len(nodes) >= 2
 
 
-def test_a_task_runs_where_its_large_argument_lies(three_nodes: Any, driver: None) -> None:
+def test_a_task_runs_where_its_large_argument_lies(three_nodes: Cluster, driver: None) -> None:
     array = clusterpool.remote(large_array).options(scheduling=f"node:{three_nodes.third}").remote(1.0)
     clusterpool.wait([array], timeout=20)
+    wait_for_free_cpus()
     _, node_id = clusterpool.get(clusterpool.remote(sum_of).remote(array), timeout=20)
     assert node_id == three_nodes.third
 
 
-def test_nested_tasks_of_a_remote_worker_run(three_nodes: Any, driver: None) -> None:
+def test_nested_tasks_of_a_remote_worker_run(three_nodes: Cluster, driver: None) -> None:
     def outer(number: int) -> tuple[int, str]:
         inner = clusterpool.remote(lambda x: x * x)
         return sum(clusterpool.get([inner.remote(number + i) for i in range(4)])), clusterpool.node_id()
@@ -155,27 +117,25 @@ def test_nested_tasks_of_a_remote_worker_run(three_nodes: Any, driver: None) -> 
 # --- objects
 
 
-def test_a_large_value_is_the_same_on_every_node(three_nodes: Any, driver: None) -> None:
+def test_a_large_value_is_the_same_on_every_node(three_nodes: Cluster, driver: None) -> None:
     make, add = clusterpool.remote(large_array), clusterpool.remote(sum_of)
     for position, maker in enumerate(sorted(three_nodes.node_ids), start=1):
         array = make.options(scheduling=f"node:{maker}").remote(float(position))
         sums = [add.options(scheduling=f"node:{node_id}").remote(array) for node_id in sorted(three_nodes.node_ids)]
         expected = float(position * LARGE_BYTES // 8)
-        assert clusterpool.get(sums, timeout=40) == [
-            (expected, node_id) for node_id in sorted(three_nodes.node_ids)
-        ]
+        assert clusterpool.get(sums, timeout=40) == [(expected, node_id) for node_id in sorted(three_nodes.node_ids)]
         here = clusterpool.get(array, timeout=20)
         here[0] = -1.0  # ours to write to, and nobody else's
         assert clusterpool.get(add.remote(array), timeout=20)[0] == expected
 
 
-def test_a_value_put_here_is_read_elsewhere(three_nodes: Any, driver: None) -> None:
+def test_a_value_put_here_is_read_elsewhere(three_nodes: Cluster, driver: None) -> None:
     array = clusterpool.put(large_array(2.0))
     add = clusterpool.remote(sum_of).options(scheduling=f"node:{three_nodes.second}")
     assert clusterpool.get(add.remote(array), timeout=20) == (2.0 * LARGE_BYTES / 8, three_nodes.second)
 
 
-def test_a_reference_inside_a_value_is_good_on_another_node(three_nodes: Any, driver: None) -> None:
+def test_a_reference_inside_a_value_is_good_on_another_node(three_nodes: Cluster, driver: None) -> None:
     def unwrap(box: dict[str, Any]) -> tuple[float, str]:
         return sum_of(clusterpool.get(box["array"]))
 
@@ -187,13 +147,13 @@ def test_a_reference_inside_a_value_is_good_on_another_node(three_nodes: Any, dr
 # --- actors
 
 
-def test_an_actor_lives_on_the_node_of_its_resource(three_nodes: Any, driver: None) -> None:
+def test_an_actor_lives_on_the_node_of_its_resource(three_nodes: Cluster, driver: None) -> None:
     actor = clusterpool.remote(resources={"ssd": 1})(Counting).remote()
     calls = clusterpool.get([actor.add.remote() for _ in range(100)], timeout=20)
     assert calls == [(number, three_nodes.second) for number in range(1, 101)]
 
 
-def test_an_actor_is_called_from_every_node(three_nodes: Any, driver: None) -> None:
+def test_an_actor_is_called_from_every_node(three_nodes: Cluster, driver: None) -> None:
     actor = clusterpool.remote(resources={"ssd": 1})(Counting).remote()
 
     def call(handle: Any) -> int:
@@ -203,7 +163,7 @@ def test_an_actor_is_called_from_every_node(three_nodes: Any, driver: None) -> N
     assert sorted(clusterpool.get(calls, timeout=20)) == [1, 2, 3]
 
 
-def test_another_driver_finds_a_named_actor(three_nodes: Any, driver: None, tmp_path: Path) -> None:
+def test_another_driver_finds_a_named_actor(three_nodes: Cluster, driver: None, tmp_path: Path) -> None:
     actor = clusterpool.remote(resources={"ssd": 1})(Counting).options(name="shared").remote()
     assert clusterpool.get(actor.add.remote(), timeout=20)[0] == 1
     done = run_script(
@@ -221,12 +181,12 @@ def test_another_driver_finds_a_named_actor(three_nodes: Any, driver: None, tmp_
 # --- ends
 
 
-def test_nothing_of_a_driver_stays_on_any_node(three_nodes: Any, tmp_path: Path) -> None:
+def test_nothing_of_a_driver_stays_on_any_node(three_nodes: Cluster, tmp_path: Path) -> None:
     def workers() -> dict[str, int]:
-        with helpers.node_link(three_nodes) as link:
+        with clusters.node_link(three_nodes) as link:
             return {node.node_id: node.workers for node in link.describe()}
 
-    helpers.wait_for(lambda: not any(workers().values()), within_s=5, what="the workers of earlier tests end")
+    clusters.wait_for(lambda: not any(workers().values()), within_s=5, what="the workers of earlier tests end")
     done = run_script(
         tmp_path,
         """
@@ -239,76 +199,4 @@ def test_nothing_of_a_driver_stays_on_any_node(three_nodes: Any, tmp_path: Path)
         """,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    helpers.wait_for(lambda: not any(workers().values()), within_s=5, what="the workers of the killed driver end")
-
-
-def test_a_killed_node_hangs_nobody(mortal_nodes: Any, driver: None) -> None:
-    on_second = {"num_cpus": 0, "scheduling": f"node:{mortal_nodes.second}"}
-    actor = clusterpool.remote(**on_second)(Counting).options(name="lost", lifetime="detached").remote()
-    value = clusterpool.remote(**on_second)(large_array).remote(1.0)
-    clusterpool.get(actor.add.remote(), timeout=20)
-    clusterpool.wait([value], timeout=20)
-    waiting = [clusterpool.remote(resources={"ssd": 2})(time.sleep).remote(60) for _ in range(2)]
-    children = helpers.children_of(mortal_nodes.pids[mortal_nodes.second])
-    assert children
-    results = []
-    killed_s = last_s = longest_s = 0.0
-    with clusterpool.Pool(6) as pool:
-        for result in pool.imap_unordered(numbered_node_of_task, range(300)):
-            if killed_s:
-                longest_s = max(longest_s, time.monotonic() - last_s)
-            last_s = time.monotonic()
-            results.append(result)
-            if len(results) == 30:
-                os.kill(mortal_nodes.pids[mortal_nodes.second], signal.SIGKILL)
-                killed_s = time.monotonic()
-        # Every task once, and the pool went on with the other nodes meanwhile.
-        assert sorted(number for number, _ in results) == list(range(300))
-        assert {node_id for _, node_id in results[:30]} == mortal_nodes.node_ids
-        helpers.wait_for(
-            lambda: len(clusterpool.nodes()) == 2,
-            within_s=max(0.1, killed_s + DEAD_WITHIN_S + SLACK_S - time.monotonic()),
-            what="the dead node leaves the list",
-        )
-        assert longest_s < DEAD_WITHIN_S + SLACK_S
-        # The pool has its size again, on the nodes that are left.
-        nodes = set(pool.map(node_of_task, range(60), chunksize=1))
-        assert nodes == {mortal_nodes.head, mortal_nodes.third}
-        assert len(pool._pool) == 6
-    assert not any(helpers.is_alive(pid) for pid in children)
-    with pytest.raises(errors.ActorDied):
-        clusterpool.get(actor.add.remote(), timeout=20)
-    with pytest.raises(errors.ObjectLost):
-        clusterpool.get(value, timeout=20)
-    for ref in waiting:
-        with pytest.raises((errors.WorkerDied, errors.TaskInfeasible)):
-            clusterpool.get(ref, timeout=20)
-    with pytest.raises(errors.ActorNotFound):
-        clusterpool.get_actor("lost")
-    again = clusterpool.remote(num_cpus=0)(Counting).options(name="lost").remote()
-    assert clusterpool.get(again.add.remote(), timeout=20)[0] == 1
-
-
-def test_a_node_that_was_taken_for_dead_joins_anew(mortal_nodes: Any, driver: None) -> None:
-    pid = mortal_nodes.pids[mortal_nodes.third]
-    where = clusterpool.remote(node_of_task)
-    on_third = where.options(scheduling=f"node:{mortal_nodes.third}", num_cpus=0)
-    assert clusterpool.get(on_third.remote(), timeout=20) == mortal_nodes.third
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        helpers.wait_for(
-            lambda: len(clusterpool.nodes()) == 2, within_s=DEAD_WITHIN_S + SLACK_S, what="it is taken for dead"
-        )
-    finally:
-        os.kill(pid, signal.SIGCONT)
-    helpers.wait_for(lambda: len(clusterpool.nodes()) == 3, within_s=5, what="it joins anew")
-    assert clusterpool.get(on_third.remote(), timeout=20) == mortal_nodes.third
-
-
-def test_a_stopped_node_leaves_at_once(mortal_nodes: Any, driver: None) -> None:
-    with clusterpool.Pool(6) as pool:
-        pool.map(abs, range(100))
-        done = helpers.clusterpool_command("stop", "--node", mortal_nodes.third)
-        assert done.returncode == 0, done.stderr
-        helpers.wait_for(lambda: len(clusterpool.nodes()) == 2, within_s=2, what="the others hear of it")
-        assert set(pool.map(node_of_task, range(40), chunksize=1)) == {mortal_nodes.head, mortal_nodes.second}
+    clusters.wait_for(lambda: not any(workers().values()), within_s=5, what="the workers of the killed driver end")

@@ -303,9 +303,7 @@ def test_results_as_standard_futures(pool: Any) -> None:
     from concurrent.futures import as_completed
 
     futures = [pool.apply_async(square, (x,)).future() for x in range(10)]
-    assert sorted(future.result() for future in as_completed(futures, timeout=30)) == [
-        x * x for x in range(10)
-    ]
+    assert sorted(future.result() for future in as_completed(futures, timeout=30)) == [x * x for x in range(10)]
 
 
 # --- 21: bad arguments

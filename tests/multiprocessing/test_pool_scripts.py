@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -157,3 +160,131 @@ def test_error_at_the_top_of_a_program_shows_the_remote_traceback(tmp_path: Path
     assert done.returncode == 1
     assert "this line is shown" in done.stderr
     assert "ZeroDivisionError: division by zero" in done.stderr
+
+
+def test_what_cannot_be_pickled_in_main_is_in_nobodys_way(tmp_path: Path) -> None:
+    done = run_script(
+        tmp_path,
+        """
+        import logging
+        import threading
+        from clusterpool.multiprocessing import Pool
+
+        lock = threading.Lock()
+        log = logging.getLogger("script")
+        stream = open("out.txt", "w")
+
+        class Job:
+            lock = threading.RLock()
+            pool = None
+
+            @staticmethod
+            def increased(x):
+                return x + 1
+
+            def doubled(self, x):
+                with self.lock:
+                    return 2 * x
+
+        def locked(x):
+            with lock:
+                log.info("seen only where logging is set up")
+                return x
+
+        def uses_stream(x):
+            stream.write(str(x))
+
+        def needs_pool(x):
+            return x if pool is not None else -1
+
+        pool = Job.pool = Pool(2)
+        print(pool.map(locked, [1, 2]), pool.map(Job.increased, [1, 2]), pool.map(Job().doubled, [1, 2]))
+        print(pool.map(needs_pool, [1, 2]))
+        try:
+            pool.apply(uses_stream, (1,))
+        except TypeError as error:
+            print(error)
+        pool.close()
+        pool.join()
+        stream.close()
+        """,
+        "-W",
+        "error",
+    )
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["[1, 2] [2, 3] [2, 4]", "[1, 2]"]
+    assert "the global 'stream' of __main__ is not in this worker" in lines[2]
+
+
+def test_what_workers_print_comes_as_it_is(tmp_path: Path) -> None:
+    done = run_script(
+        tmp_path,
+        """
+        import sys
+        from clusterpool.multiprocessing import Pool
+
+        def speak(x):
+            print("number", x)
+            print("no end", x, end="")
+            sys.stdout.flush()
+            return x
+
+        with Pool(1) as pool:
+            pool.map(speak, range(2))
+            pool.close()
+            pool.join()
+        """,
+        "-W",
+        "error",
+    )
+    assert done.stderr == ""
+    assert done.stdout.split() == "number 0 no end 0number 1 no end 1".split()
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("call", ["pool.map(nap, range(9), 1)", "list(pool.imap(nap, range(9)))", "tiny()", "end()"])
+def test_ctrl_c_ends_the_program_at_once(tmp_path: Path, call: str, delay_s: float) -> None:
+    """That nothing is left behind is what the fixture `nothing_left_behind` sees to."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import time
+            from clusterpool.multiprocessing import Pool
+
+            def nap(x):
+                time.sleep(60)
+
+            def tiny():
+                while True:
+                    pool.map(abs, range(20_000), 1)
+
+            def end():
+                pool.map_async(nap, range(9))
+                pool.close()
+                pool.join()
+
+            pool = Pool(2)
+            print("started", flush=True)
+            {call}
+            """
+        )
+    )
+    # A session of its own, so that the signal goes to the whole group, as from a terminal, and not to pytest.
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as program:
+        try:
+            assert program.stdout is not None
+            assert program.stdout.readline() == "started\n"
+            time.sleep(delay_s)  # not a wait: different moments of the call are to be hit
+            os.killpg(program.pid, signal.SIGINT)
+            begin_s = time.monotonic()
+            _, errors = program.communicate(timeout=20)
+            assert time.monotonic() - begin_s < 8
+        finally:
+            program.kill()
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert errors.count("Traceback") == 1
+    assert program.returncode == -signal.SIGINT

@@ -1,8 +1,16 @@
-"""What nodes tell each other when a driver leaves, so that it hears the last lines of its workers everywhere."""
+"""What two nodes, rather than their processes, tell each other: how busy they are, and who leaves."""
 
 from __future__ import annotations
 
+from clusterpool.core.cluster_view import NodeLoad
 from clusterpool.core.messages import Address, Message
+
+
+class LoadChanged(Message, frozen=True):
+    """To a node that has sent requests here: how busy this one is now."""
+
+    node_id: str
+    load: NodeLoad
 
 
 class EndJob(Message, frozen=True):

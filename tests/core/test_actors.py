@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from clusterpool.core import messages as m
+from clusterpool.core import owner_events as e
+from clusterpool.core.actors import BATCH_MAX, ActorChannel
+from clusterpool.core.dispatch import Task
+from clusterpool.core.messages import Address, Reference, TaskStatus, WorkerKind
+from tests.core.machines import DRIVER, NODE, Owner, make_result, make_task, make_worker, sent
+
+HOME = Address("n1", "w1")
+PENDING = m.ActorPart("a1", "Counter", {"add": 1}, None, "pending")
+ALIVE = msgspec.structs.replace(PENDING, address=HOME, state="alive")
+
+
+def batches(channel: ActorChannel) -> list[list[int]]:
+    return [[spec.number for spec in send.message.tasks] for _, send in channel.send_ready({})]
+
+
+def calls(*numbers: int) -> list[Task]:
+    return [make_task(number, function=0, sink=None, method="add") for number in numbers]
+
+
+# --- the channel
+
+
+def test_calls_wait_for_the_address_and_go_in_order() -> None:
+    channel = ActorChannel(PENDING)
+    channel.submit(calls(1, 2))
+    assert batches(channel) == []
+    channel.actor = ALIVE
+    channel.submit(calls(3))
+    assert batches(channel) == [[1, 2, 3]]
+
+
+def test_a_call_that_waits_for_an_argument_holds_back_those_behind_it() -> None:
+    channel = ActorChannel(ALIVE)
+    channel.waiting.add(2)
+    channel.submit(calls(1, 2, 3))
+    assert batches(channel) == [[1]]
+    channel.waiting.discard(2)
+    assert batches(channel) == [[2, 3]]
+
+
+def test_many_calls_travel_in_bounded_batches() -> None:
+    channel = ActorChannel(ALIVE)
+    channel.submit(calls(*range(BATCH_MAX + 5)))
+    assert [len(batch) for batch in batches(channel)] == [BATCH_MAX, 5]
+
+
+def test_cancelled_calls_are_left_out() -> None:
+    channel = ActorChannel(ALIVE)
+    tasks = calls(1, 2, 3)
+    tasks[1].is_cancelled = True
+    channel.submit(tasks)
+    assert batches(channel) == [[1, 3]]
+
+
+def test_the_death_of_an_actor_fails_the_sent_and_the_queued() -> None:
+    channel = ActorChannel(ALIVE)
+    channel.waiting.add(2)
+    channel.submit(calls(1, 2))
+    batches(channel)
+    (failure,) = channel.died("killed")
+    assert isinstance(failure, e.FailTasks)
+    assert ([task.spec.number for task in failure.tasks], failure.kind) == ([1, 2], "actor_died")
+    assert channel.died("again") == []
+
+
+# --- in the owner
+
+
+class Creator(Owner):
+    """An owner that creates the actor."""
+
+    def create(self, *dependencies: Reference) -> list[e.Command]:
+        self.handle(e.FunctionAdded(1, b"class"))
+        creation = make_task(10, sink=None, name="Counter")
+        arguments = e.TaskArguments(list(dependencies), []) if dependencies else None
+        demand = m.WorkerDemand(WorkerKind.ACTOR, {}, actor_id="a1")
+        return self.handle(e.ActorOpened(PENDING, demand, e.SetupPlan(), creation, arguments))
+
+    def call(self, *numbers: int) -> list[e.Command]:
+        return self.handle(e.ActorCallsSubmitted("a1", calls(*numbers)))
+
+    def call_with(self, number: int, dependency: Reference) -> list[e.Command]:
+        (task,) = calls(number)
+        return self.handle(e.TaskWithArgumentsSubmitted(0, "a1", task, e.TaskArguments([dependency], [])))
+
+    def be_granted(self) -> list[e.Command]:
+        return self.hear(NODE, m.WorkerGranted(1, make_worker("w1")))
+
+    def state(self) -> str:
+        return self.machine.actors.channels["a1"].actor.state
+
+
+def started(commands: list[e.Command]) -> list[int]:
+    return [spec.number for message in sent(commands, m.StartTasks, HOME) for spec in message.tasks]
+
+
+def lost(owner: Owner, *numbers: int) -> list[str]:
+    values = [owner.value_of(Reference(DRIVER, number)) for number in numbers]
+    return [value.lost_kind if value is not None else "pending" for value in values]
+
+
+def test_the_creation_goes_ahead_of_every_call() -> None:
+    owner = Creator()
+    assert len(sent(owner.create(), m.RequestWorkers)) == 1
+    assert started(owner.call(1, 2)) == []
+    assert started(owner.be_granted()) == [10, 1, 2]
+    commands = owner.finish("w1", make_result(10))
+    assert [message.actor.state for message in sent(commands, m.ActorChanged, NODE)] == ["alive"]
+    owner.finish("w1", make_result(1), make_result(2))
+    assert lost(owner, 1, 2) == ["", ""]
+
+
+def test_a_constructor_that_raises_fails_all_calls_and_ends_the_worker() -> None:
+    owner = Creator()
+    owner.create()
+    owner.call(1)
+    owner.be_granted()
+    commands = owner.finish("w1", make_result(10, TaskStatus.ERROR, b"error"))
+    assert sent(commands, m.KillWorker)
+    assert owner.state() == "dead"
+    owner.call(2)
+    assert "pending" not in lost(owner, 1, 2)
+
+
+@pytest.mark.parametrize("is_granted_first", [True, False])
+def test_an_argument_of_the_constructor_that_fails_is_the_end_of_the_actor(is_granted_first: bool) -> None:
+    owner = Creator()
+    owner.open_set()
+    owner.submit(make_task(500, sink=None))
+    owner.create(Reference(DRIVER, 500))
+    request = owner.machine.actors.channels["a1"].request
+    if is_granted_first:
+        assert started(owner.hear(NODE, m.WorkerGranted(request, make_worker("w1")))) == []
+    owner.call(1)
+    (lease_request,) = owner.machine.sets[1].requested
+    owner.grant(lease_request, "w5", lease=5)
+    commands = owner.finish("w5", make_result(500, TaskStatus.ERROR, b"error"))
+    assert started(commands) == [], "the constructor must not run without its argument"
+    assert owner.state() == "dead"
+    assert lost(owner, 1) != ["pending"]
+    if is_granted_first:
+        assert sent(commands, m.ReleaseWorkers) == [m.ReleaseWorkers([1], True)]
+    else:
+        assert sent(commands, m.CancelRequest) == [m.CancelRequest(request, 1)]
+        late = owner.hear(NODE, m.WorkerGranted(request, make_worker("w1")))
+        assert sent(late, m.ReleaseWorkers) == [m.ReleaseWorkers([1], False)]
+
+
+def test_a_cancelled_call_does_not_hold_back_those_behind_it() -> None:
+    owner = Creator()
+    owner.create()
+    owner.be_granted()
+    owner.finish("w1", make_result(10))
+    owner.open_set()
+    owner.submit(make_task(500, sink=None))
+    assert started(owner.call_with(1, Reference(DRIVER, 500))) == []
+    assert started(owner.call(2)) == []
+    commands = owner.handle(e.TaskCancelAsked(1, False))
+    assert owner.machine.cancelled
+    assert started(commands) == [2]
+    assert lost(owner, 1, 2) == ["cancelled", "pending"]
+
+
+def test_a_failed_argument_fails_its_call_alone() -> None:
+    owner = Creator()
+    owner.create()
+    owner.be_granted()
+    owner.finish("w1", make_result(10))
+    owner.open_set()
+    owner.submit(make_task(500, sink=None))
+    owner.call_with(1, Reference(DRIVER, 500))
+    owner.call(2)
+    (request,) = owner.machine.sets[1].requested
+    owner.grant(request, "w5", lease=5)
+    assert started(owner.finish("w5", make_result(500, TaskStatus.ERROR, b"error"))) == [2]
+
+
+def test_a_request_that_a_lost_node_may_have_held_is_made_anew() -> None:
+    owner = Creator()
+    owner.create()
+    commands = owner.hear(NODE, m.NodeLost("n2", "silent"))
+    assert sent(commands, m.CancelRequest) == [m.CancelRequest(1, 1)]
+    assert [message.request for message in sent(commands, m.RequestWorkers)] == [2]
+    assert sent(owner.be_granted(), m.ReleaseWorkers), "the first comes nevertheless"
+    assert started(owner.hear(NODE, m.WorkerGranted(2, make_worker("w1")))) == [10]
+
+
+def test_calls_of_an_actor_whose_worker_exits_fail_with_the_cause() -> None:
+    owner = Creator()
+    owner.create()
+    owner.be_granted()
+    owner.finish("w1", make_result(10))
+    owner.call(1)
+    owner.hear(NODE, m.WorkerExited(1, HOME, -9, "killed by signal 9"))
+    value = owner.value_of(Reference(DRIVER, 1))
+    assert value is not None
+    assert (value.lost_kind, value.lost) == ("actor_died", "killed by signal 9")
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_sent"),
+    [(ALIVE, True), (msgspec.structs.replace(PENDING, state="dead", text="gone"), False)],
+)
+def test_a_handle_of_somebody_elses_actor_finds_it_through_the_node(answer: m.ActorPart, is_sent: bool) -> None:
+    owner = Owner()
+    (question,) = sent(owner.handle(e.ActorMet(PENDING)), m.LocateActor, NODE)
+    owner.handle(e.ActorCallsSubmitted("a1", calls(1)))
+    commands = owner.hear(NODE, m.ActorLocated(question.request, answer))
+    assert (started(commands) == [1]) is is_sent
+    assert (lost(owner, 1) == ["pending"]) is is_sent
