@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from clusterpool.multiprocessing.pool import Pool
 
 _API = (
-    "available_resources", "cancel", "cluster_resources", "get", "get_actor", "init", "is_initialized", "kill", "node_id",
-    "nodes", "put", "remote", "shutdown", "wait",
+    "available_resources", "cancel", "cluster_resources", "get", "get_actor", "init", "is_initialized", "kill",
+    "node_id", "nodes", "put", "remote", "shutdown", "wait",
 )  # fmt: skip
 _HOMES = {
     **{name: ("clusterpool.client.api", name) for name in _API},

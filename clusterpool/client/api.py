@@ -65,7 +65,7 @@ def init(
         node_socket = bootstrap.find_address("local" if has_sizes and address is None else address)
         if has_sizes and node_socket is not None:
             given = ", ".join(name for name, value in sizes.items() if value is not None)
-            raise ValueError(f"{given} cannot be set for a cluster that runs already ({address}); leave out the address")
+            raise ValueError(f"{given} cannot be set for a cluster that runs already ({address}): omit the address")
         bootstrap.check_sizes(**sizes)  # type: ignore[arg-type]
         environment = packages.prepare(runtime_env)
         process = None

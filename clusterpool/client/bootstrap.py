@@ -176,7 +176,8 @@ def socket_of(address: str) -> str:
     if path.is_dir():
         candidates = [path / "node.sock", *sorted(path.glob("n-*/node.sock"))]
         for candidate in candidates:
-            if candidate.is_socket():
+            # The socket of a node that was killed is still there.
+            if candidate.is_socket() and config.is_folder_locked(candidate.parent):
                 return str(candidate)
     raise NotConnected(
         f"no cluster is at {address!r}: give the session folder or node socket that `clusterpool status` shows, "

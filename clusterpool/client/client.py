@@ -14,10 +14,8 @@ import contextlib
 import itertools
 import logging
 import os
-import platform
 import select
 import signal
-import socket
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -26,7 +24,8 @@ from typing import Any
 
 import msgspec
 
-from clusterpool.client.group_worker import GroupWorker, as_group_worker
+from clusterpool.client.connections import Connections
+from clusterpool.client.deliveries import Deliveries, Delivery
 from clusterpool.client.loop import Loop
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
@@ -38,7 +37,6 @@ from clusterpool.core.owner import OwnerMachine
 from clusterpool.core.package_messages import PackageAnswer
 from clusterpool.errors import NotConnected, ProtocolError, VersionMismatch
 from clusterpool.transport import stream
-from clusterpool.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +47,6 @@ GATHER_TASKS_MAX = 256
 NUMBERS_APART = 1024
 # A worker's task that waits for longer than this is reported as blocked.
 BLOCK_PATIENCE_S = 0.001
-
-Delivery = Callable[[], None]
 
 
 class Client:
@@ -69,20 +65,14 @@ class Client:
         self.on_worker_message: Callable[[Address, Message], None] | None = None
         self.on_log_lines: Callable[[m.LogLines], None] | None = None
         self.on_closed: Callable[[str], None] | None = None
-        self.watchers: dict[tuple[Address, int], list[Callable[[], None]]] = {}
-        self.set_sinks: dict[int, Any] = {}  # WorkerGroups, by set number
-        self.actor_watchers: list[Callable[[m.ActorPart], None]] = []
+        self.deliveries = Deliveries()
         self.on_block: Callable[[], None] | None = None  # in a worker: a task is about to wait
         self.on_unblock: Callable[[], None] | None = None
-        self.result_loader: Callable[[Task, m.TaskResult, Any], None] = _no_loader
-        self.failure_loader: Callable[[Task, e.FailTasks], None] = _no_loader
         self.is_closed = False
         self.closed_text = ""
         self._refusal = ""  # why the node does not let us join
         self._node_socket = node_socket
-        self._processes_folder = processes_folder
         self._lock = threading.Lock()
-        self._worker_facts: dict[str, GroupWorker | None] = {}
         self._lock_ident = 0
         self._is_interrupted = False
         # Tasks by set number, calls by actor id, events by None: in one queue, so that none overtakes another.
@@ -92,16 +82,21 @@ class Client:
         self._is_kicked = False
         self._drained_s = 0.0
         self._wakeup_s: float | None = None  # when the machine wants to hear that time has passed
-        self._deliveries: deque[Delivery] = deque()
         self._replies: dict[int, Callable[[Message], None]] = {}
-        self._connections: dict[str, stream.Connection] = {}  # by process id
-        self._by_fd: dict[int, stream.Connection] = {}
-        self._listener: socket.socket | None = None
         self.loop = Loop(
             process=self._process,
-            after_turn=self._deliver,
+            after_turn=self.deliveries.run,
             next_wakeup_s=lambda: self._wakeup_s,
             on_taken=self._role_taken,
+        )
+        self._connections = Connections(
+            address,
+            kind=kind,
+            job_id=job.job_id,
+            processes_folder=processes_folder,
+            loop=self.loop,
+            # The machine must not be entered from within its own commands.
+            on_unreachable=lambda peer, text: self._submitted.append((None, e.ProcessGone(peer, text))),
         )
         self.on_thread_turn: Callable[[], None] = lambda: None
 
@@ -112,18 +107,8 @@ class Client:
 
         Raises: NotConnected when the node does not answer; VersionMismatch when it is of another version.
         """
-        try:
-            connection = stream.connect(self._node_socket)
-        except OSError as exc:
-            raise NotConnected(
-                f"no node listens at {self._node_socket} ({exc}); it has ended, or the cluster was stopped: "
-                "start one with `clusterpool up`, or leave out the address to use a private one"
-            ) from exc
-        self._listener = stream.listen(f"{self._processes_folder}/{self.address.process_id}.sock")
         with self._locked():
-            self._adopt(connection, self.node)
-            self.loop.add(self._listener.fileno())
-            connection.send(self._hello())
+            connection = self._connections.open(self._node_socket)
             connection.send(m.RegisterProcess(self.job if self.kind == "driver" else None, wants_logs))
         self._install_interrupt_handler()
         if not self.loop.wait_until(lambda: self.registered is not None or self.is_closed, 30.0) or self.is_closed:
@@ -141,8 +126,8 @@ class Client:
             return
         self._mark_closed(text)
         self.loop.stop()
-        self._deliver()
-        self._close_sockets()
+        self.deliveries.run()
+        self._connections.close()
         if self.on_closed is not None:
             self.on_closed(text)
 
@@ -157,37 +142,22 @@ class Client:
             # Nobody else will tell the sinks of unfinished tasks, and who watches values that are still to come.
             self.handle_event(e.ClientClosed(failure, text))
 
-    def _close_sockets(self) -> None:
-        for connection in [*self._connections.values(), *self._by_fd.values()]:
-            connection.close()
-        if self._listener is not None:
-            self._listener.close()
-            with contextlib.suppress(OSError):
-                os.unlink(f"{self._processes_folder}/{self.address.process_id}.sock")  # noqa: PTH108
-
     def abandon(self) -> None:
         """In the child of a fork: close the copies of our descriptors, and tell nobody."""
         self.is_closed = True
         self.closed_text = "this process was forked from one that used clusterpool"
-        for connection in self._by_fd.values():
-            connection.close()
-        if self._listener is not None:
-            self._listener.close()
+        self._connections.abandon()
         self.loop.close_descriptors()
 
     @property
     def has_deliveries(self) -> bool:
         """Whether results or lines wait to be handed out."""
-        return bool(self._deliveries)
+        return bool(self.deliveries.queue)
 
     def check_open(self) -> None:
         """Raises: NotConnected when the cluster is gone."""
         if self.is_closed:
             raise NotConnected(f"this process is not connected to a cluster any more: {self.closed_text}")
-
-    def _hello(self) -> m.Hello:
-        python_version = platform.python_version()
-        return m.Hello(m.PROTOCOL_VERSION, self.address, self.kind, self.pid, self.job.job_id, python_version, __version__)
 
     # --- the lock
 
@@ -211,7 +181,7 @@ class Client:
             raise KeyboardInterrupt
 
     def _install_interrupt_handler(self) -> None:
-        """Ctrl-C while the main thread is inside the machine must not leave it half changed: wait for the lock's end."""
+        """Ctrl-C while the main thread is inside the machine must not leave it half changed: it waits for the lock."""
         if self.kind != "driver" or threading.current_thread() is not threading.main_thread():
             return
         if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -287,7 +257,7 @@ class Client:
                 self._drain_locked()
             finally:
                 self._unlock()
-        if self._deliveries and not self.loop.is_mine:
+        if self.deliveries.queue and not self.loop.is_mine:
             self.loop.kick()
 
     def _drain_locked(self) -> None:
@@ -314,7 +284,7 @@ class Client:
             self._execute(self.machine.handle(e.ReferencesDropped(keys), now_s))
         if self._unpinned:
             names = [self._unpinned.popleft() for _ in range(len(self._unpinned))]
-            self._send(self.node, m.UnpinObjects(names))
+            self._connections.send(self.node, m.UnpinObjects(names))
         known_s, self._wakeup_s = self._wakeup_s, self.machine.next_wakeup_s(now_s)
         if self._wakeup_s is not None and (known_s is None or self._wakeup_s < known_s) and not self.loop.is_mine:
             self.loop.kick_poller()  # it sleeps for longer than that
@@ -357,14 +327,14 @@ class Client:
 
         def look(machine: OwnerMachine) -> None:
             if machine.objects.table.value_of(reference) is not None:
-                self._deliveries.append(callback)
+                self.deliveries.queue.append(callback)
             else:
-                self.watchers.setdefault(key, []).append(callback)
+                self.deliveries.watchers.setdefault(key, []).append(callback)
                 self._submitted.append((None, e.ValueWanted(reference)))
 
         self.ask_machine(look)
         self.drain()
-        if self._deliveries and not self.loop.is_mine:
+        if self.deliveries.queue and not self.loop.is_mine:
             self.loop.kick()
 
     def wait_until(self, predicate: Callable[[], bool], timeout_s: float | None = None) -> bool:
@@ -418,38 +388,38 @@ class Client:
     def send(self, destination: Address, message: Message) -> None:
         """Send a message, from any thread."""
         if self._lock_ident == threading.get_ident():
-            self._send(destination, message)
+            self._connections.send(destination, message)
             return
         with self._locked():
             self._drain_locked()
-            self._send(destination, message)
+            self._connections.send(destination, message)
         self.drain()
 
     def call_later(self, delivery: Delivery) -> None:
         """Have `delivery` called outside the lock, in order with results, by whoever turns the loop."""
-        self._deliveries.append(delivery)
+        self.deliveries.queue.append(delivery)
         if not self.loop.is_mine:
             self.loop.kick()
 
     # --- the loop's callbacks
 
     def _process(self, ready: list[tuple[int, int]]) -> None:
+        by_fd = self._connections.by_fd
         self._take_lock()
         try:
             for fd, mask in ready:
-                connection = self._by_fd.get(fd)
+                connection = by_fd.get(fd)
                 if connection is None:
-                    self._accept_if_listener(fd)
+                    self._connections.accept(fd)
                     continue
                 if mask & select.EPOLLOUT and connection.has_unsent:
-                    connection.flush()
-                    if not connection.has_unsent:
-                        self.loop.watch_output(fd, False)
+                    self._connections.flush(connection)
                 if mask & ~select.EPOLLOUT:
                     self._receive(connection)
             wakeup_s = self._wakeup_s
             if wakeup_s is not None and wakeup_s <= monotonic():
                 self._execute(self.machine.handle(e.TimePassed(), monotonic()))
+            self._is_kicked = False  # this turn may be the kick, with another having drained what it was for
             if self._submitted or self._released or self._unpinned:
                 self._drain_locked()
             else:
@@ -459,23 +429,13 @@ class Client:
         if self._submitted or self._released or self._unpinned:
             self.drain()
 
-    def _accept_if_listener(self, fd: int) -> None:
-        if self._listener is None or fd != self._listener.fileno():
-            return
-        for accepted in stream.accept(self._listener):
-            self._by_fd[accepted.fileno()] = accepted
-            self.loop.add(accepted.fileno())
-            accepted.send(self._hello())
-
     def _role_taken(self, is_thread: bool) -> None:
+        # Whoever set it may have found nobody to kick, and what it had submitted handled by another: left as it is,
+        # it would keep all others from kicking us.
+        self._is_kicked = False
         self.drain()
         if is_thread:
             self.on_thread_turn()
-
-    def _deliver(self) -> None:
-        deliveries = self._deliveries
-        while deliveries:
-            deliveries.popleft()()
 
     def _receive(self, connection: stream.Connection) -> bool:
         """Handle what has arrived; whether there was anything."""
@@ -502,14 +462,13 @@ class Client:
             self._handle_message(connection.peer, message)  # type: ignore[arg-type]
 
     def _greeted(self, connection: stream.Connection, hello: m.Hello) -> None:
-        reason = mismatch(self._hello(), hello)
+        reason = mismatch(self._connections.hello, hello)
         if reason and connection.peer == self.node:
             self._refused(reason)
             return
         if reason:
             raise ProtocolError(reason)
-        connection.peer = hello.address
-        self._connections.setdefault(hello.address.process_id, connection)
+        self._connections.greeted(connection, hello.address)
 
     def _handle_message(self, source: Address, message: Message) -> None:
         kind = type(message)
@@ -530,7 +489,7 @@ class Client:
         elif kind is m.LogLines:
             if self.on_log_lines is not None:
                 lines, show = message, self.on_log_lines
-                self._deliveries.append(lambda: show(lines))  # type: ignore[arg-type]
+                self.deliveries.queue.append(lambda: show(lines))  # type: ignore[arg-type]
         elif kind is m.LeftNode:
             self._mark_closed("clusterpool was shut down")
         elif kind is RegistrationRefused:
@@ -540,7 +499,7 @@ class Client:
 
     def _read_last_words(self, process_id: str) -> None:
         """A worker has ended: what it had sent us must be handled before the news of its end."""
-        connection = self._connections.get(process_id)
+        connection = self._connections.by_process.get(process_id)
         if connection is None or connection.peer == self.node:
             return
         # To the end of what is there, not of the stream: a child of the worker may hold the socket open.
@@ -548,111 +507,24 @@ class Client:
             pass
 
     def _disconnected(self, connection: stream.Connection) -> None:
-        self.loop.remove(connection.fileno())
-        self._by_fd.pop(connection.fileno(), None)
-        connection.close()
-        peer = connection.peer
-        if not isinstance(peer, Address):
+        peer = self._connections.drop(connection)
+        if peer is None:
             return
-        if self._connections.get(peer.process_id) is connection:
-            del self._connections[peer.process_id]
         if peer == self.node:
             self._mark_closed(f"the node {peer.node_id} has ended (see its log in the session's folder)", "worker_died")
-            for callback in list(self._replies.values()):
-                self._deliveries.append(lambda callback=callback: None)  # type: ignore[misc]
             if self.on_closed is not None:
-                self._deliveries.append(lambda: self.on_closed and self.on_closed(self.closed_text))
+                self.deliveries.queue.append(lambda: self.on_closed and self.on_closed(self.closed_text))
             return
         self._execute(self.machine.handle(e.ProcessGone(peer, "its connection was closed"), monotonic()))
 
-    # --- sending and commands (under the lock)
-
-    def _send(self, destination: Address, message: Message) -> None:
-        if destination.node_id == self.address.node_id:
-            connection = self._connections.get(destination.process_id)
-            if connection is None:
-                connection = self._connect(destination)
-                if connection is None:
-                    return
-            connection.send(message)
-        else:
-            connection = self._connections.get(self.node.process_id)
-            if connection is None:
-                return
-            connection.send(m.Relay(destination, self.address, wire.encode(message)))
-        if connection.has_unsent:
-            self.loop.watch_output(connection.fileno(), True)
-
-    def _connect(self, destination: Address) -> stream.Connection | None:
-        if destination == self.node or self.is_closed:
-            return None
-        try:
-            connection = stream.connect(f"{self._processes_folder}/{destination.process_id}.sock")
-        except OSError as exc:
-            # The machine must not be entered from within its own commands.
-            event = e.ProcessGone(destination, f"it does not listen any more ({exc.strerror})")
-            self._submitted.append((None, event))
-            return None
-        self._adopt(connection, destination)
-        connection.send(self._hello())
-        return connection
-
-    def _adopt(self, connection: stream.Connection, peer: Address) -> None:
-        connection.peer = peer
-        self._connections[peer.process_id] = connection
-        self._by_fd[connection.fileno()] = connection
-        self.loop.add(connection.fileno())
+    # --- commands (under the lock)
 
     def _execute(self, commands: list[e.Command]) -> None:
         for command in commands:
-            kind = type(command)
-            if kind is e.Send:
-                self._send(command.destination, command.message)  # type: ignore[attr-defined]
-            elif kind is e.DeliverResults:
-                self._deliver_results(command)  # type: ignore[arg-type]
-            elif kind is e.ValuesKnown:
-                if self.watchers:
-                    for key in command.keys:  # type: ignore[attr-defined]
-                        self._deliveries.extend(self.watchers.pop(key, ()))
-            elif kind is e.FailTasks:
-                self._deliver_failures(command)  # type: ignore[arg-type]
-            elif kind is e.ActorMoved:
-                for watcher in self.actor_watchers:
-                    self._deliveries.append(lambda watcher=watcher, actor=command.actor: watcher(actor))  # type: ignore
-            elif kind is not e.StreamMoved:
-                sink = self.set_sinks.get(command.set_number)  # type: ignore[attr-defined]
-                if sink is not None:
-                    self._deliveries.append(lambda sink=sink, command=command: sink.set_event(command))  # type: ignore
-
-    def _deliver_results(self, command: e.DeliverResults) -> None:
-        load, worker = self.result_loader, self._facts_of(command.worker)
-        results = deque(command.results)
-        deliveries = self._deliveries
-
-        def deliver() -> None:
-            if len(results) > 1:
-                # A callback may raise, or wait for another of these results: the rest must be found, and in order.
-                deliveries.appendleft(deliver)
-            while results:
-                task, result = results.popleft()
-                load(task, result, worker)
-
-        deliveries.append(deliver)
-
-    def _facts_of(self, worker: m.WorkerPart | None) -> GroupWorker | None:
-        if worker is None:
-            return None
-        facts = self._worker_facts.get(worker.address.process_id)
-        if facts is None:
-            if len(self._worker_facts) > 1000:
-                self._worker_facts.clear()
-            facts = self._worker_facts[worker.address.process_id] = as_group_worker(worker)
-        return facts
-
-    def _deliver_failures(self, command: e.FailTasks) -> None:
-        fail = self.failure_loader
-        for task in command.tasks:
-            self._deliveries.append(lambda task=task: fail(task, command))  # type: ignore[misc]
+            if type(command) is e.Send:
+                self._connections.send(command.destination, command.message)
+            else:
+                self.deliveries.take(command)
 
 
 _WORKER_MESSAGES = frozenset(
@@ -661,7 +533,3 @@ _WORKER_MESSAGES = frozenset(
 _REPLIES = frozenset(
     {m.ObjectCreated, m.ObjectPinned, m.StoreFailed, m.ActorLocated, m.ClusterDescribed, PackageAnswer}
 )
-
-
-def _no_loader(*_: Any) -> None:
-    raise AssertionError("the client has no loader for results yet")

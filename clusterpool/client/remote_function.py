@@ -86,7 +86,7 @@ class RemoteFunction:
         api.check_options(options, FUNCTION_OPTIONS)
         self._function = function
         self._options = options
-        self._name: str = options.get("name") or getattr(function, "__qualname__", type(function).__name__)
+        self._name = str(options.get("name") or getattr(function, "__qualname__", type(function).__name__))
         self._returns = returns_of(options)
         self._retries = options.get("retries", RETRIES_DEFAULT)
         if not isinstance(self._retries, int) or self._retries < 0:

@@ -34,8 +34,8 @@ class Runtime:
         self.returns_exits = False  # in a worker: a task's SystemExit is its result and does not end the worker
         self._task_sets: dict[Any, int] = {}
         self._lock = threading.Lock()
-        client.result_loader = self.load_result
-        client.failure_loader = self.load_failure
+        client.deliveries.result_loader = self.load_result
+        client.deliveries.failure_loader = self.load_failure
 
     # --- worker sets of remote functions
 
@@ -114,7 +114,8 @@ class Runtime:
 
     def load_failure(self, task: Task, failure: e.FailTasks) -> None:
         """Tell a sink that its task will never have a result."""
-        task.sink.task_done(task.index, None, make_error(failure.kind, failure.text, failure.error), as_group_worker(failure.worker))
+        error = make_error(failure.kind, failure.text, failure.error)
+        task.sink.task_done(task.index, None, error, as_group_worker(failure.worker))
 
     # --- the end
 

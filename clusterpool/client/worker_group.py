@@ -81,7 +81,7 @@ class WorkerGroup:
             payload, self._setup_references = runtime.maker.setup(initializer, initargs)
             parts = [reference.part for reference in self._setup_references]
             setup = e.SetupPlan(setup.name, setup.env, payload, parts)
-        self._client.set_sinks[self._number] = self
+        self._client.deliveries.set_sinks[self._number] = self
         if self._client.kind == "driver":
             self._client.machine.job = renewed(self._client.machine.job)
         self._client.handle_event(e.SetOpened(self._number, demand, setup, size, tasks_per_worker_max))
@@ -106,8 +106,9 @@ class WorkerGroup:
         runtime = self._runtime
         try:
             made = runtime.maker.call(
-                self._functions, function, args, kwargs, sink, index, retries=self.retries if retries is None else retries
-            )
+                self._functions, function, args, kwargs, sink, index,
+                retries=self.retries if retries is None else retries,
+            )  # fmt: skip
         except Exception as exc:
             return self._fail(sink, index, exc)
         return runtime.submit(self._number, made)
@@ -182,7 +183,7 @@ class WorkerGroup:
             worker_set = machine.sets.get(self._number)
             if worker_set is None:
                 return 0
-            return len(worker_set.dispatcher.queue) + worker_set.dispatcher.outstanding_count
+            return int(len(worker_set.dispatcher.queue) + worker_set.dispatcher.outstanding_count)
 
         return int(self._client.ask_machine(count))
 
@@ -237,7 +238,7 @@ class WorkerGroup:
             self._is_ended = True
             self._functions.clear()
             self._setup_references = ()
-            self._client.set_sinks.pop(self._number, None)
+            self._client.deliveries.set_sinks.pop(self._number, None)
 
     def _worker_left(self, command: e.SetWorkerLeft) -> None:
         worker = as_group_worker(command.worker, command.exit_code)

@@ -24,8 +24,8 @@ from clusterpool.core import store_messages as s
 from clusterpool.core.cluster_view import NodeLoad, NodeRecord, NodeView
 from clusterpool.core.messages import Address
 from clusterpool.core.node_actors import NodeActors
-from clusterpool.core.node_messages import EndJob, JobEnded, LoadChanged
 from clusterpool.core.node_objects import NodeObjects
+from clusterpool.core.peer_messages import EndJob, JobEnded, LoadChanged
 from clusterpool.core.placement import Candidate
 from clusterpool.core.resources import to_amounts, to_numbers
 from clusterpool.core.scheduler import Scheduler
@@ -75,8 +75,6 @@ class NodeMachine:
         self.membership = ms.Membership(self.node_id)
         self.environments = env.Environments()
         self._watchers: dict[str, set[Address]] = {}  # by process id
-        self._watched_by_node: dict[str, set[Address]] = {}  # owners elsewhere whose leases are here
-        self._details: dict[str, m.NodePart] = {}
         self._departing: dict[Address, Address] = {}  # by driver elsewhere, the node to tell when its job has ended
         self._told: dict[str, tuple[Any, ...]] = {}  # by node that has sent requests here, the last load it was told
         self._load_number = 0
@@ -96,7 +94,10 @@ class NodeMachine:
             e.ActorEventRead: lambda event, _: self.actors.event_read(event.actor_id),
             e.TimePassed: self._time_passed,
         }
-        self._message_handlers: dict[type, Callable[[Address, Any, float], Commands]] = {
+        self._message_handlers = self._handlers_of_messages()
+
+    def _handlers_of_messages(self) -> dict[type, Callable[[Address, Any, float], Commands]]:
+        return {
             m.RequestWorkers: self._workers_requested,
             m.CancelRequest: lambda source, message, _: self.scheduler.cancelled(source, message),
             m.ReleaseWorkers: lambda source, message, _: self.scheduler.released(source, message),

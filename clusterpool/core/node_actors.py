@@ -81,7 +81,8 @@ class NodeActors:
                     self._waiting.setdefault(actor_id, []).append((source, request))
                     return []
                 return [Send(source, m.ActorLocated(request, value))]
-            return [Send(source, m.ActorLocated(request, msgspec.structs.replace(_UNKNOWN, text=text or _UNKNOWN.text)))]
+            unknown = msgspec.structs.replace(_UNKNOWN, text=text or _UNKNOWN.text)
+            return [Send(source, m.ActorLocated(request, unknown))]
 
         return self.call("get_actor", {"actor_id": actor_id}, on_got)
 

@@ -18,7 +18,7 @@ from clusterpool.core import messages as m
 from clusterpool.core.messages import Address, WorkerKind
 from clusterpool.core.node_events import Command, EndWorker, ForkWorker, Send
 from clusterpool.core.placement import Candidate, bytes_by_node, choose_node, spread_group
-from clusterpool.core.resources import Amounts, ResourcePool, to_amounts
+from clusterpool.core.resources import Amounts, ResourcePool, to_amounts, to_numbers
 
 # A request goes from node to node at most so often; then it waits where it is. More would chase a view that is old.
 HOPS_MAX = 3
@@ -44,7 +44,9 @@ class Pending:
 class Lease:
     """A worker in somebody's hands. `is_blocked`: its CPU is lent to others."""
 
-    __slots__ = ("amounts", "gpu_ids", "has_env", "is_blocked", "is_granted", "kind", "number", "origin", "request", "worker")
+    __slots__ = (
+        "amounts", "gpu_ids", "has_env", "is_blocked", "is_granted", "kind", "number", "origin", "request", "worker",
+    )  # fmt: skip
 
     def __init__(self, number: int, pending: Pending, worker: Worker, gpu_ids: list[int]) -> None:
         self.number = number
@@ -219,7 +221,7 @@ class Scheduler:
         wanted = ", ".join(f"{amount:g} {name}" for name, amount in sorted(pending.demand.resources.items()))
         nodes = [self._self_candidate(), *self.peers]
         have = "; ".join(
-            f"{node.node_id}: " + ", ".join(f"{amount / 10_000:g} {name}" for name, amount in sorted(node.total.items()))
+            f"{node.node_id}: " + ", ".join(f"{amount:g} {name}" for name, amount in to_numbers(node.total).items())
             for node in nodes
         )
         where = f" with strategy {pending.demand.strategy!r}" if pending.demand.strategy else ""

@@ -8,11 +8,11 @@ import msgspec
 
 from clusterpool.core import joining as j
 from clusterpool.core import messages as m
-from clusterpool.core import node_messages as n
 from clusterpool.core import package_messages as p
+from clusterpool.core import peer_messages as n
 from clusterpool.core import transfer_messages as t
 
-AnyMessage = Union[
+AnyMessage = Union[  # noqa: UP007
     m.SetupWorker, m.WorkerReady, m.WorkerSetupFailed, m.StartTasks, m.TasksFinished, m.TaskStarted, m.StreamItem,
     m.ForgetFunctions, m.TakeBackTasks, m.CancelTasks, m.RetireWorker, m.ResolveObject, m.ObjectResolved, m.AddBorrower,
     m.RemoveBorrower, m.WatchProcess, m.ProcessEnded, m.NodeLost, m.Hello, m.RegisterProcess, m.Registered,

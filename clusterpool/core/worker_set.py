@@ -354,7 +354,8 @@ class WorkerSet:
 
     def give_back_idle(self) -> list[Command]:
         """Others wait for CPUs: return the leases that do nothing."""
-        return self._release([slot.address.process_id for slot in self.dispatcher.slots.values() if not slot.outstanding])
+        slots = self.dispatcher.slots.values()
+        return self._release([slot.address.process_id for slot in slots if not slot.outstanding])
 
     # --- parts of `advance`
 

@@ -16,7 +16,7 @@ ALIVE = msgspec.structs.replace(PENDING, address=HOME, state="alive")
 
 
 def batches(channel: ActorChannel) -> list[list[int]]:
-    return [[spec.number for spec in send.message.tasks] for _, send in channel.send_ready({})]
+    return [[task.spec.number for task in tasks] for tasks, _ in channel.send_ready({})]
 
 
 def calls(*numbers: int) -> list[Task]:

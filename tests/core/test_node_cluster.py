@@ -11,7 +11,7 @@ from clusterpool.core import node_events as e
 from clusterpool.core.cluster_view import NodeEntry, NodeLoad, NodeRecord, NodesSnapshot
 from clusterpool.core.messages import Address, WorkerKind
 from clusterpool.core.node import NodeMachine
-from clusterpool.core.node_messages import EndJob, JobEnded, LoadChanged
+from clusterpool.core.peer_messages import EndJob, JobEnded, LoadChanged
 from tests.core.machines import JOB, of_type
 
 HERE = Address("n1", "n1")

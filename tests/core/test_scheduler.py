@@ -222,7 +222,8 @@ def test_owners_are_asked_once_for_leases_that_they_do_not_use() -> None:
 
 @pytest.mark.parametrize("resources", [{"CPU": 3.0}, {"TPU": 1.0}])
 def test_what_no_node_could_ever_give_fails_at_once(resources: dict[str, float]) -> None:
-    (failure,) = messages(Node(CPU=2).request(2, **resources), m.RequestFailed, DRIVER)
+    demand = m.WorkerDemand(WorkerKind.TASK, resources)
+    (failure,) = messages(Node(CPU=2).request(2, demand=demand), m.RequestFailed, DRIVER)
     assert (failure.count, failure.kind) == (2, "infeasible")
     assert "n1" in failure.text
 

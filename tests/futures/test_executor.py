@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import concurrent.futures.process
+import gc
 import itertools
 import operator
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -158,9 +160,7 @@ def test_futures_can_be_waited_for_in_many_threads(executor):
 
 def test_map(executor):
     assert list(executor.map(operator.neg, range(1000))) == [-i for i in range(1000)]
-    assert list(executor.map(pow, range(100), itertools.repeat(2), chunksize=7)) == [
-        i * i for i in range(100)
-    ]
+    assert list(executor.map(pow, range(100), itertools.repeat(2), chunksize=7)) == [i * i for i in range(100)]
     assert list(itertools.islice(executor.map(abs, itertools.count(), buffersize=8), 100)) == list(range(100))
     values = executor.map(operator.truediv, [1, 1], [1, 0])
     assert next(values) == 1.0
@@ -275,10 +275,53 @@ def test_kill_and_terminate_workers(end):
         executor.submit(int)
 
 
+def test_sys_exit_in_a_call_is_raised_at_its_caller(executor):
+    pids = set(executor._processes)
+    error = executor.submit(sys.exit, 3).exception(30)
+    assert isinstance(error, SystemExit) and error.code == 3
+    assert isinstance(executor.submit(everything, 1).result(30), tuple)
+    assert set(executor._processes) == pids
+
+
+def test_callback_may_wait_for_a_lock_that_is_held_while_a_large_argument_is_submitted(executor):
+    lock = threading.Lock()
+    called = []
+
+    def callback(_):
+        with lock:
+            called.append(1)
+
+    large = bytes(3_000_000)
+    futures = []
+    for _ in range(20):
+        with lock:
+            futures.append(executor.submit(sleep_and_pid, 0))
+            futures[-1].add_done_callback(callback)
+            time.sleep(0.005)  # its callback begins, and waits for the lock
+            futures.append(executor.submit(len, large))
+    assert [future.result(30) for future in futures[1::2]] == [len(large)] * 20
+    until(lambda: len(called) == 20)
+
+
+def test_arguments_are_let_go_without_the_garbage_collector(executor):
+    class Argument:
+        def method(self):
+            return 1
+
+    gc.disable()
+    try:
+        for make_call in (lambda a: (a.method,), lambda a: (id, a)):
+            argument = Argument()
+            is_gone = weakref.ref(argument)
+            assert executor.submit(*make_call(argument)).result(30)
+            del argument
+            until(lambda is_gone=is_gone: is_gone() is None)
+    finally:
+        gc.enable()
+
+
 def run_script(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False
-    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
 
 
 def test_interpreter_exit_awaits_pending_calls():
@@ -300,6 +343,44 @@ def test_dropped_executor_finishes_its_calls():
         "print(sum(f.result() for f in start()))\n"
     )
     assert (done.stdout, done.stderr, done.returncode) == ("328350\n", "", 0)
+
+
+def test_initializer_of_main_sets_a_global_of_main():
+    done = run_script(
+        "from clusterpool.futures import ProcessPoolExecutor\n"
+        "state = None\n"
+        "def initialize(value):\n"
+        "    global state\n"
+        "    state = value\n"
+        "def read(_): return state\n"
+        "with ProcessPoolExecutor(2, initializer=initialize, initargs=(7,)) as executor:\n"
+        "    print(set(executor.map(read, range(10))))\n"
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("{7}\n", "", 0)
+
+
+def test_pending_calls_end_when_the_cluster_ends():
+    done = run_script(
+        "import clusterpool, os, signal, time\n"
+        "executor = clusterpool.Executor(1)\n"
+        "future = executor.submit(time.sleep, 60)\n"
+        "while not future.running(): time.sleep(0.01)\n"
+        "clusterpool.shutdown()\n"
+        "try: future.result(10)\n"
+        "except BaseException as error: print(type(error).__name__)\n"
+        "executor = clusterpool.Executor(1)\n"
+        "future = executor.submit(os.getppid)\n"
+        "zygote = future.result(10)\n"
+        "node = int(open(f'/proc/{zygote}/stat').read().rpartition(')')[2].split()[1])\n"
+        "future = executor.submit(time.sleep, 60)\n"
+        "while not future.running(): time.sleep(0.01)\n"
+        "os.kill(node, signal.SIGKILL)\n"
+        "print(type(future.exception(10)).__name__)\n"
+    )
+    # In the first case either news may come first: that its worker is gone, or that the cluster is.
+    first, *rest = done.stdout.split()
+    assert first in ("CancelledError", "BrokenProcessPool"), done.stderr
+    assert (rest, done.returncode) == (["BrokenProcessPool"], 0), done.stderr
 
 
 def test_executor_inside_a_task(executor):

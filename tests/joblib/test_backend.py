@@ -69,9 +69,7 @@ def test_an_import_alone_registers_the_backend():
         "with parallel_backend('clusterpool', n_jobs=2):\n"
         "    print(Parallel()(delayed(lambda x: x * x)(i) for i in range(4)))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
     assert (done.stdout, done.stderr, done.returncode) == ("[0, 1, 4, 9]\n", "", 0)
 
 
@@ -148,6 +146,47 @@ def test_large_arguments_are_writable_and_the_caller_s_own_stays():
     assert back[0].flags.writeable and float(back[1].sum()) == 300_004.0
 
 
+def stored_bytes():
+    return sum(node["store_used_bytes"] for node in clusterpool.nodes())
+
+
+def until(predicate, seconds=20):
+    end = time.monotonic() + seconds
+    while not predicate():
+        assert time.monotonic() < end, "the condition did not come true in time"
+        time.sleep(0.01)
+
+
+def test_a_large_argument_is_stored_once_for_all_tasks_and_calls():
+    until(lambda: stored_bytes() == 0)
+    array = np.random.default_rng(0).random(2_500_000)
+    with parallel_config("clusterpool", n_jobs=2):
+        for _ in range(3):
+            assert Parallel(batch_size=1)(delayed(np.sum)(array) for _ in range(6)) == [array.sum()] * 6
+            assert array.nbytes <= stored_bytes() < array.nbytes * 1.2
+        array[:] = 0
+        assert Parallel()(delayed(np.sum)(array) for _ in range(2)) == [0.0] * 2
+        made = Parallel()(delayed(np.ones)(300_000) for _ in range(4))
+    assert sum(part.sum() for part in made) == 1_200_000
+    del array, made
+    until(lambda: stored_bytes() == 0)
+
+
+def test_sys_exit_of_a_task_is_raised_in_the_caller():
+    with parallel_config("clusterpool", n_jobs=2):
+        with pytest.raises(SystemExit):
+            Parallel()(delayed(sys.exit)(3) for _ in range(2))
+        assert Parallel()(delayed(abs)(i) for i in range(3)) == [0, 1, 2]
+
+
+def test_a_generator_may_be_read_after_the_next_call():
+    with parallel_config("clusterpool", n_jobs=2):
+        first = Parallel(return_as="generator", batch_size=1)(delayed(pid_of)(i) for i in range(30))
+        assert Parallel()(delayed(abs)(i) for i in range(100)) == list(range(100))
+        assert len(list(first)) == 30
+        assert Parallel()(delayed(abs)(i) for i in range(3)) == [0, 1, 2]
+
+
 def test_functions_of_main_see_its_globals_as_they_are_at_each_call():
     code = (
         "import clusterpool\nfrom joblib import Parallel, delayed\n"
@@ -158,9 +197,7 @@ def test_functions_of_main_see_its_globals_as_they_are_at_each_call():
         "factor = 5\n"
         "print(run(delayed(scaled)(i) for i in range(3)))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
     assert (done.stdout, done.stderr) == ("[0, 2, 4]\n[0, 5, 10]\n", "")
 
 
@@ -192,9 +229,7 @@ def test_grid_search_gives_what_it_gives_with_loky(digits):
 def test_random_forest_gives_what_it_gives_with_loky(digits):
     from sklearn.ensemble import RandomForestClassifier
 
-    loky, ours = run_both(
-        lambda: RandomForestClassifier(20, random_state=0).fit(*digits).predict_proba(digits[0])
-    )
+    loky, ours = run_both(lambda: RandomForestClassifier(20, random_state=0).fit(*digits).predict_proba(digits[0]))
     np.testing.assert_array_equal(ours, loky)
 
 
@@ -213,7 +248,5 @@ def test_permutation_importance_gives_what_it_gives_with_loky(digits):
     from sklearn.linear_model import RidgeClassifier
 
     model = RidgeClassifier().fit(*digits)
-    loky, ours = run_both(
-        lambda: permutation_importance(model, *digits, n_repeats=2, random_state=0).importances
-    )
+    loky, ours = run_both(lambda: permutation_importance(model, *digits, n_repeats=2, random_state=0).importances)
     np.testing.assert_array_equal(ours, loky)

@@ -133,8 +133,7 @@ def test_workers_are_kept_for_the_next_call(fake):
 def test_two_calls_at_a_time_have_a_group_each(fake):
     barrier = threading.Barrier(2)
     threads = [
-        threading.Thread(target=lambda: parallel()(delayed(barrier.wait)(10) for _ in range(1)))
-        for _ in range(2)
+        threading.Thread(target=lambda: parallel()(delayed(barrier.wait)(10) for _ in range(1))) for _ in range(2)
     ]
     for thread in threads:
         thread.start()

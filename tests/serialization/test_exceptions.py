@@ -190,7 +190,7 @@ def test_a_class_that_the_receiver_lacks_becomes_a_stand_in_of_its_nearest_base(
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="groups are newer")
 def test_groups_keep_their_members_even_those_that_do_not_pickle() -> None:
-    group = ExceptionGroup("many", [ValueError(1), Fussy(2, why="w"), Holding("h")])  # noqa: F821
+    group = ExceptionGroup("many", [ValueError(1), Fussy(2, why="w"), Holding("h")])
     arrived = sent(group)
     assert type(arrived) is type(group)
     assert [type(one) for one in arrived.exceptions] == [ValueError, Fussy, Holding]  # type: ignore[attr-defined]

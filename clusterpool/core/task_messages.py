@@ -1,0 +1,275 @@
+"""What owners, workers and borrowers tell one another, and what all messages are made of.
+
+A message is a frozen msgspec struct, encoded as a msgpack array that starts with the name of its type; decoding checks
+each field's type, so that malformed bytes are refused at the border and nothing is ever unpickled from a stranger.
+`payload: bytes` fields are opaque here: only serialization/ knows what is inside.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+
+class Address(NamedTuple):
+    """Where a process is: its node, and its name there. A node's own process has the node's id twice."""
+
+    node_id: str
+    process_id: str
+
+
+class TaskKind(IntEnum):
+    """What a worker does with a task's function and arguments."""
+
+    CALL = 0  # function(*args, **kwargs)
+    MAP = 1  # [function(item) for item in items]
+    STARMAP = 2  # [function(*item) for item in items]
+    CREATE_ACTOR = 3  # function is the class
+    ACTOR_CALL = 4  # function is the number 0; the method's name is in the extras
+    STREAM = 5  # function(*args, **kwargs) is a generator; each item is sent as it is made
+
+
+class TaskStatus(IntEnum):
+    """How a task ended, as its worker saw it."""
+
+    OK = 0  # payload is the value
+    ERROR = 1  # payload is the exception, as dump_exception wrote it
+    STORED = 2  # the value lies in the arena of the worker's node
+    CANCELLED = 3
+    LOST = 4  # an argument's stored copy could not be had; the owner decides what to do
+    MULTIPLE = 5  # several return values, each in the extras
+    STREAM_END = 6  # a generator ended after `payload` (an integer in decimal digits) items
+    RETURNED = 7  # never started: taken back, or the worker was about to retire
+
+
+class WorkerKind(IntEnum):
+    """What an owner wants a worker for."""
+
+    TASK = 0  # bounded by resources; an idle worker of the job may be reused
+    GROUP = 1  # a fresh process, not bounded by free resources
+    ACTOR = 2  # a fresh process that holds its resources until it ends
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """Base of everything that has a type of its own on the wire."""
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Base of the pieces that messages are made of."""
+
+
+# --- values and references ------------------------------------------------------------------------------------------
+
+
+class Reference(Part, frozen=True):
+    """An object, as one process tells another of it."""
+
+    owner: Address
+    number: int
+
+
+class StoredValue(Part, frozen=True):
+    """A value that lies in one or more arenas."""
+
+    object_id: str
+    size_bytes: int
+    node_ids: list[str]
+
+
+class ValuePart(Part, frozen=True):
+    """A value on its way: `payload` when small, else where it is stored, else the error in its place."""
+
+    payload: bytes = b""
+    stored: StoredValue | None = None
+    error: bytes = b""
+    lost_kind: str = ""  # names the error class when there is no value and never will be; `lost` says why
+    lost: str = ""
+    references: list[Reference] = []  # refs inside the value; the sender has registered the receiver with their owners
+
+
+# --- owner and worker: tasks ----------------------------------------------------------------------------------------
+
+
+class TaskExtras(Part, frozen=True):
+    """What only some tasks have."""
+
+    attempt: int = 1
+    name: str = ""
+    returns: int = 1
+    arguments: list[ValuePart] = []  # the values of the ObjectRefs among the arguments, by slot
+    references: list[Reference] = []  # refs inside the payload
+    stored: StoredValue | None = None  # the payload itself, when it is large
+    method: str = ""  # ACTOR_CALL
+    concurrency: int = 1  # CREATE_ACTOR: threads or coroutines at once
+
+
+class TaskSpec(Part, frozen=True):
+    """A task as its worker gets it. The results are named after `number`, which is unique for the owner."""
+
+    number: int
+    function: int  # number of a function sent before or with it; 0: the callable is the payload's first item
+    kind: int
+    payload: bytes  # pickle of (args, kwargs), or of a list of items, or of (callable, args, kwargs)
+    extras: TaskExtras | None = None
+
+
+class ResultExtras(Part, frozen=True):
+    """What only some results have."""
+
+    value: ValuePart | None = None
+    values: list[ValuePart] = []
+
+
+class TaskResult(Part, frozen=True):
+    """How one task ended."""
+
+    number: int
+    status: int
+    payload: bytes
+    extras: ResultExtras | None = None
+
+
+class FunctionPart(Part, frozen=True):
+    """A function or class, shipped once to each worker that needs it."""
+
+    number: int
+    payload: bytes
+
+
+class SetupWorker(Message, frozen=True):
+    """First message of an owner to a worker: what to do before any task."""
+
+    env: dict[str, str]
+    payload: bytes  # pickle of (initializer, initargs), or empty
+    name: str
+    lease: int
+    references: list[Reference] = []  # inside the payload
+
+
+class WorkerReady(Message, frozen=True):
+    """The setup is done."""
+
+    lease: int
+
+
+class WorkerSetupFailed(Message, frozen=True):
+    """The initializer raised; the worker ends."""
+
+    lease: int
+    error: bytes
+
+
+class StartTasks(Message, frozen=True):
+    """Run these in order."""
+
+    functions: list[FunctionPart]
+    tasks: list[TaskSpec]
+
+
+class TasksFinished(Message, frozen=True):
+    """Results, in the order in which the tasks ended.
+
+    `run_ns`: time spent running them, all together. `is_blocked`: the task that runs waits for others, so the worker
+    has given back what it had not started and wants nothing more for now.
+    """
+
+    results: list[TaskResult]
+    run_ns: int
+    is_blocked: bool = False
+
+
+class TaskStarted(Message, frozen=True):
+    """A long task has begun (sent only when the worker's message thread has to step in)."""
+
+    number: int
+
+
+class StreamItem(Message, frozen=True):
+    """One item of a generator task."""
+
+    number: int
+    index: int
+    value: ValuePart
+
+
+class ForgetFunctions(Message, frozen=True):
+    """No task of mine will use these again."""
+
+    numbers: list[int]
+
+
+class TakeBackTasks(Message, frozen=True):
+    """Give back up to `count` tasks that have not started, the last ones first; comes back as RETURNED results."""
+
+    count: int
+
+
+class CancelTasks(Message, frozen=True):
+    """Drop these if they have not started; interrupt them if they run."""
+
+    numbers: list[int]
+    interrupt: bool
+
+
+class RetireWorker(Message, frozen=True):
+    """Finish what you have, then end with exit code 0.
+
+    `lingers`: but not while others hold references to your objects, or need the actors that you made.
+    """
+
+    lingers: bool = False
+
+
+# --- owners and borrowers -------------------------------------------------------------------------------------------
+
+
+class ResolveObject(Message, frozen=True):
+    """Tell me the value (or where it is) once there is one."""
+
+    request: int
+    number: int
+
+
+class ObjectResolved(Message, frozen=True):
+    """Answer to ResolveObject."""
+
+    request: int
+    value: ValuePart
+
+
+class AddBorrower(Message, frozen=True):
+    """`borrower` has been, or is about to be, handed `count` references to these objects of yours."""
+
+    borrower: Address
+    numbers: list[int]
+
+
+class RemoveBorrower(Message, frozen=True):
+    """I let go of objects of yours; `counts`: how often I had been handed each."""
+
+    numbers: list[int]
+    counts: list[int]
+
+
+class WatchProcess(Message, frozen=True):
+    """Tell me (ProcessEnded) when this process of your node is no more."""
+
+    process_id: str
+
+
+class ProcessEnded(Message, frozen=True):
+    """The process will never send anything again."""
+
+    address: Address
+    text: str
+
+
+class NodeLost(Message, frozen=True):
+    """A node was declared dead, and all that ran on it."""
+
+    node_id: str
+    text: str
