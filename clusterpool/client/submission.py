@@ -214,7 +214,9 @@ class TaskMaker:
         serialized = dumps_arguments(
             args, kwargs, large_bytes_min=LARGE_BYTES_MIN, store_large=self.stored.reference_to
         )
-        return self._finish(function, serialized, dependencies, held, sink, index, retries, extras, kind)
+        return self._finish(
+            function, serialized, dependencies, held, sink=sink, index=index, retries=retries, extras=extras, kind=kind
+        )
 
     def setup(
         self, initializer: Callable[..., object], initargs: Iterable[Any]
@@ -247,10 +249,12 @@ class TaskMaker:
             (items,), _EMPTY, large_bytes_min=LARGE_BYTES_MIN, store_large=self.stored.reference_to
         )
         held = table.references.get(function, ())
-        return self._finish(function, serialized, [], held, sink, index, retries, None, kind)
+        return self._finish(
+            function, serialized, [], held, sink=sink, index=index, retries=retries, extras=None, kind=kind
+        )
 
     def _finish(
-        self, function: int, serialized: Serialized, dependencies: list[ObjectRef], held: Sequence[ObjectRef],
+        self, function: int, serialized: Serialized, dependencies: list[ObjectRef], held: Sequence[ObjectRef], *,
         sink: Any, index: int, retries: int, extras: TaskExtras | None, kind: int,
     ) -> tuple[Task, e.TaskArguments | None]:  # fmt: skip
         client = self._client

@@ -21,6 +21,7 @@ def open_group(size: int | None, *, address: str | None, **options: Any) -> Work
 
 
 def connect(address: str | None) -> Any:
+    """The client of this process; `address` counts only where none is connected yet."""
     from clusterpool.client import api
 
     if address is not None and not api.is_initialized():

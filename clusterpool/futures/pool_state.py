@@ -273,6 +273,7 @@ def _watch_exit(pool: PoolState) -> None:
 
 
 def await_pending_at_exit() -> None:
+    """As the standard executor does: let what was submitted finish before the interpreter ends."""
     global _exiting
     _exiting = True
     pools = list(_live)

@@ -27,6 +27,7 @@ def open_group(size: int, **options: Any) -> WorkerGroup:
 
 
 def cluster_cpus(address: str | None) -> int:
+    """CPUs of all nodes, 1 at least: what `n_jobs=-1` means."""
     from clusterpool.client import api
 
     connect(address)

@@ -33,6 +33,7 @@ def install() -> None:
 
 
 def make_backend(**options: Any) -> Any:
+    """The factory that joblib is given under the name "clusterpool"."""
     # joblib takes any callable for a factory; ours imports the backend when the first one is wanted.
     from clusterpool.joblib.backend import ClusterpoolBackend
 

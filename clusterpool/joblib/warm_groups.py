@@ -22,6 +22,8 @@ IDLE_GROUPS_MAX = 2
 
 @dataclass
 class WarmGroup:
+    """A worker group, in use or waiting for the next call that wants one like it."""
+
     group: Any
     key: object
     client: Any

@@ -324,7 +324,7 @@ def interleave(make) -> int:
         bytecodes = itertools.count()
         threads: list[threading.Thread] = []
 
-        def trace(frame, event, _, place=place, bytecodes=bytecodes, threads=threads, second=second):
+        def trace(frame, event, _, *, place=place, bytecodes=bytecodes, threads=threads, second=second):
             if frame.f_code.co_filename != future_module.__file__:
                 return None
             frame.f_trace_opcodes = True
