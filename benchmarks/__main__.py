@@ -20,18 +20,12 @@ RESULTS = Path(__file__).parent / "results"
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--quick", is_flag=True, help="Smaller amounts and two rounds: does it all work?")
-@click.option(
-    "--only", multiple=True, type=click.Choice(list(FIGURE_BY_NAME)), help="This figure; may be repeated."
-)
-@click.option(
-    "--contenders", default=",".join(CONTENDERS), show_default=True, help="Whom to measure, with commas."
-)
+@click.option("--only", multiple=True, type=click.Choice(list(FIGURE_BY_NAME)), help="This figure; may be repeated.")
+@click.option("--contenders", default=",".join(CONTENDERS), show_default=True, help="Whom to measure, with commas.")
 @click.option("--repeats", type=click.IntRange(min=1), help="Rounds; 3 unless --quick.")
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS, help="Folder for the results.")
 @click.option("--strict", is_flag=True, help="Exit with 1 if a bar is missed.")
-def main(
-    quick: bool, only: tuple[str, ...], contenders: str, repeats: int | None, output: Path, strict: bool
-) -> None:
+def main(quick: bool, only: tuple[str, ...], contenders: str, repeats: int | None, output: Path, strict: bool) -> None:
     """Measures clusterpool against the others on this machine, in one run.
 
     A complete run writes latest.json, latest.md and latest.png, any other partial.*. The exit code is 1 if
@@ -39,9 +33,7 @@ def main(
     """
     names = [name.strip() for name in contenders.split(",") if name.strip()]
     if unknown := [name for name in names if name not in CONTENDERS]:
-        raise click.BadParameter(
-            f"{', '.join(unknown)}; known are {', '.join(CONTENDERS)}", param_hint="--contenders"
-        )
+        raise click.BadParameter(f"{', '.join(unknown)}; known are {', '.join(CONTENDERS)}", param_hint="--contenders")
     figures = [figure for figure in FIGURES if not only or figure.name in only]
     rounds = repeats or (2 if quick else 3)
     console = Console()
@@ -61,9 +53,7 @@ def main(
     machine = describe_machine()
     output.mkdir(parents=True, exist_ok=True)
     stem = output / ("latest" if is_complete else "partial")
-    stem.with_suffix(".json").write_text(
-        json.dumps(report.json_of(rows, results, machine, note=note), indent=1)
-    )
+    stem.with_suffix(".json").write_text(json.dumps(report.json_of(rows, results, machine, note=note), indent=1))
     stem.with_suffix(".md").write_text(report.markdown_of(rows, results, machine, note=note))
     try:
         title = f"clusterpool and others on {machine['cpus']} CPUs, median cost"

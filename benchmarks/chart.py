@@ -43,9 +43,7 @@ def draw_panel(panel: Any, row: Row) -> None:
     is_missed = any(verdict.is_met is False for verdict in row.verdicts)
     ours = MISSED_COLOUR if is_missed else OUR_COLOUR
     positions = range(len(names))
-    panel.barh(
-        positions, costs, color=[ours if name == OURS else OTHER_COLOUR for name in names], height=0.68
-    )
+    panel.barh(positions, costs, color=[ours if name == OURS else OTHER_COLOUR for name in names], height=0.68)
     panel.set_yticks(list(positions), names, fontsize=8)
     panel.invert_yaxis()
     panel.set_xscale("log")

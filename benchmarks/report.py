@@ -66,9 +66,7 @@ class Row:
         """The bars, or for a figure without any, our value of the run before."""
         if self.verdicts:
             return "; ".join(str(verdict) for verdict in self.verdicts)
-        return (
-            "reported" if self.previous is None else f"reported; was {show(self.previous)} {self.metric.unit}"
-        )
+        return "reported" if self.previous is None else f"reported; was {show(self.previous)} {self.metric.unit}"
 
 
 def rows_of(figures: Sequence[Figure], results: Results, previous: Mapping[str, Any]) -> list[Row]:
@@ -132,9 +130,7 @@ def markdown_of(rows: Sequence[Row], results: Results, machine: Mapping[str, str
     lines += ["| figure | " + " | ".join(columns) + " | bar: measured |"]
     lines += ["|---|" + "---:|" * len(columns) + "---|"]
     lines += [
-        f"| {row.metric.title} | "
-        + " | ".join(row.cell(name) for name in columns)
-        + f" | {row.judgement()} |"
+        f"| {row.metric.title} | " + " | ".join(row.cell(name) for name in columns) + f" | {row.judgement()} |"
         for row in rows
     ]
     lines += ["", f"{summary_of(rows)}. Medians, less is better; ~ scaled up from fewer tasks."]
@@ -143,9 +139,7 @@ def markdown_of(rows: Sequence[Row], results: Results, machine: Mapping[str, str
     return "\n".join(lines) + "\n"
 
 
-def json_of(
-    rows: Sequence[Row], results: Results, machine: Mapping[str, str], *, note: str
-) -> dict[str, Any]:
+def json_of(rows: Sequence[Row], results: Results, machine: Mapping[str, str], *, note: str) -> dict[str, Any]:
     """For programs: medians, bars and every sample."""
     medians: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:

@@ -74,9 +74,7 @@ def run_all(
     return results
 
 
-def run_sample(
-    figure: Figure, contender: str, *, quick: bool, environment: dict[str, str]
-) -> dict[str, float]:
+def run_sample(figure: Figure, contender: str, *, quick: bool, environment: dict[str, str]) -> dict[str, float]:
     """One fresh process, its group killed afterwards. Raises SampleFailed."""
     divisor = figure.divisors.get(contender, 1)
     amount = max((figure.quick_amount if quick else figure.amount) // divisor, 1)

@@ -443,8 +443,7 @@ def _checked_fields(kind: Any, text: str) -> dict[str, Any]:
     ]
     if unknown or missing:
         raise ValueError(
-            f"{kind.__name__} has unknown fields {unknown} and lacks {missing}; "
-            "was it written by another version?"
+            f"{kind.__name__} has unknown fields {unknown} and lacks {missing}; was it written by another version?"
         )
     return found
 

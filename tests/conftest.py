@@ -75,9 +75,7 @@ class Run:
         held_folders = frozenset().union(*(held.folders for held in self.held))
         held_segments = frozenset().union(*(held.segments for held in self.held))
         segments = {
-            name
-            for name in segments - held_segments
-            if not is_mapped_by_a_legitimate_process(name, pids - allowed)
+            name for name in segments - held_segments if not is_mapped_by_a_legitimate_process(name, pids - allowed)
         }
         return Leftovers(frozenset(pids - allowed), frozenset(segments), folders - held_folders)
 
@@ -169,9 +167,7 @@ def is_running(pid: int) -> bool:
 def describe_process(pid: int) -> str:
     """The command line, for the message of a failure."""
     try:
-        command = (
-            Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        )
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
         return "(gone)"
     return command or "(a zombie, not waited for)"

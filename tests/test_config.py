@@ -63,9 +63,7 @@ def test_a_config_survives_json() -> None:
         ({"is_embedded": True}, "driver_pid"),
     ],
 )
-def test_a_bad_config_is_refused_with_the_field_that_is_wrong(
-    changes: dict[str, object], message: str
-) -> None:
+def test_a_bad_config_is_refused_with_the_field_that_is_wrong(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         node_config(**changes)
 
@@ -119,9 +117,7 @@ class TestBaseFolder:
         monkeypatch.setenv("CLUSTERPOOL_TMPDIR", "/short")
         assert base_folder() == Path("/short")
 
-    def test_is_not_a_runtime_folder_that_the_last_logout_removes(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_is_not_a_runtime_folder_that_the_last_logout_removes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("USER", "nobody-who-lingers")
         monkeypatch.setattr(os, "access", lambda path, mode: True)
         monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/12345")
@@ -134,16 +130,11 @@ class TestBaseFolder:
         with pytest.warns(UserWarning, match="CLUSTERPOOL_TMPDIR is too long"):
             assert base_folder() == Path("/tmp")
 
-    def test_the_longest_base_folder_has_room_for_the_longest_socket(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_longest_base_folder_has_room_for_the_longest_socket(self, monkeypatch: pytest.MonkeyPatch) -> None:
         longest = "/" + "a" * (config.SOCKET_PATH_BYTES_MAX - len(config._LONGEST_BELOW_BASE) - 1)
         monkeypatch.setenv("CLUSTERPOOL_TMPDIR", longest)
         session = SessionPaths(base_folder() / f"clusterpool-{os.getuid()}" / "s-12345678")
-        assert (
-            len(str(session.node("n" + "0" * 10).process_socket("w" + "0" * 12)))
-            == config.SOCKET_PATH_BYTES_MAX
-        )
+        assert len(str(session.node("n" + "0" * 10).process_socket("w" + "0" * 12))) == config.SOCKET_PATH_BYTES_MAX
 
 
 def test_the_users_folder_is_private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -214,9 +205,7 @@ class TestClusterRecord:
         (home / "cluster.json").write_text(text)
         assert read_cluster_record() is None
 
-    def test_of_another_user_counts_as_none(
-        self, record: ClusterRecord, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_of_another_user_counts_as_none(self, record: ClusterRecord, monkeypatch: pytest.MonkeyPatch) -> None:
         write_cluster_record(record)
         monkeypatch.setattr(os, "getuid", lambda: 12345678)
         assert read_cluster_record() is None

@@ -103,9 +103,7 @@ def pool_measures(make_pool: Callable[[], Any]) -> dict[str, Measure]:
         "map_chunk1": lambda tasks: with_pool(
             lambda pool: time_tasks(lambda n: pool.map(noop, range(n), chunksize=1), tasks)
         ),
-        "map_default": lambda tasks: with_pool(
-            lambda pool: time_tasks(lambda n: pool.map(noop, range(n)), tasks)
-        ),
+        "map_default": lambda tasks: with_pool(lambda pool: time_tasks(lambda n: pool.map(noop, range(n)), tasks)),
         "apply": lambda calls: with_pool(
             lambda pool: {"round_trip_us": time_round_trips(lambda: pool.apply(noop, (1,)), calls)}
         ),
@@ -115,9 +113,7 @@ def pool_measures(make_pool: Callable[[], Any]) -> dict[str, Measure]:
         "arrays_back": lambda size_bytes: with_pool(
             lambda pool: time_arrays_back(lambda arguments: pool.map(give_back, arguments), size_bytes)
         ),
-        "idle_worker": lambda _: with_pool(
-            lambda pool: idle_memory(lambda: pool.map(process_id, range(20), 1))
-        ),
+        "idle_worker": lambda _: with_pool(lambda pool: idle_memory(lambda: pool.map(process_id, range(20), 1))),
     }
 
 
@@ -138,9 +134,7 @@ def executor_measures(make_executor: Callable[[], Any]) -> dict[str, Measure]:
             pass
 
     return {
-        "submit": lambda tasks: with_executor(
-            lambda executor: time_tasks(lambda n: submit(executor, n), tasks)
-        ),
+        "submit": lambda tasks: with_executor(lambda executor: time_tasks(lambda n: submit(executor, n), tasks)),
         "map_chunk1": lambda tasks: with_executor(
             lambda executor: time_tasks(lambda n: map_chunks(executor, n, 1), tasks)
         ),
@@ -148,19 +142,13 @@ def executor_measures(make_executor: Callable[[], Any]) -> dict[str, Measure]:
             lambda executor: time_tasks(lambda n: map_chunks(executor, n, default_chunksize(n)), tasks)
         ),
         "apply": lambda calls: with_executor(
-            lambda executor: {
-                "round_trip_us": time_round_trips(lambda: executor.submit(noop, 1).result(), calls)
-            }
+            lambda executor: {"round_trip_us": time_round_trips(lambda: executor.submit(noop, 1).result(), calls)}
         ),
         "array_to_tasks": lambda size_bytes: with_executor(
-            lambda executor: time_array_to_tasks(
-                lambda array: list(executor.map(touch, [array] * 8)), size_bytes
-            )
+            lambda executor: time_array_to_tasks(lambda array: list(executor.map(touch, [array] * 8)), size_bytes)
         ),
         "arrays_back": lambda size_bytes: with_executor(
-            lambda executor: time_arrays_back(
-                lambda arguments: list(executor.map(give_back, arguments)), size_bytes
-            )
+            lambda executor: time_arrays_back(lambda arguments: list(executor.map(give_back, arguments)), size_bytes)
         ),
         "idle_worker": lambda _: with_executor(
             lambda executor: idle_memory(lambda: list(executor.map(process_id, range(20))))
@@ -203,9 +191,7 @@ def time_fresh_program(program: str) -> Sample:
     first_s, exit_s = [], []
     for _ in range(ROUNDS + 1):
         started_s = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         assert process.stdout is not None
         line = process.stdout.readline()
         first_s.append(time.perf_counter() - started_s)

@@ -52,9 +52,7 @@ def with_client(measure: Callable[[Any, int], Sample]) -> Measure:
 
 def submit(client: Any, tasks: int) -> Sample:
     """`pure=False`, since Dask would otherwise run calls that look alike only once."""
-    return time_tasks(
-        lambda n: client.gather([client.submit(noop, item, pure=False) for item in range(n)]), tasks
-    )
+    return time_tasks(lambda n: client.gather([client.submit(noop, item, pure=False) for item in range(n)]), tasks)
 
 
 def map_chunk1(client: Any, tasks: int) -> Sample:
@@ -72,9 +70,7 @@ def array_to_tasks(client: Any, size_bytes: int) -> Sample:
 
     def run(array: Any) -> Sequence[float]:
         stored = client.scatter(array, broadcast=True, hash=False)
-        totals: list[float] = client.gather(
-            [client.submit(touch, stored, pure=False) for _ in range(ARRAY_TASKS)]
-        )
+        totals: list[float] = client.gather([client.submit(touch, stored, pure=False) for _ in range(ARRAY_TASKS)])
         return totals
 
     return time_array_to_tasks(run, size_bytes)

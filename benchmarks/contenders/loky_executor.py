@@ -20,8 +20,6 @@ FIGURES: dict[str, Measure] = {
     **executor_measures(lambda: loky.ProcessPoolExecutor(WORKERS)),
     **joblib_measures("loky"),
     "first_result": lambda _: time_fresh_program(
-        EXECUTOR_PROGRAM.format(
-            imports="from loky import ProcessPoolExecutor", make_executor="ProcessPoolExecutor(2)"
-        )
+        EXECUTOR_PROGRAM.format(imports="from loky import ProcessPoolExecutor", make_executor="ProcessPoolExecutor(2)")
     ),
 }

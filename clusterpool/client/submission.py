@@ -107,6 +107,8 @@ class FunctionTable:
 
     def _drop(self, number: int) -> None:
         self.references.pop(number, None)
+        if self._client.is_closed:
+            return  # also at the interpreter's end, when the names below are gone
         self._client.handle_event_later(e.FunctionsDropped([number]))
 
     def clear(self) -> None:
@@ -218,9 +220,7 @@ class TaskMaker:
             function, serialized, dependencies, held, sink=sink, index=index, retries=retries, extras=extras, kind=kind
         )
 
-    def setup(
-        self, initializer: Callable[..., object], initargs: Iterable[Any]
-    ) -> tuple[bytes, tuple[ObjectRef, ...]]:
+    def setup(self, initializer: Callable[..., object], initargs: Iterable[Any]) -> tuple[bytes, tuple[ObjectRef, ...]]:
         """An initializer as each worker of a group gets it, and the references that must live as long as the group.
 
         Raises: what pickle raises; ObjectTooLarge, StoreFull.

@@ -166,14 +166,10 @@ class Values:
     def load_stored(self, stored: m.StoredValue) -> Any:
         """The value of a stored object, in place."""
         client = self._client
-        answer = self._ask(
-            lambda request: m.PinObject(request, stored), lambda: client.unpin(stored.object_id)
-        )
+        answer = self._ask(lambda request: m.PinObject(request, stored), lambda: client.unpin(stored.object_id))
         return self.loaded(stored, answer)
 
-    def load_stored_nowait(
-        self, stored: m.StoredValue, on_loaded: Callable[[Any, BaseException | None], None]
-    ) -> None:
+    def load_stored_nowait(self, stored: m.StoredValue, on_loaded: Callable[[Any, BaseException | None], None]) -> None:
         """Load a stored object, and have `on_loaded(value, error)` called as a delivery."""
         client = self._client
 

@@ -154,7 +154,9 @@ class WorkerGroup:
                 if len(batch) >= _SLICE_TASKS:
                     client.submit_tasks(self._number, batch)
                     batch = []
-        if batch:
+        if len(batch) == 1:
+            client.submit_task(self._number, batch[0])  # a lazy iterable gives one at a time: gather them
+        elif batch:
             client.submit_tasks(self._number, batch)
         functions.done_with(function_number)
         return numbers

@@ -177,12 +177,8 @@ def errors_mapped(where: str) -> Iterator[None]:
 def _response_error(where: str, exc: Exception) -> Exception:
     text = str(exc)
     if text.startswith(("NOAUTH", "WRONGPASS", "NOPERM")):
-        return AuthenticationFailed(
-            f"the control store at {where} refused us: {text}; check user and password"
-        )
-    if text.startswith(
-        ("MISCONF", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "LOADING", "TRYAGAIN", "UNBLOCKED")
-    ):
+        return AuthenticationFailed(f"the control store at {where} refused us: {text}; check user and password")
+    if text.startswith(("MISCONF", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "LOADING", "TRYAGAIN", "UNBLOCKED")):
         return NotConnected(f"the control store at {where} cannot serve us now: {text}")
     return ProtocolError(
         f"the control store at {where} did not understand us: {text}; it must be Redis 6.2 or later, or "

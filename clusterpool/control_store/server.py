@@ -89,13 +89,9 @@ class ServerProcess:
         if unix_socket_path is None and host is None:
             raise ValueError("a server needs a unix_socket_path, a host, or both")
         if host is not None and not password:
-            raise ValueError(
-                f"a server on TCP ({host}) needs a password: anybody on the network could use it"
-            )
+            raise ValueError(f"a server on TCP ({host}) needs a password: anybody on the network could use it")
         if unix_socket_path is not None and len(os.fsencode(unix_socket_path)) > SOCKET_PATH_MAX_BYTES:
-            raise ValueError(
-                f"the path of a socket has at most {SOCKET_PATH_MAX_BYTES} bytes: {unix_socket_path}"
-            )
+            raise ValueError(f"the path of a socket has at most {SOCKET_PATH_MAX_BYTES} bytes: {unix_socket_path}")
         program = Path(binary) if binary is not None else find_server_binary()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if host is not None and port == 0:
@@ -108,11 +104,7 @@ class ServerProcess:
         # With data to save it is asked to end, without it is ended.
         death_signal = (signal.SIGTERM if appendonly else signal.SIGKILL) if dies_with_parent else None
         popen = _launch([str(program), str(config)], folder, death_signal, pass_fds)
-        url = (
-            f"unix://{unix_socket_path}"
-            if unix_socket_path is not None
-            else f"redis://{_in_url(host)}:{port}/0"
-        )
+        url = f"unix://{unix_socket_path}" if unix_socket_path is not None else f"redis://{_in_url(host)}:{port}/0"
         ticks = _start_ticks(popen.pid) or 0
         server = cls(folder, pid=popen.pid, start_ticks=ticks, url=url, popen=popen, password=password)
         record = {"pid": server.pid, "start_ticks": server._start_ticks, "url": url}
@@ -274,9 +266,7 @@ def _launch(
             preexec_fn=None if death_signal is None else _death_tie(death_signal),
         )
     except OSError as exc:
-        raise StartFailed(
-            f"{command[0]} could not be started: {exc}; is it a program for this machine?"
-        ) from exc
+        raise StartFailed(f"{command[0]} could not be started: {exc}; is it a program for this machine?") from exc
     finally:
         os.close(descriptor)
 

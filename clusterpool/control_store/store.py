@@ -74,9 +74,7 @@ class ControlStore:
         check_url(url)
         store = cls(None, address=redacted(url), cluster_id=cluster_id, replicas_min=replicas_min)
         with errors_mapped(store.address):
-            store._client = open_client(
-                url, username=username, password=password, on_connect=store._connected
-            )
+            store._client = open_client(url, username=username, password=password, on_connect=store._connected)
         deadline_s = time.monotonic() + timeout_s
         while True:
             try:
@@ -147,9 +145,7 @@ class ControlStore:
                     load=decode_record(loads[node_id], NodeLoad) if node_id in loads else None,
                 )
             )
-        return NodesSnapshot(
-            nodes=nodes, last_event_id=int(number or 0), generation=(generation or b"").decode()
-        )
+        return NodesSnapshot(nodes=nodes, last_event_id=int(number or 0), generation=(generation or b"").decode())
 
     # Jobs
 
@@ -211,9 +207,7 @@ class ControlStore:
             for actor_id in actor_ids:
                 pipeline.hgetall(self.keys.actor(actor_id))
             answers = pipeline.execute()
-        entries = (
-            _actor_entry(actor_id, answer) for actor_id, answer in zip(actor_ids, answers, strict=True)
-        )
+        entries = (_actor_entry(actor_id, answer) for actor_id, answer in zip(actor_ids, answers, strict=True))
         # Between the two questions an actor may have died.
         return [entry for entry in entries if entry is not None and entry.state != DEAD]
 
@@ -294,9 +288,7 @@ class ControlStore:
         if events and events[0].id != after_id + 1:
             raise EventsLost(f"the events {after_id + 1} to {events[0].id - 1} are no longer kept")
         if not events and (last_id := self.last_event_id()) < after_id:
-            raise EventsLost(
-                f"the store's last event is {last_id}, but {after_id} had been read: it lost some"
-            )
+            raise EventsLost(f"the store's last event is {last_id}, but {after_id} had been read: it lost some")
         return events
 
     def last_event_id(self) -> int:

@@ -132,9 +132,7 @@ class Allocator:
         assert position == self.capacity_bytes, f"the blocks end at {position}, not {self.capacity_bytes}"
         assert self.used_bytes == sum(self._size_by_used_offset.values())
         assert self.frontier_bytes <= self.capacity_bytes
-        assert (
-            sorted((size, offset) for offset, size in self._free_size_by_offset.items()) == self._free_by_size
-        )
+        assert sorted((size, offset) for offset, size in self._free_size_by_offset.items()) == self._free_by_size
         assert all(offset + size <= self.frontier_bytes for size, offset in self._free_by_size)
 
     def _tail_offset(self) -> int:

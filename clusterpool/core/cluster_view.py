@@ -42,9 +42,7 @@ class NodeEntry(msgspec.Struct, frozen=True):
 
     record: NodeRecord
     incarnation: int
-    heartbeat_us: (
-        int  # the server's clock at the last heartbeat, in microseconds since 1970; compare, do not subtract
-    )
+    heartbeat_us: int  # the server's clock at the last heartbeat, in microseconds since 1970; compare, do not subtract
     silence_s: float  # the server's clock now, less its clock then
     load: NodeLoad | None = None  # None until the first heartbeat
 
@@ -103,9 +101,7 @@ class ClusterView:
     def trusted_peers(self) -> list[NodeView]:
         """The other nodes to which work may be sent."""
         return [
-            view
-            for view in self._view_by_node.values()
-            if view.node_id != self.own_node_id and not view.is_suspect
+            view for view in self._view_by_node.values() if view.node_id != self.own_node_id and not view.is_suspect
         ]
 
     def total(self) -> dict[str, float]:

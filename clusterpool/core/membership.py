@@ -48,9 +48,7 @@ class HeartbeatAnswer(Enum):
 
     ACCEPTED = "accepted"
     FENCED = "fenced"  # another node declared this incarnation dead, or a newer incarnation registered
-    FORGOTTEN = (
-        "forgotten"  # the store itself lost the registration (restarted empty, an old replica took over)
-    )
+    FORGOTTEN = "forgotten"  # the store itself lost the registration (restarted empty, an old replica took over)
 
 
 class JoinRequested(NamedTuple):

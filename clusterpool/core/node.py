@@ -1,11 +1,11 @@
 """Everything that one node decides: the composite of its parts.
 
-    shell --event--> NodeMachine --command--> shell
-                       |- Scheduler     leases, workers, resources
-                       |- Environments  forks that wait for packages
-                       |- NodeObjects   store, transfers
-                       |- NodeActors    registry of actors
-                       |- Membership    the other nodes
+shell --event--> NodeMachine --command--> shell
+                   |- Scheduler     leases, workers, resources
+                   |- Environments  forks that wait for packages
+                   |- NodeObjects   store, transfers
+                   |- NodeActors    registry of actors
+                   |- Membership    the other nodes
 """
 
 from __future__ import annotations

@@ -1,25 +1,347 @@
-"""What two nodes, rather than their processes, tell each other: how busy they are, and who leaves."""
+"""What processes and their node tell one another: about workers, objects, actors and the cluster."""
 
 from __future__ import annotations
 
-from clusterpool.core.cluster_view import NodeLoad
-from clusterpool.core.messages import Address, Message
+from clusterpool.core.task_messages import Address, Message, Part, StoredValue
+
+# --- processes and their node ---------------------------------------------------------------------------------------
 
 
-class LoadChanged(Message, frozen=True):
-    """To a node that has sent requests here: how busy this one is now."""
+class Hello(Message, frozen=True):
+    """First message on every connection, both ways."""
+
+    protocol: int
+    address: Address
+    kind: str  # "driver", "worker", "node", "tool"
+    pid: int
+    job_id: str
+    python_version: str
+    version: str = ""  # of clusterpool
+
+
+class JobPart(Part, frozen=True):
+    """What a worker must know of the job that it works for."""
+
+    job_id: str
+    namespace: str
+    host: str
+    cwd: str
+    sys_path: list[str]
+    main_path: str
+    env: dict[str, str]
+    runtime_env: str  # JSON
+    owner: Address
+    detached: bool = False
+    authkey: bytes = b""  # of the driver's `multiprocessing`: workers need it to use proxies of its managers
+
+
+class RegisterProcess(Message, frozen=True):
+    """A driver or worker joins its node. A driver brings its job."""
+
+    job: JobPart | None
+    wants_logs: bool = False
+
+
+class Registered(Message, frozen=True):
+    """Answer to RegisterProcess."""
 
     node_id: str
-    load: NodeLoad
+    cluster_id: str
+    host: str
+    arena_path: str
+    arena_bytes: int
+    processes_folder: str
+    num_cpus: float
 
 
-class EndJob(Message, frozen=True):
-    """From the node of a driver that leaves, to a node that has workers of its job: end them."""
-
-    owner: Address
+class LeaveNode(Message, frozen=True):
+    """A driver ends in good order: clean up, pass on the last lines that its workers printed, and answer LeftNode."""
 
 
-class JobEnded(Message, frozen=True):
-    """Answer to EndJob: they have ended, and what they printed went ahead of this."""
+class LeftNode(Message, frozen=True):
+    """Answer to LeaveNode."""
 
-    owner: Address
+
+class WorkerDemand(Part, frozen=True):
+    """What kind of worker is wanted."""
+
+    kind: int
+    resources: dict[str, float]
+    name: str = ""
+    env: dict[str, str] = {}
+    strategy: str = ""  # "", "spread", "node:<id>" (must be there), "near:<id>" (rather there)
+    stored: list[StoredValue] = []  # large arguments of the first task: placed where their bytes are
+    actor_id: str = ""
+
+
+class RequestWorkers(Message, frozen=True):
+    """Lease me `count` workers of this kind."""
+
+    request: int
+    count: int
+    demand: WorkerDemand
+    job: JobPart
+    hops: int = 0
+    origin: Address | None = None  # the owner, when a node passes the request on
+
+
+class CancelRequest(Message, frozen=True):
+    """I need `count` fewer of what I asked for with this request."""
+
+    request: int
+    count: int
+
+
+class WorkerPart(Part, frozen=True):
+    """A leased worker."""
+
+    address: Address
+    pid: int
+    host: str
+    lease: int
+    gpu_ids: list[int] = []
+
+
+class WorkerGranted(Message, frozen=True):
+    """One of the workers that you asked for."""
+
+    request: int
+    worker: WorkerPart
+
+
+class RequestFailed(Message, frozen=True):
+    """These workers will never come. `kind`: `infeasible`, `start_failed`, `environment`."""
+
+    request: int
+    count: int
+    kind: str
+    text: str
+
+
+class ReleaseWorkers(Message, frozen=True):
+    """I need these leases no more. `ends`: the process retires by itself (do not hand it to anybody else)."""
+
+    leases: list[int]
+    ends: bool
+
+
+class KillWorker(Message, frozen=True):
+    """End this worker of mine at once, with this signal."""
+
+    lease: int
+    signal: int
+    text: str
+
+
+class ReclaimLeases(Message, frozen=True):
+    """Others are waiting: give back leases that you do not use right now."""
+
+
+class WorkerExited(Message, frozen=True):
+    """A worker that you hold is no more. `exit_code`: negative for a signal, as in multiprocessing.
+
+    `task`: the number of the task that it ran; 0 when it ran none, -1 when nobody knows.
+    """
+
+    lease: int
+    address: Address
+    exit_code: int
+    text: str
+    task: int = -1
+
+
+class WorkerBlocked(Message, frozen=True):
+    """I wait for other tasks: my CPU is free for them."""
+
+
+class WorkerUnblocked(Message, frozen=True):
+    """I go on."""
+
+
+class LogLines(Message, frozen=True):
+    """What a worker of your job printed. `stream`: 1 standard output, 2 standard error."""
+
+    name: str
+    pid: int
+    node_id: str
+    stream: int
+    lines: list[str]
+
+
+# --- the object store -----------------------------------------------------------------------------------------------
+
+
+class CreateObject(Message, frozen=True):
+    """Make room in the arena."""
+
+    request: int
+    object_id: str
+    size_bytes: int
+
+
+class ObjectCreated(Message, frozen=True):
+    """Write it at `offset`, then seal it."""
+
+    request: int
+    offset: int
+
+
+class StoreFailed(Message, frozen=True):
+    """Answer to CreateObject or PinObject. `kind`: `too_large`, `store_full`, `disk_full`, `lost`, `exists`."""
+
+    request: int
+    kind: str
+    text: str
+
+
+class SealObject(Message, frozen=True):
+    """The bytes are there; the object can be read from now on."""
+
+    object_id: str
+
+
+class AbortObject(Message, frozen=True):
+    """I shall not finish writing this."""
+
+    object_id: str
+
+
+class PinObject(Message, frozen=True):
+    """Bring the object to my node if it is not there, and keep it where it is while I read it."""
+
+    request: int
+    stored: StoredValue
+
+
+class ObjectPinned(Message, frozen=True):
+    """The object is at `offset` of the arena and stays there until you unpin it. `is_scarce`: copy, and unpin now."""
+
+    request: int
+    offset: int
+    size_bytes: int
+    is_scarce: bool = False
+
+
+class UnpinObjects(Message, frozen=True):
+    """I read these no more."""
+
+    object_ids: list[str]
+
+
+class FreeObjects(Message, frozen=True):
+    """From the owner: nobody will ask for these again."""
+
+    object_ids: list[str]
+
+
+# --- actors ---------------------------------------------------------------------------------------------------------
+
+
+class ActorPart(Part, frozen=True):
+    """What a handle needs to know of an actor."""
+
+    actor_id: str
+    class_name: str
+    methods: dict[str, int]  # name to number of return values (-1: streaming)
+    address: Address | None
+    state: str  # "pending", "alive", "dead"
+    text: str = ""
+    name: str = ""
+    namespace: str = ""
+    detached: bool = False
+    job_id: str = ""
+
+
+class RegisterActor(Message, frozen=True):
+    """Make the actor known to the cluster, and claim its name."""
+
+    request: int
+    actor: ActorPart
+    get_if_exists: bool = False
+
+
+class ActorChanged(Message, frozen=True):
+    """From the creator: it runs at `address` now, or its constructor failed."""
+
+    actor: ActorPart
+
+
+class LocateActor(Message, frozen=True):
+    """Tell me where this actor is (by id, or by name and namespace) once it is alive or dead."""
+
+    request: int
+    actor_id: str
+    name: str
+    namespace: str
+
+
+class ActorLocated(Message, frozen=True):
+    """Answer to RegisterActor (state `pending` or `taken`) and to LocateActor (`alive`, `dead`, `unknown`)."""
+
+    request: int
+    actor: ActorPart
+
+
+class KillActor(Message, frozen=True):
+    """End the actor, wherever it is."""
+
+    actor_id: str
+    address: Address | None
+
+
+# --- questions about the cluster ------------------------------------------------------------------------------------
+
+
+class DescribeCluster(Message, frozen=True):
+    """What nodes are there, and what do they do?"""
+
+    request: int
+
+
+class NodePart(Part, frozen=True):
+    """One node, as the command line and `nodes()` show it."""
+
+    node_id: str
+    host: str
+    alive: bool
+    is_head: bool
+    total: dict[str, float]
+    available: dict[str, float]
+    workers: int
+    queue_length: int
+    store_bytes: int
+    store_used_bytes: int
+    spilled_bytes: int
+    pid: int
+    address: str
+    details: dict[str, float] = {}
+
+
+class ClusterDescribed(Message, frozen=True):
+    """Answer to DescribeCluster."""
+
+    request: int
+    nodes: list[NodePart]
+
+
+class StopNode(Message, frozen=True):
+    """From the command line: end yourself in good order. `all_nodes`: and every other node first."""
+
+    all_nodes: bool
+
+
+# --- between nodes --------------------------------------------------------------------------------------------------
+
+
+class Relay(Message, frozen=True):
+    """A message between processes of two nodes, on its way through theirs. `body`: the encoded message."""
+
+    destination: Address
+    source: Address
+    body: bytes
+
+
+class Undeliverable(Message, frozen=True):
+    """No process of this name is on the node (any more)."""
+
+    address: Address

@@ -133,9 +133,7 @@ class NodeObjects:
 
     def _pin_granted(self, command: s.GrantPin) -> Commands:
         if command.client.startswith(_SERVE):
-            return self._serve(
-                t.ServingPinned(command.request, command.object_id, command.offset, command.size_bytes)
-            )
+            return self._serve(t.ServingPinned(command.request, command.object_id, command.offset, command.size_bytes))
         if self._wanted.pop((command.client, command.request), None) is None:
             return self._put(s.Unpinned(command.client, [command.object_id]))
         message = m.ObjectPinned(command.request, command.offset, command.size_bytes, command.is_scarce)

@@ -287,4 +287,3 @@ class Stream:
         self.items: list[int] = []  # object numbers, by index
         self.count: int | None = None  # known once it has ended well
         self.is_ended = False
-

@@ -134,9 +134,7 @@ class OwnershipTable:
         if reference.owner == self.address:
             record = self.owned.get(reference.number)
             if record is None:
-                return ValuePart(
-                    lost_kind="object_lost", lost="the object was freed: no reference to it was left"
-                )
+                return ValuePart(lost_kind="object_lost", lost="the object was freed: no reference to it was left")
             return record.value
         borrowed = self.borrowed.get((reference.owner, reference.number))
         return borrowed.value if borrowed is not None else None

@@ -81,9 +81,7 @@ class Worker:
 class Scheduler:
     """The leases of one node."""
 
-    def __init__(
-        self, node_id: str, host: str, total: dict[str, float], *, process_ids: Iterator[str]
-    ) -> None:
+    def __init__(self, node_id: str, host: str, total: dict[str, float], *, process_ids: Iterator[str]) -> None:
         self.node_id = node_id
         self.host = host
         self.pool = ResourcePool(total)

@@ -42,9 +42,7 @@ def _check_pins(index: StoreIndex) -> None:
         if item.pin_count:
             assert item.state in (State.SEALED, State.SPILLING), f"{item} is pinned without bytes"
         if item.waiters:
-            assert item.state not in (State.SEALED, State.SPILLING, State.SPILLED), (
-                f"{item} keeps one waiting"
-            )
+            assert item.state not in (State.SEALED, State.SPILLING, State.SPILLED), f"{item} keeps one waiting"
     assert not counts, f"pins on objects that are not here: {counts}"
     pinned = sum(item.room_bytes for item in index.objects.values() if item.pin_count)
     assert pinned == index.pinned_bytes, f"{pinned} are pinned, counted {index.pinned_bytes}"
@@ -72,6 +70,4 @@ def _check_queue(index: StoreIndex) -> None:
         room = index.objects[head_id].room_bytes
         assert index.allocator.largest_free_bytes < room, f"{head_id} waits though there is room"
         can_drop = index.allocator.free_bytes + index.droppable.total_bytes + index.spilling_bytes >= room
-        assert not (can_drop and index.droppable.room_by_id), (
-            f"{head_id} waits though copies could be dropped"
-        )
+        assert not (can_drop and index.droppable.room_by_id), f"{head_id} waits though copies could be dropped"

@@ -37,9 +37,7 @@ class DiskThread:
         except OSError as exc:
             logger.warning("the arena cannot grow: %s", exc)
             return s.ArenaExhausted(command.object_id, self._arena.reserved_bytes)
-        return e.PagesReserved(
-            command.client, command.request, command.object_id, command.offset, command.size_bytes
-        )
+        return e.PagesReserved(command.client, command.request, command.object_id, command.offset, command.size_bytes)
 
     def take(self, command: Any, send: Callable[[Address, Message], None]) -> bool:
         """Carry out a command of the store or the transfers; whether it was one."""

@@ -1,8 +1,8 @@
 """The node's loop: one thread that carries messages between its processes, its machine, and the outside.
 
-    drivers, workers --unix sockets--+              +--> zygote (forks, ends workers)
-    other nodes ------zmq, TCP-------+-- NodeMachine+--> arena, disk thread (spill)
-    zygote, log pipes, threads ------+              +--> control-store thread
+drivers, workers --unix sockets--+              +--> zygote (forks, ends workers)
+other nodes ------zmq, TCP-------+-- NodeMachine+--> arena, disk thread (spill)
+zygote, log pipes, threads ------+              +--> control-store thread
 """
 
 from __future__ import annotations
@@ -260,7 +260,8 @@ class NodeShell:
             self.receive(connection)
 
     def receive(self, connection: stream.Connection) -> bool:
-        """Handle what a process has sent; whether its connection has ended."""
+        """Handle what a process has sent; whether there may be more."""
+        frames: list[bytes] = []
         try:
             frames, ended = connection.receive()
             for frame in frames:
@@ -271,14 +272,14 @@ class NodeShell:
             ended = True
         if ended:
             self._disconnected(connection)
-        return ended
+        return bool(frames) and not ended
 
     def drain(self, process_id: str) -> None:
         """A process has ended: handle all that it had sent, before its end is reported."""
         connection = self.connections.get(process_id)
-        while connection is not None and not connection.is_closed:
-            if self.receive(connection):
-                return
+        # To the end of what is there, not of the stream: a child of the worker may hold the socket open.
+        while connection is not None and not connection.is_closed and self.receive(connection):
+            pass
 
     def _arrived(self, connection: stream.Connection, message: Message) -> None:
         kind = type(message)

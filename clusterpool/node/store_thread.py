@@ -203,15 +203,11 @@ class StoreThread:
         if actor.name:
             self._op_find_actor(actor.namespace, actor.name)  # frees the name if its holder's node is gone
         record = msgspec.json.encode(actor)
-        self._store.create_actor(
-            actor.actor_id, record, state=actor.state, name=actor.name, namespace=actor.namespace
-        )
+        self._store.create_actor(actor.actor_id, record, state=actor.state, name=actor.name, namespace=actor.namespace)
 
     def _op_update_actor(self, actor: m.ActorPart) -> None:
         address = ",".join(actor.address) if actor.address is not None else ""
-        self._store.update_actor(
-            actor.actor_id, (), actor.state, {"address": address, "text": actor.text}
-        )
+        self._store.update_actor(actor.actor_id, (), actor.state, {"address": address, "text": actor.text})
         # A lone node does not follow the feed; in a cluster hearing it twice does no harm.
         self._post(e.ActorEventRead(actor.actor_id))
 
@@ -282,6 +278,4 @@ def _actor_of_entry(entry: Any) -> m.ActorPart | None:
     actor = msgspec.json.decode(entry.record, type=m.ActorPart)
     address = entry.fields.get("address", "")
     where = m.Address(*address.split(",")) if address else None
-    return msgspec.structs.replace(
-        actor, state=entry.state, address=where, text=entry.fields.get("text", actor.text)
-    )
+    return msgspec.structs.replace(actor, state=entry.state, address=where, text=entry.fields.get("text", actor.text))

@@ -230,8 +230,7 @@ def _choose_folder(wish_bytes: int, shared_memory: Path, fallback: Path | None) 
         return shared_memory, wish_bytes
     if allowed_bytes >= SHM_BYTES_MIN:
         logger.warning(
-            "the object store got %.0f MB instead of %.0f MB: %s has %.0f MB free; "
-            "objects beyond that go to disk",
+            "the object store got %.0f MB instead of %.0f MB: %s has %.0f MB free; objects beyond that go to disk",
             allowed_bytes / 1e6,
             wish_bytes / 1e6,
             shared_memory,

@@ -31,9 +31,7 @@ class SpillFolder:
     Several threads may use it, each for another object. A folder of an earlier, dead node is swept elsewhere.
     """
 
-    def __init__(
-        self, path: str | Path, *, bytes_max: int | None = None, free_bytes_min: int = FREE_BYTES_MIN
-    ) -> None:
+    def __init__(self, path: str | Path, *, bytes_max: int | None = None, free_bytes_min: int = FREE_BYTES_MIN) -> None:
         self.path = Path(path)
         self.bytes_max = bytes_max
         self.free_bytes_min = free_bytes_min
@@ -143,9 +141,7 @@ class SpillFolder:
 
     def _failure_text(self, object_id: str, size: int, error: OSError) -> str:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return (
-                f"the disk of {self.path} became full while object {object_id} of {_mb(size)} MB was written"
-            )
+            return f"the disk of {self.path} became full while object {object_id} of {_mb(size)} MB was written"
         return f"object {object_id} of {_mb(size)} MB could not be written to {self.path}: {error}"
 
 

@@ -113,9 +113,7 @@ def send_signal(pidfd: int, signal_number: int) -> bool:
     return True
 
 
-def kill_process(
-    identity: ProcessIdentity, signal_number: int = signal.SIGKILL, *, timeout_s: float = 0
-) -> bool:
+def kill_process(identity: ProcessIdentity, signal_number: int = signal.SIGKILL, *, timeout_s: float = 0) -> bool:
     """Signal exactly this process, and wait up to `timeout_s` for its end. False if it was dead or is not
     to be seen.
     """

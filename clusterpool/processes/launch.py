@@ -37,9 +37,7 @@ _READY_LINE_BYTES_MAX = 1 << 20
 # standard one (`-P` needs Python 3.11), and runpy costs 10 ms. Not `-S`, `-E` or `-I`: they lose the
 # virtual environment or PYTHONPATH. Our own folder goes last on the path, so that a checkout that is not
 # installed works too.
-_BOOTSTRAP = (
-    "import sys; sys.path[:1] = []; sys.path.append({parent!r}); from {module} import main; sys.exit(main())"
-)
+_BOOTSTRAP = "import sys; sys.path[:1] = []; sys.path.append({parent!r}); from {module} import main; sys.exit(main())"
 
 
 def launch_node(config: NodeConfig, *, node_module: str = NODE_MODULE) -> NodeProcess:
@@ -252,9 +250,7 @@ def describe_exit(exit_code: int | None) -> str:
     return f"killed by signal {-exit_code} ({name})"
 
 
-def _spawn(
-    config: NodeConfig, lock: NodeFolderLock, ready_fd: int, node_module: str
-) -> subprocess.Popen[bytes]:
+def _spawn(config: NodeConfig, lock: NodeFolderLock, ready_fd: int, node_module: str) -> subprocess.Popen[bytes]:
     descriptors = (ready_fd, *lock.descriptors)
     parent = str(Path(__file__).parents[2])
     command = [

@@ -188,8 +188,7 @@ def _join_session(session: SessionPaths) -> int:
     except BlockingIOError:
         os.close(descriptor)
         raise StartFailed(
-            f"the session {session.session_id} has ended, and {session.folder} is being removed; "
-            "start a new one"
+            f"the session {session.session_id} has ended, and {session.folder} is being removed; start a new one"
         ) from None
     except BaseException:
         os.close(descriptor)

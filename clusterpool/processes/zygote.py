@@ -96,9 +96,7 @@ class Zygote:
         self._control: socket.socket | None = control
         self._unsent: deque[bytes] = deque()
         self._reason = ""
-        self._abandoned: set[str] = (
-            set()
-        )  # workers whose pipes could not be taken over: killed, and reported as failed
+        self._abandoned: set[str] = set()  # workers whose pipes could not be taken over: killed, and reported as failed
 
     @classmethod
     def start(cls, worker_module: str = WORKER_MODULE) -> Zygote:
@@ -111,9 +109,7 @@ class Zygote:
         """
         threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208 (no Path in a hot or early path)
         if threads != 1:
-            raise RuntimeError(
-                f"the zygote must be forked before the process starts threads, but it has {threads}"
-            )
+            raise RuntimeError(f"the zygote must be forked before the process starts threads, but it has {threads}")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -239,9 +235,7 @@ class Zygote:
             os.close(descriptor)
         self._abandoned.add(worker_id)
         self._request(("kill", worker_id, int(signal.SIGKILL)))
-        return ForkFailed(
-            worker_id, "the node has too many open files for the worker's output; raise `ulimit -n`"
-        )
+        return ForkFailed(worker_id, "the node has too many open files for the worker's output; raise `ulimit -n`")
 
     def _died(self) -> ZygoteDied:
         assert self._control is not None
@@ -249,9 +243,7 @@ class Zygote:
         self._control = None
         self._unsent.clear()
         exit_code = self._wait(_EXIT_WAIT_S)
-        return ZygoteDied(
-            exit_code, self._reason or "the process that forks workers ended; see the node's log"
-        )
+        return ZygoteDied(exit_code, self._reason or "the process that forks workers ended; see the node's log")
 
     def _wait(self, timeout_s: float) -> int | None:
         try:

@@ -105,9 +105,7 @@ def unpicklable_result(value: Any, error: BaseException) -> errors.Serialization
     )
 
 
-def make_stand_in(
-    base: type[BaseException], module: str, qualname: str, text: str, notes: Any
-) -> BaseException:
+def make_stand_in(base: type[BaseException], module: str, qualname: str, text: str, notes: Any) -> BaseException:
     """An exception under `base` for one whose own class is not to be had; named in pickles."""
 
     def reduce(self: BaseException) -> Any:
@@ -139,11 +137,7 @@ def _take_apart(exc: BaseException, depth: int) -> _Remains:
     remains = _Remains(
         whole=whole,
         kind=None,
-        names=[
-            (str(base.__module__), base.__qualname__)
-            for base in kind.__mro__
-            if issubclass(base, BaseException)
-        ],
+        names=[(str(base.__module__), base.__qualname__) for base in kind.__mro__ if issubclass(base, BaseException)],
         text=_safe_str(exc),
         args=[],
         attributes={},
@@ -186,9 +180,7 @@ def _put_together(remains: _Remains) -> BaseException:
             continue
         try:
             return make_stand_in(base, *remains.names[0], remains.text, notes)
-        except (
-            Exception
-        ):  # a base whose __new__ wants other arguments (exception groups do): take the next one
+        except Exception:  # a base whose __new__ wants other arguments (exception groups do): take the next one
             continue
     return make_stand_in(Exception, *remains.names[0], remains.text, notes)
 

@@ -118,9 +118,7 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
         if namespace is None:
             slots["__globals__"] = {key: instead(value) for key, value in slots["__globals__"].items()}
             return reduction
-        shipped = {
-            key: (ship(namespace, key, value), instead(value)) for key, value in slots["__globals__"].items()
-        }
+        shipped = {key: (ship(namespace, key, value), instead(value)) for key, value in slots["__globals__"].items()}
         slots["__globals__"] = {}
         filled = (setter, state, slots, namespace, base, shipped, _export(function))
         return make_function, (code, namespace, closure), filled, None, None, set_function_state
@@ -324,9 +322,7 @@ def _define(thing: Any, place: tuple[str, str], older: Definition | None) -> Def
     made_before = namespaces.versions.made_count
     pickled, captured, dependencies = _dump_code(thing, CodePickler)
     if older is not None and older.dependencies is None and namespaces.versions.made_count == made_before:
-        definition = (
-            older  # it arrived and nothing was changed here: send it on under the name that others know
-        )
+        definition = older  # it arrived and nothing was changed here: send it on under the name that others know
     else:
         definition = definitions.add(thing, place, new_token(), pickled)
     definition.references = captured
@@ -351,9 +347,7 @@ def _dump_code(
     while True:
         dependencies: list[Dependency] = []
         with io.BytesIO() as file, references.capture_references() as captured:
-            pickler = pickler_type(
-                file, dependencies=dependencies, replaced=replaced, has_fresh_locks=has_fresh_locks
-            )
+            pickler = pickler_type(file, dependencies=dependencies, replaced=replaced, has_fresh_locks=has_fresh_locks)
             try:
                 pickler.dump(thing)
                 return file.getvalue(), captured, dependencies

@@ -78,9 +78,7 @@ class Namespaces:
             if namespace.get(key) is None:
                 namespace[key] = value
         for key, (token, value) in shipped.items():
-            if key not in namespace or (
-                self.is_worker and self.versions.should_take(name, key, namespace[key], token)
-            ):
+            if key not in namespace or (self.is_worker and self.versions.should_take(name, key, namespace[key], token)):
                 namespace[key] = value
                 self.versions.arrived(name, key, value, token)
 

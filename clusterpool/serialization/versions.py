@@ -148,11 +148,7 @@ class VersionTable:
         digest = content[0] if content is not None else None
         with self._lock:
             version = self._by_name.get((namespace, name))
-            if (
-                version is not None
-                and version.is_same(value)
-                and (version.digest is None or version.digest == digest)
-            ):
+            if version is not None and version.is_same(value) and (version.digest is None or version.digest == digest):
                 version.digest = digest
                 return version.token
             token = new_token()

@@ -157,6 +157,5 @@ def _starmap(function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> 
 
 # From these on inwards the user's own code runs.
 USER_CODE_CALLERS = frozenset(
-    function.__code__
-    for function in (_call, _map, _starmap, CallRunner._several, CallRunner._stream)
+    function.__code__ for function in (_call, _map, _starmap, CallRunner._several, CallRunner._stream)
 )

@@ -367,4 +367,3 @@ class TaskRunner:
         if references:
             self.hand_over(owner, references)
         return self.runtime.values.part_of(serialized, object_id, references)
-

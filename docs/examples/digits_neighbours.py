@@ -59,9 +59,7 @@ def main() -> None:
             hits[norm] = [total + more for total, more in zip(hits[norm], block_hits, strict=True)]
             workers.add(pid)
     elapsed_s = time.perf_counter() - started_s
-    score, norm, neighbours = max(
-        (score, -norm, -index) for norm in NORMS for index, score in enumerate(hits[norm], 1)
-    )
+    score, norm, neighbours = max((score, -norm, -index) for norm in NORMS for index, score in enumerate(hits[norm], 1))
     print(
         json.dumps(
             {

@@ -26,10 +26,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     step = -(-arguments.numbers // arguments.leaves)
-    layer = [
-        squares.remote(first, min(first + step, arguments.numbers))
-        for first in range(0, arguments.numbers, step)
-    ]
+    layer = [squares.remote(first, min(first + step, arguments.numbers)) for first in range(0, arguments.numbers, step)]
     while len(layer) > 1:
         pairs = [add.remote(left, right) for left, right in zip(layer[::2], layer[1::2], strict=False)]
         layer = pairs + layer[len(pairs) * 2 :]

@@ -16,9 +16,7 @@ def count_words(path: Path) -> Counter[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--module", default="clusterpool.futures", help="where ProcessPoolExecutor comes from"
-    )
+    parser.add_argument("--module", default="clusterpool.futures", help="where ProcessPoolExecutor comes from")
     parser.add_argument("--files", type=int, default=150)
     arguments = parser.parse_args()
     futures = importlib.import_module(arguments.module)

@@ -32,9 +32,7 @@ ROOT = Path(__file__).parents[2]
         (Ceiling(20), {"ray": 1.0}, None),
     ],
 )
-def test_a_bar_is_judged_by_the_medians(
-    bar: Speedup | Ceiling, costs: dict[str, float], is_met: bool | None
-) -> None:
+def test_a_bar_is_judged_by_the_medians(bar: Speedup | Ceiling, costs: dict[str, float], is_met: bool | None) -> None:
     assert judge(bar, costs, "MB").is_met is is_met
 
 

@@ -28,8 +28,7 @@ def objects_left() -> dict[str, Any]:
         table = machine.objects.table
         return {
             "owned": [
-                (number, record.local, record.pins, dict(record.borrowers))
-                for number, record in table.owned.items()
+                (number, record.local, record.pins, dict(record.borrowers)) for number, record in table.owned.items()
             ],
             "borrowed": [(key, record.local) for key, record in table.borrowed.items()],
             "tasks": sorted(machine.tasks),

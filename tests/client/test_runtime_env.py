@@ -61,9 +61,7 @@ def project(tmp_path: Path) -> Path:
         ({"env_vars": ["A"]}, TypeError, "must be a dict of strings"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_starts(
-    runtime_env: Any, error: type[Exception], text: str
-) -> None:
+def test_what_cannot_be_is_said_before_anything_starts(runtime_env: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         clusterpool.init(runtime_env=runtime_env)
     assert not clusterpool.is_initialized()

@@ -303,10 +303,7 @@ def test_events_come_in_order_and_number(store: ControlStorePort) -> None:
     assert store.last_event_id() == 0
     assert store.read_events(0) == []
     for number in range(1, 6):
-        assert (
-            store.publish_event("worker_died", {"process_id": f"w{number}", "reason": "signal 9, é"})
-            == number
-        )
+        assert store.publish_event("worker_died", {"process_id": f"w{number}", "reason": "signal 9, é"}) == number
     events = store.read_events(1, count=3)
     assert [event.id for event in events] == [2, 3, 4]
     assert events[0].kind == "worker_died"

@@ -386,9 +386,7 @@ def test_sentinel_failover_loses_nothing_and_is_noticed() -> None:
         url = f"redis+sentinel://127.0.0.1:{dead_sentinel},127.0.0.1:{port}/main?db=0"
         store = stack.enter_context(connected(url, password=PASSWORD, timeout_s=20, replicas_min=1))
         incarnation = store.register_node(RECORD)
-        wait_for(
-            lambda: f"+slave slave 127.0.0.1:{port_of(replica)}" in (folder / "sentinel.log").read_text()
-        )
+        wait_for(lambda: f"+slave slave 127.0.0.1:{port_of(replica)}" in (folder / "sentinel.log").read_text())
         os.kill(master.pid, signal.SIGKILL)
         wait_for(lambda: accepts(store, incarnation), timeout_s=40)
         assert [entry.record for entry in store.list_nodes().nodes] == [RECORD]

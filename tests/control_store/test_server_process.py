@@ -173,9 +173,7 @@ def test_program_that_cannot_run_is_a_failed_start(tmp_path: Path) -> None:
         ServerProcess.start(tmp_path, unix_socket_path=tmp_path / "s", binary=program)
 
 
-def test_server_on_path_takes_the_place_of_a_missing_wheel(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_on_path_takes_the_place_of_a_missing_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(StartFailed, match="on PATH"):

@@ -60,9 +60,7 @@ def test_password_in_the_address_wins_over_the_argument() -> None:
 
 
 def test_tls_options_of_the_address_reach_the_client() -> None:
-    options = connection_options(
-        "rediss://h:7?ssl_ca_certs=/ca.pem&ssl_check_hostname=false&socket_timeout=9"
-    )
+    options = connection_options("rediss://h:7?ssl_ca_certs=/ca.pem&ssl_check_hostname=false&socket_timeout=9")
     assert (options["host"], options["port"], options["ssl_ca_certs"]) == ("h", 7, "/ca.pem")
     assert options["ssl_check_hostname"] is False
     assert options["socket_timeout"] == 9
@@ -75,9 +73,7 @@ def test_sentinel_address_is_read_whole() -> None:
         options = pool.connection_kwargs
         assert pool.service_name == "main"
         assert (options["username"], options["password"], options["db"]) == ("me", "p@ss", 3)
-        sentinels = [
-            sentinel.connection_pool.connection_kwargs for sentinel in pool.sentinel_manager.sentinels
-        ]
+        sentinels = [sentinel.connection_pool.connection_kwargs for sentinel in pool.sentinel_manager.sentinels]
         assert [(one["host"], one["port"]) for one in sentinels] == [("a", 1), ("::1", 2), ("c", 26379)]
         assert {one["password"] for one in sentinels} == {"sp"}
         assert {one["ssl_ca_certs"] for one in sentinels} == {"/ca.pem"}
@@ -106,9 +102,7 @@ def test_sentinel_address_is_read_whole() -> None:
         (redis.ResponseError("WRONGTYPE"), ProtocolError, "Redis 6.2"),
     ],
 )
-def test_foreign_errors_become_ours_with_advice(
-    foreign: Exception, ours: type[Exception], advice: str
-) -> None:
+def test_foreign_errors_become_ours_with_advice(foreign: Exception, ours: type[Exception], advice: str) -> None:
     with pytest.raises(ours, match=advice) as caught, errors_mapped("redis://h:1"):
         raise foreign
     assert caught.value.__cause__ is foreign

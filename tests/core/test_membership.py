@@ -110,9 +110,7 @@ def test_joining_registers_then_reads_then_beats() -> None:
 
 def test_only_one_heartbeat_and_one_read_are_under_way() -> None:
     machine = member()
-    assert machine.handle(HeartbeatDue(LOAD), 0.5) == [
-        SendHeartbeat(1, LOAD)
-    ]  # the first read is still under way
+    assert machine.handle(HeartbeatDue(LOAD), 0.5) == [SendHeartbeat(1, LOAD)]  # the first read is still under way
     assert machine.handle(HeartbeatDue(LOAD), 1.0) == []
     machine.handle(HeartbeatAnswered(GOOD, 1), 1.1)
     assert machine.handle(HeartbeatDue(LOAD), 1.5) == [SendHeartbeat(1, LOAD)]
@@ -317,9 +315,7 @@ def test_snapshot_from_before_the_death_does_not_bring_the_node_back() -> None:
     peers = watching("n2")
     peers.machine.handle(NodeEventRead("node_died", "n2", 1, "silent"), peers.now_s)
     commands = peers.read(["n2"])
-    assert [type(command) for command in commands] == [
-        DeclareNodeDead
-    ]  # which the store ignores, if it knows
+    assert [type(command) for command in commands] == [DeclareNodeDead]  # which the store ignores, if it knows
     assert "n2" not in peers.machine.view
 
 

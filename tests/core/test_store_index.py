@@ -52,9 +52,7 @@ class Store:
         check_store(self.index)
         return commands
 
-    def create(
-        self, name: str, pages: int, *, client: str = "w1", primary: bool = True
-    ) -> list[StoreCommand]:
+    def create(self, name: str, pages: int, *, client: str = "w1", primary: bool = True) -> list[StoreCommand]:
         self.requests += 1
         return self(ObjectCreateRequested(client, self.requests, name, pages * PAGE_BYTES, primary))
 
@@ -383,9 +381,7 @@ def test_a_freed_object_goes_whatever_it_is_doing(moment: str) -> None:
     assert "a" not in store.index.objects
     on_disk = moment in ("spilling", "spilled", "recalled", "restoring")
     assert (DeleteSpilled("a") in commands) == on_disk
-    assert any(isinstance(command, ReplyMissing) for command in commands) == (
-        moment in ("recalled", "restoring")
-    )
+    assert any(isinstance(command, ReplyMissing) for command in commands) == (moment in ("recalled", "restoring"))
     assert any(isinstance(command, RefuseCreate) for command in commands) == (moment == "queued")
 
 

@@ -315,9 +315,7 @@ class Network:
                 self.mail.append((name, command.message))
             elif isinstance(command, m.PinForServing):
                 if self.random.random() < 0.2:
-                    self.server_does(
-                        name, m.ServingRefused(command.serving, self.random.random() < 0.5, "no")
-                    )
+                    self.server_does(name, m.ServingRefused(command.serving, self.random.random() < 0.5, "no"))
                 else:
                     self.pins[name] += 1
                     pinned = m.ServingPinned(command.serving, command.object_id, 0, len(self.payload))
@@ -376,9 +374,7 @@ def test_over_a_bad_network_a_pull_ends_with_the_right_bytes_or_an_error(
 
 
 def test_wire_messages_survive_the_wire_and_malformed_ones_do_not() -> None:
-    kinds = (
-        m.OpenTransfer | m.TransferOpened | m.TransferRefused | m.SendChunk | m.ChunkData | m.CloseTransfer
-    )
+    kinds = m.OpenTransfer | m.TransferOpened | m.TransferRefused | m.SendChunk | m.ChunkData | m.CloseTransfer
     decoder = msgspec.msgpack.Decoder(kinds)
     for message in (m.OpenTransfer(1, "a"), m.TransferRefused(1, True, "no"), m.ChunkData(1, 0, b"x")):
         assert decoder.decode(msgspec.msgpack.encode(message)) == message

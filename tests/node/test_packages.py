@@ -158,9 +158,7 @@ def test_a_fetched_package_is_unpacked_and_used_again(bench: Any, source: Path) 
     assert [path.name for path in one.thread.folder.iterdir()] == [package.digest]
 
 
-def test_a_fetch_waits_for_a_store_that_is_away(
-    bench: Any, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fetch_waits_for_a_store_that_is_away(bench: Any, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "_RETRY_S", 0.001)
     package = pack(source, "")
     store = FakeStore(away=3)
@@ -213,9 +211,7 @@ def test_a_file_never_leaves_the_package_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["packages"]
 
 
-def test_a_package_that_would_fill_the_disk_is_not_unpacked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_that_would_fill_the_disk_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(p, "PACKAGE_BYTES_MAX", 100_000)
     digest, content = zip_of("zeros", bytes(100_001))
     assert len(content) < 1000

@@ -60,9 +60,7 @@ def test_some_of_the_disk_stays_free(tmp_path: Path) -> None:
         folder.write(NAME, memoryview(b"x"))
 
 
-def test_a_disk_that_fills_up_leaves_nothing_behind(
-    folder: SpillFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up_leaves_nothing_behind(folder: SpillFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     writes = []
 
     def write(fd: int, piece: memoryview) -> int:

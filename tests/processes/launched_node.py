@@ -30,11 +30,7 @@ def do_serve(start: NodeStart) -> None:
         pid=os.getpid(),
         session=os.environ["CLUSTERPOOL_SESSION"],
         session_leader=os.getsid(0) == os.getpid(),
-        fds={
-            name: os.readlink(f"/proc/self/fd/{name}")
-            for name in os.listdir("/proc/self/fd")
-            if is_open(name)
-        },
+        fds={name: os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if is_open(name)},
         inheritable=[name for name in os.listdir("/proc/self/fd") if int(name) > 2 and is_inheritable(name)],
         path=sys.path,
         stdin=sys.stdin.read(),

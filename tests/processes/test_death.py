@@ -112,9 +112,7 @@ def test_a_signal_to_one_that_is_gone_says_so(sleeper: subprocess.Popen[bytes]) 
         open_pidfd(sleeper.pid)
 
 
-def test_an_old_kernel_can_kill_too(
-    sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_kernel_can_kill_too(sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     def no_pidfd(pid: int) -> int:
         raise OSError(errno.ENOSYS, "not implemented")
 

@@ -55,9 +55,7 @@ def launch(config: NodeConfig) -> NodeProcess:
     return launch_node(config, node_module="launched_node")
 
 
-def test_a_node_starts_detached_and_says_when_it_is_ready(
-    session: SessionPaths, launched: list[NodeProcess]
-) -> None:
+def test_a_node_starts_detached_and_says_when_it_is_ready(session: SessionPaths, launched: list[NodeProcess]) -> None:
     config = config_of(session, "serve")
     inheritable = os.open(__file__, os.O_RDONLY)
     os.set_inheritable(inheritable, True)
@@ -115,9 +113,7 @@ def test_a_node_cannot_be_launched_twice(session: SessionPaths, launched: list[N
         ("hang", ["not ready after 1 s", "hanging"]),
     ],
 )
-def test_a_failed_start_says_why_and_leaves_nothing(
-    session: SessionPaths, do: str, patterns: list[str]
-) -> None:
+def test_a_failed_start_says_why_and_leaves_nothing(session: SessionPaths, do: str, patterns: list[str]) -> None:
     process = launch(config_of(session, do))
     with pytest.raises(StartFailed) as raised:
         process.wait_ready(timeout_s=1)
@@ -148,9 +144,7 @@ def test_a_node_that_does_not_end_is_killed(session: SessionPaths) -> None:
     assert sweep_stale_sessions([session.folder.parent]).session_ids == [session.session_id]
 
 
-def test_a_fork_of_the_launcher_does_not_end_the_node(
-    session: SessionPaths, launched: list[NodeProcess]
-) -> None:
+def test_a_fork_of_the_launcher_does_not_end_the_node(session: SessionPaths, launched: list[NodeProcess]) -> None:
     process = launch(config_of(session, "serve"))
     launched.append(process)
     process.wait_ready()

@@ -103,9 +103,7 @@ def test_a_killed_session_is_swept_with_its_processes_and_files(
     assert sweep_stale_sessions([user_folder]) == SweepReport()
 
 
-def test_a_living_session_is_left_alone(
-    session: SessionPaths, user_folder: Path, launched: list[NodeProcess]
-) -> None:
+def test_a_living_session_is_left_alone(session: SessionPaths, user_folder: Path, launched: list[NodeProcess]) -> None:
     config = config_of(session, "serve")
     launched.append(launch(config))
     # Before it is ready as well: no moment of a start is open to a sweep.
@@ -133,9 +131,7 @@ def test_a_dead_node_of_a_living_session_is_swept_alone(
     assert living.poll() is None
 
 
-def test_a_recorded_process_that_is_another_now_is_not_killed(
-    session: SessionPaths, user_folder: Path
-) -> None:
+def test_a_recorded_process_that_is_another_now_is_not_killed(session: SessionPaths, user_folder: Path) -> None:
     lock = make_node_folder(config_of(session))
     paths = lock.paths
     lock.close()
@@ -149,9 +145,7 @@ def test_a_recorded_process_that_is_another_now_is_not_killed(
         identity = process_identity(recycled.pid)
         assert identity is not None
         # Of this session, but started at another time than the one that was written down.
-        paths.pid_file("valkey").write_text(
-            f"{recycled.pid} {identity.start_ticks - 1} {identity.pid_namespace}"
-        )
+        paths.pid_file("valkey").write_text(f"{recycled.pid} {identity.start_ticks - 1} {identity.pid_namespace}")
         record_process(paths.pid_file("driver"), driver.pid)
         paths.pid_file("zygote").write_text("not a pid")
         report = sweep_stale_sessions([user_folder])
@@ -169,9 +163,7 @@ def test_an_embedded_node_that_outlives_its_driver_is_ended_after_a_while(
         assert sweep_stale_sessions([user_folder]) == SweepReport()
         assert list(process.paths.folder.glob("orphaned")) == []
         driver.kill()
-    assert (
-        sweep_stale_sessions([user_folder]) == SweepReport()
-    )  # seen for the first time: it may be about to end
+    assert sweep_stale_sessions([user_folder]) == SweepReport()  # seen for the first time: it may be about to end
     assert sweep_stale_sessions([user_folder]) == SweepReport()
     assert process.poll() is None
     monkeypatch.setattr(sweep, "ORPHAN_GRACE_S", -1)
@@ -208,9 +200,7 @@ def test_a_folder_of_somebody_else_is_not_swept(
     assert sweep_stale_sessions([user_folder]).session_ids == [session.session_id]
 
 
-def test_what_lies_elsewhere_is_not_reached_by_links(
-    session: SessionPaths, user_folder: Path, tmp_path: Path
-) -> None:
+def test_what_lies_elsewhere_is_not_reached_by_links(session: SessionPaths, user_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "n-0123456789").mkdir()
     (tmp_path / "precious").touch()
     (user_folder / "s-99999999").symlink_to(tmp_path)
@@ -249,9 +239,7 @@ def test_sweeps_and_starts_at_the_same_time_never_harm_a_living_session(user_fol
     )
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
     command = [sys.executable, "-c", program, str(user_folder)]
-    processes = [
-        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(4)
-    ]
+    processes = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(4)]
     for process in processes:
         _, errors = process.communicate(timeout=50)
         assert process.returncode == 0, errors
@@ -259,9 +247,7 @@ def test_sweeps_and_starts_at_the_same_time_never_harm_a_living_session(user_fol
     assert not user_folder.exists()
 
 
-def test_a_sweep_with_nothing_to_do_takes_under_two_milliseconds(
-    session: SessionPaths, user_folder: Path
-) -> None:
+def test_a_sweep_with_nothing_to_do_takes_under_two_milliseconds(session: SessionPaths, user_folder: Path) -> None:
     locks = [make_node_folder(config_of(session)) for _ in range(3)]
     times_s = []
     for _ in range(20):
@@ -284,10 +270,7 @@ def test_a_process_belongs_to_its_session_by_environment_or_command_line(tmp_pat
     ):
         # Just after exec there is a moment in which a process shows neither.
         wait_until(lambda: all(Path(f"/proc/{p.pid}/cmdline").read_bytes() for p in (first, second)))
-        found = [
-            [belongs_to_session(p.pid, s) for s in ("12345678", "87654321", "1234567")]
-            for p in (first, second)
-        ]
+        found = [[belongs_to_session(p.pid, s) for s in ("12345678", "87654321", "1234567")] for p in (first, second)]
     assert found == [[True, False, False], [False, True, False]]
     assert not belongs_to_session(1 << 30, "12345678")
 

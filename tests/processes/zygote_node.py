@@ -48,8 +48,7 @@ class Node:
         return [
             event
             for event in self.events
-            if isinstance(event, kind)
-            and (worker_id is None or getattr(event, "worker_id", None) == worker_id)
+            if isinstance(event, kind) and (worker_id is None or getattr(event, "worker_id", None) == worker_id)
         ]
 
     def fork(self, worker_id: str, **spec: Any) -> WorkerForked:

@@ -67,11 +67,7 @@ def do_describe(spec: dict[str, Any]) -> Any:
     """Prints what a worker finds itself in."""
     status = Path("/proc/self/status").read_text()
     description = {
-        "fds": {
-            name: os.readlink(f"/proc/self/fd/{name}")
-            for name in os.listdir("/proc/self/fd")
-            if is_open(name)
-        },
+        "fds": {name: os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if is_open(name)},
         "environment": {name: os.environ.get(name) for name in ("SET_HERE", "REMOVED_HERE")},
         "random": random.random(),
         "stdin": sys.stdin.read(),

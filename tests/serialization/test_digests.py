@@ -43,9 +43,7 @@ def test_equal_contents_have_equal_digests() -> None:
     assert content_digest(array) != before
 
 
-@pytest.mark.parametrize(
-    "value", [np.array([{}]), np.zeros((4, 4))[:, ::2], [1], pd.DataFrame({"a": [1]}), 3]
-)
+@pytest.mark.parametrize("value", [np.array([{}]), np.zeros((4, 4))[:, ::2], [1], pd.DataFrame({"a": [1]}), 3])
 def test_what_has_no_plain_content_has_no_digest(value: Any) -> None:
     assert content_digest(value) is None
 

@@ -171,8 +171,7 @@ def test_a_stand_in_keeps_name_text_and_base_and_can_be_pickled_on() -> None:
 
 def test_a_class_that_the_receiver_lacks_becomes_a_stand_in_of_its_nearest_base(tmp_path: Any) -> None:
     (tmp_path / "only_there.py").write_text(
-        "class Base(OSError): pass\n"
-        "class Special(Base):\n    def __init__(self, a): super().__init__(f'no {a}')\n"
+        "class Base(OSError): pass\nclass Special(Base):\n    def __init__(self, a): super().__init__(f'no {a}')\n"
     )
     code = (
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {sys.path!r}[0]]; sys.path += {sys.path!r}\n"
@@ -213,9 +212,7 @@ def test_frames_of_the_worker_itself_are_left_out() -> None:
         namespace["run"](task)
     except ValueError as exc:
         assert exc.__traceback__ is not None
-        exc.__traceback__ = (
-            exc.__traceback__.tb_next
-        )  # as caught in the worker: its own frame is the outermost
+        exc.__traceback__ = exc.__traceback__.tb_next  # as caught in the worker: its own frame is the outermost
         text = str(load_exception(dump_exception(exc, node_id="n", pid=1, task_name="")).__cause__)
     assert "in task" in text and "loop.py" not in text
 

@@ -87,9 +87,7 @@ def test_importable_functions_are_sent_by_name(plugin: Any) -> None:
         ("import threading\nx = threading.Event\ndef f(): return x", "pass", True),
     ],
 )
-def test_a_shipment_knows_when_it_is_out_of_date(
-    plugin: Any, source: str, change: str, is_current: bool
-) -> None:
+def test_a_shipment_knows_when_it_is_out_of_date(plugin: Any, source: str, change: str, is_current: bool) -> None:
     define(plugin, source)
     shipped = functions.ship_function(plugin.f)
     assert shipped.is_current()

@@ -62,9 +62,7 @@ def undocumented_methods(name: str, value: object) -> list[str]:
         f"{name}.{method}"
         for method, function in vars(value).items()
         # getdoc follows inheritance: a method of the standard library's contract need not repeat its own.
-        if not method.startswith("_")
-        and inspect.isfunction(function)
-        and not inspect.getdoc(getattr(value, method))
+        if not method.startswith("_") and inspect.isfunction(function) and not inspect.getdoc(getattr(value, method))
     ]
 
 

@@ -10,9 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SUFFIXES = {".py", ".md", ".toml", ".cfg", ".ini", ".yaml", ".yml", ".json", ".sh", ".txt", ""}
 SKIPPED_FOLDERS = {".git", ".venv", "__pycache__", "node_modules", "LICENSES"}
-SKIPPED_FOLDERS |= {f".{tool}_cache" for tool in ("mypy", "pytest", "ruff", "import_linter")} | {
-    ".hypothesis"
-}
+SKIPPED_FOLDERS |= {f".{tool}_cache" for tool in ("mypy", "pytest", "ruff", "import_linter")} | {".hypothesis"}
 # Written in pieces, so that this file does not find itself.
 REGISTRY_HOSTS = (
     "pypi" + ".org",
@@ -30,9 +28,7 @@ def text_files() -> list[Path]:
     return sorted(
         path
         for path in ROOT.rglob("*")
-        if path.suffix in SUFFIXES
-        and path.is_file()
-        and not SKIPPED_FOLDERS.intersection(path.relative_to(ROOT).parts)
+        if path.suffix in SUFFIXES and path.is_file() and not SKIPPED_FOLDERS.intersection(path.relative_to(ROOT).parts)
     )
 
 

@@ -61,9 +61,7 @@ def test_nothing_happens_between_tasks(interrupter: Interrupts) -> None:
     assert interrupter.take(KEY) and not interrupter.take(KEY)
 
 
-def test_our_own_code_is_left_alone_until_it_is_done(
-    interrupter: Interrupts, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_our_own_code_is_left_alone_until_it_is_done(interrupter: Interrupts, monkeypatch: pytest.MonkeyPatch) -> None:
     reached: list[str] = []
     names: dict[str, Any] = {"reached": reached}
     code = "import time\ndef ours():\n    time.sleep(0.05)\n    reached.append('end of ours')\n"

@@ -47,10 +47,7 @@ class FakeClient:
 
     def results(self) -> list[m.TaskResult]:
         return [
-            result
-            for _, message in self.sent
-            if isinstance(message, m.TasksFinished)
-            for result in message.results
+            result for _, message in self.sent if isinstance(message, m.TasksFinished) for result in message.results
         ]
 
 
@@ -67,9 +64,7 @@ def runner(client: FakeClient) -> Iterator[TaskRunner]:
     signal.signal(signal.SIGINT, before)
 
 
-def start(
-    runner: TaskRunner, function: Any, *argument_lists: tuple[Any, ...], first: int = 1, number: int = 7
-) -> None:
+def start(runner: TaskRunner, function: Any, *argument_lists: tuple[Any, ...], first: int = 1, number: int = 7) -> None:
     tasks = [
         TaskSpec(first + offset, number, TaskKind.CALL, pickle.dumps((arguments, {})))
         for offset, arguments in enumerate(argument_lists)
@@ -145,9 +140,7 @@ def test_references_are_held_until_the_task_has_ended(runner: TaskRunner, client
 
 
 @pytest.mark.parametrize("how", ["cancelled", "given back"])
-def test_references_of_a_task_that_does_not_run_are_let_go(
-    runner: TaskRunner, client: FakeClient, how: str
-) -> None:
+def test_references_of_a_task_that_does_not_run_are_let_go(runner: TaskRunner, client: FakeClient, how: str) -> None:
     extras = m.TaskExtras(references=[m.Reference(OWNER, 9)])
     spec = TaskSpec(1, 7, TaskKind.CALL, pickle.dumps(((), {})), extras)
     runner.message(OWNER, m.StartTasks([], [spec]))
