@@ -275,7 +275,12 @@ def kill_actor(handle: ActorHandle) -> None:
     def is_located(machine: Any) -> Any:
         return machine.actors.channels.get(actor_id)
 
-    channel = here.client.ask_machine(is_located)
-    here.client.wait_until(lambda: channel.actor.state == "dead" or channel.address is not None, 30.0)
-    if channel.actor.state != "dead":
-        here.client.send(here.client.node, m.KillActor(actor_id, channel.address))
+    client = here.client
+    channel = client.ask_machine(is_located)
+    if channel is None or channel.actor.state == "dead":
+        return
+    address = channel.address
+    client.send(client.node, m.KillActor(actor_id, address))
+    if address is None and client.wait_until(lambda: channel.actor.state == "dead" or channel.address is not None, 30.0):
+        # It was on its way to a worker, perhaps of another node.
+        client.send(client.node, m.KillActor(actor_id, channel.address))

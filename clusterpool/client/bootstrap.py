@@ -46,7 +46,7 @@ def join(node_socket: str, *, namespace: str, environment: Prepared, log_to_driv
         kind="driver",
     )
     if log_to_driver:
-        client.on_log_lines = lambda message: print_lines(message, own_node_id=node_id)
+        client.on_log_lines = print_lines
     client.start(wants_logs=log_to_driver)
     try:
         upload(client, environment.packages)
@@ -188,12 +188,9 @@ def socket_of(address: str) -> str:
 _print_lock = threading.Lock()
 
 
-def print_lines(message: m.LogLines, *, own_node_id: str) -> None:
-    """Show what a worker printed: as it is where the standard library's child would have printed it itself, with a
-    prefix that says which worker it was where it comes from another node.
-    """
-    is_near = message.node_id == own_node_id
-    prefix = "" if is_near else f"({message.name or 'task'} pid={message.pid}, node={message.node_id}) "
+def print_lines(message: m.LogLines) -> None:
+    """Show what a worker printed, with a prefix that says which worker it was."""
+    prefix = f"({message.name or 'task'} pid={message.pid}, node={message.node_id}) "
     stream = sys.stdout if message.stream == 1 else sys.stderr
     if stream is None:
         return

@@ -70,7 +70,8 @@ class StoredArguments:
         # The identity of bytes says nothing, because nobody tells us when they are gone.
         is_known_by_identity = is_kept and is_immutable(value)
         digest = None if is_known_by_identity else content_digest(value)
-        if kept is not None and is_kept and (is_known_by_identity or (digest is not None and kept[1] == digest)):
+        is_same = is_known_by_identity or (kept is not None and digest is not None and kept[1] == digest)
+        if kept is not None and is_kept and is_same and self._is_there(kept[2].part.number):
             return kept[2]
         reference = self._living(digest) if digest is not None else None
         if reference is None:
@@ -82,6 +83,11 @@ class StoredArguments:
         self._keep(value, digest, reference)
         return reference
 
+    def _is_there(self, number: int) -> bool:
+        """Whether the object has not been let go, nor lost with its node."""
+        record = self._client.machine.objects.table.owned.get(number)
+        return record is not None and record.value is not None and not record.value.lost_kind
+
     def _living(self, digest: bytes) -> ObjectRef | None:
         number = self._numbers.get(digest)
         if number is None:
@@ -90,7 +96,7 @@ class StoredArguments:
         part = Reference(client.address, number)
 
         def hold(machine: OwnerMachine) -> bool:
-            if number not in machine.objects.table.owned:
+            if not self._is_there(number):
                 return False
             machine.objects.table.hold(part)
             return True

@@ -95,6 +95,8 @@ class FunctionTable:
         return payload, [*shipped.references, stored]
 
     def _gone(self, key: int, watch: weakref.ref[Any]) -> None:
+        if self._client.is_closed:
+            return  # perhaps the interpreter is at its end, and modules are gone
         entry = self._entries.get(key)
         if entry is not None and entry[0] is watch:
             self._forget(key)

@@ -620,3 +620,27 @@ def test_environment_variables_of_an_actor() -> None:
             return self.value
 
     assert clusterpool.get(Env.remote().get.remote(), timeout=20) == "actor"
+
+
+def test_an_actor_that_waits_for_room_is_killed_at_once() -> None:
+    holder = RemoteCounter.options(num_cpus=2).remote()
+    clusterpool.get(holder.add.remote(), timeout=20)
+    waiting = RemoteCounter.options(num_cpus=1).remote()
+    ref = waiting.add.remote()
+    time.sleep(0.1)
+    started_s = time.monotonic()
+    clusterpool.kill(waiting)
+    with pytest.raises(errors.ActorDied):
+        clusterpool.get(ref, timeout=10)
+    assert time.monotonic() - started_s < 5
+    assert clusterpool.get(holder.add.remote(), timeout=20) == 2
+
+
+def test_an_actor_that_waits_for_room_starts_when_there_is_some() -> None:
+    holder = RemoteCounter.options(num_cpus=2).remote()
+    clusterpool.get(holder.add.remote(), timeout=20)
+    waiting = RemoteCounter.options(num_cpus=1).remote(5)
+    ref = waiting.add.remote()
+    del holder
+    gc.collect()
+    assert clusterpool.get(ref, timeout=20) == 6

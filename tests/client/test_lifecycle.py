@@ -197,6 +197,13 @@ def test_the_end_of_a_program_ends_its_cluster_without_a_word() -> None:
             def hello(self): return "hello"
         a = A.remote()
         print(clusterpool.get(a.hello.remote(), timeout=20))
+        # What the interpreter takes apart after our own end: functions, arrays and references that were passed.
+        import numpy as np
+        array, local = np.zeros(1_000_000), [lambda x: x.sum()]
+        refs = [clusterpool.remote(local[0]).remote(array), clusterpool.put([f.remote(1)])]
+        clusterpool.wait(refs, num_returns=2, timeout=20)
+        stream = clusterpool.remote(num_returns="streaming")(lambda: iter([1, 2])).remote()
+        next(stream)
         """
     )
     assert (done.stdout, done.stderr, done.returncode) == ("[1, 2, 3]\nhello\n", "", 0)

@@ -18,7 +18,7 @@ import pytest
 import clusterpool
 from clusterpool import config, ids
 from clusterpool.client import bootstrap
-from clusterpool.client import client as client_module
+from clusterpool.client import connections as connections_module
 from clusterpool.client.packages import pack, prepare
 from clusterpool.core import messages as m
 from clusterpool.core import wire
@@ -237,7 +237,7 @@ def test_a_later_job_finds_what_an_earlier_one_brought(node: config.NodePaths, p
 def test_a_driver_with_another_python_is_told_so_at_once(
     node: config.NodePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module.platform, "python_version", lambda: "3.7.2")  # type: ignore[attr-defined]
+    monkeypatch.setattr(connections_module.platform, "python_version", lambda: "3.7.2")  # type: ignore[attr-defined]
     started_s = time.monotonic()
     with pytest.raises(VersionMismatch) as caught:
         clusterpool.init(str(node.node_socket))
@@ -339,7 +339,9 @@ def test_a_module_that_workers_lack_is_an_error_that_names_it(tmp_path: Path) ->
         from clusterpool import Executor, Pool
 
         clusterpool.init(num_cpus=2)
-        sys.path.insert(0, {str(hidden)!r})  # too late for the job
+        pool, executor = Pool(2), Executor(1)
+        assert executor.submit(abs, -1).result(20) == pool.apply(abs, (-1,)) == 1
+        sys.path.insert(0, {str(hidden)!r})  # too late for the workers
         import rt_hidden
 
         started_s = time.monotonic()
@@ -351,11 +353,11 @@ def test_a_module_that_workers_lack_is_an_error_that_names_it(tmp_path: Path) ->
                 node_id = clusterpool.nodes()[0]["node_id"]
                 print("rt_hidden" in text, node_id in text, sys.version.split()[0] in text)
 
-        with Pool(2) as pool:
+        with pool:
             check(lambda: pool.apply(rt_hidden.f))
             check(lambda: pool.apply_async(len, (rt_hidden.f,)).get(20))
             print(pool.apply(abs, (-1,)))
-        with Executor(1) as executor:
+        with executor:
             check(lambda: executor.submit(rt_hidden.f).result(20))
         check(lambda: clusterpool.get(clusterpool.remote(rt_hidden.f).remote(), timeout=20))
         print(time.monotonic() - started_s < 10)

@@ -655,3 +655,16 @@ def test_the_values_of_a_worker_that_was_let_go_stay() -> None:
     workers = int(clusterpool.nodes()[0]["workers"])
     del refs
     assert wait_for(lambda: clusterpool.nodes()[0]["workers"] < workers)
+
+
+def test_functions_that_are_gone_are_forgotten_by_all() -> None:
+    from clusterpool.client import current
+
+    def count() -> int:
+        return int(current.get().client.ask_machine(lambda machine: len(machine.functions)))
+
+    before = count()
+    for _ in range(3):
+        clusterpool.get([clusterpool.remote(lambda number=number: number).remote() for number in range(100)], timeout=30)
+    clusterpool.get(add.remote(1), timeout=10)
+    assert wait_for(lambda: count() <= before + 2), (before, count())

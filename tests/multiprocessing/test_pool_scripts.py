@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import re
 import subprocess
 import sys
 import textwrap
@@ -217,7 +218,7 @@ def test_what_cannot_be_pickled_in_main_is_in_nobodys_way(tmp_path: Path) -> Non
     assert "the global 'stream' of __main__ is not in this worker" in lines[2]
 
 
-def test_what_workers_print_comes_as_it_is(tmp_path: Path) -> None:
+def test_what_workers_print_comes_with_a_prefix(tmp_path: Path) -> None:
     done = run_script(
         tmp_path,
         """
@@ -239,7 +240,9 @@ def test_what_workers_print_comes_as_it_is(tmp_path: Path) -> None:
         "error",
     )
     assert done.stderr == ""
-    assert done.stdout.split() == "number 0 no end 0number 1 no end 1".split()
+    lines = done.stdout.splitlines()
+    assert all(re.match(r"\(\S+ pid=\d+, node=n[0-9a-f]{10}\) ", line) for line in lines), lines
+    assert [line.partition(") ")[2] for line in lines] == ["number 0", "no end 0number 1", "no end 1"]
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.3])
