@@ -281,6 +281,8 @@ def kill_actor(handle: ActorHandle) -> None:
         return
     address = channel.address
     client.send(client.node, m.KillActor(actor_id, address))
-    if address is None and client.wait_until(lambda: channel.actor.state == "dead" or channel.address is not None, 30.0):
+    if address is None and client.wait_until(
+        lambda: channel.actor.state == "dead" or channel.address is not None, 30.0
+    ):
         # It was on its way to a worker, perhaps of another node.
         client.send(client.node, m.KillActor(actor_id, channel.address))

@@ -26,6 +26,7 @@ import msgspec
 
 from clusterpool.client.connections import Connections
 from clusterpool.client.deliveries import Deliveries, Delivery
+from clusterpool.client.frames import interrupt_later, may_raise
 from clusterpool.client.loop import Loop
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
@@ -43,6 +44,8 @@ logger = logging.getLogger(__name__)
 # Submitting faster than this gathers tasks into batches: one message for each would cost more than the tasks.
 GATHER_S = 0.0002
 GATHER_TASKS_MAX = 256
+# For how long Ctrl-C waits for our own code to be done, which takes microseconds unless something hangs.
+INTERRUPT_PUT_OFF_S = 3.0
 # Task numbers lie so far apart that the results of one task can be numbered from its own number on.
 NUMBERS_APART = 1024
 # A worker's task that waits for longer than this is reported as blocked.
@@ -74,7 +77,7 @@ class Client:
         self._node_socket = node_socket
         self._lock = threading.Lock()
         self._lock_ident = 0
-        self._is_interrupted = False
+
         # Tasks by set number, calls by actor id, events by None: in one queue, so that none overtakes another.
         self._submitted: deque[tuple[int | str | None, Any]] = deque()
         self._released: deque[tuple[Address, int]] = deque()
@@ -176,22 +179,23 @@ class Client:
     def _unlock(self) -> None:
         self._lock_ident = 0
         self._lock.release()
-        if self._is_interrupted and threading.current_thread() is threading.main_thread():
-            self._is_interrupted = False
-            raise KeyboardInterrupt
 
     def _install_interrupt_handler(self) -> None:
-        """Ctrl-C while the main thread is inside the machine must not leave it half changed: it waits for the lock."""
+        """Ctrl-C while the main thread is inside our own code must not leave that half changed: it comes later."""
         if self.kind != "driver" or threading.current_thread() is not threading.main_thread():
             return
         if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             return  # the program has a handler of its own
 
+        put_off_s: list[float] = []  # since when
+
         def interrupt(signal_number: int, frame: Any) -> None:
-            if self._lock_ident == threading.get_ident():
-                self._is_interrupted = True
-            else:
+            # A callback of the user's that never ends runs within our code: at last the user must win.
+            if may_raise(frame) or (put_off_s and monotonic() - put_off_s[0] > INTERRUPT_PUT_OFF_S):
+                put_off_s.clear()
                 signal.default_int_handler(signal_number, frame)
+            put_off_s.append(monotonic())
+            interrupt_later()
 
         signal.signal(signal.SIGINT, interrupt)
 

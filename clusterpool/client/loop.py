@@ -164,8 +164,8 @@ class Loop:
     def _wait_for_role(self, predicate: Callable[[], bool], deadline_s: float | None) -> bool:
         """Sleep until the role may be free or the predicate true; whether the predicate is."""
         waiter = _Waiter(predicate)
-        self._waiters.append(waiter)
         try:
+            self._waiters.append(waiter)
             # Only now is it certain that whoever leaves the role sees us.
             if predicate():
                 return True

@@ -5,35 +5,23 @@
                                                                    |  elsewhere in ours: look again in RETRY_S
                                                                    v  no such task runs (any more): nothing
 
-A signal falls anywhere between two byte codes. In the middle of our own code, with a lock just taken, an exception
-would leave the client half changed; so the frames tell whether the user's code runs.
+(client/frames.py says how the two are told apart.)
 """
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import signal
 import threading
-import time
 from collections import OrderedDict
-from pathlib import Path
 from types import CodeType, FrameType
 from typing import NamedTuple
 
-from clusterpool.client.loop import Loop
+from clusterpool.client.frames import interrupt_later, may_raise
 from clusterpool.core.messages import Address
 
-# Our code between a task and what it waits for takes some 10 to 100 us.
-RETRY_S = 0.002
 # Cancels that came too late for their tasks are remembered in vain; this bounds them.
 WANTED_MAX = 10_000
-
-_PACKAGE = Path(__file__).resolve().parents[1]
-_OURS = tuple(
-    f"{_PACKAGE / name}/"
-    for name in ("client", "core", "object_store", "processes", "serialization", "transport", "worker")
-)
 
 
 class Key(NamedTuple):
@@ -88,24 +76,7 @@ class Interrupts:
         key = self.current
         if key is None or key not in self._wanted:
             return
-        if self._is_safe(frame):
+        if may_raise(frame, self._calls_user_code):
             self._wanted.pop(key, None)
             raise Interrupted
-        # A bare thread: `threading` has locks of its own, which the interrupted code may hold.
-        _thread.start_new_thread(self._signal_later, ())
-
-    def _signal_later(self) -> None:
-        time.sleep(RETRY_S)
-        self._signal()
-
-    def _is_safe(self, frame: FrameType | None) -> bool:
-        innermost = frame
-        while frame is not None:
-            code = frame.f_code
-            if code in self._calls_user_code:
-                return True
-            if code.co_filename.startswith(_OURS):
-                # Polling for others' messages holds no lock, and its callers undo what they did.
-                return frame is innermost and code is Loop._turn.__code__
-            frame = frame.f_back
-        return False
+        interrupt_later()

@@ -242,6 +242,42 @@ def test_an_interrupted_program_ends() -> None:
     assert process.returncode == -signal.SIGINT
 
 
+def test_interrupts_never_leave_the_client_half_changed() -> None:
+    done = run_script(
+        """
+        import clusterpool, os, signal, threading, time
+        @clusterpool.remote
+        def f(x): return x
+        clusterpool.init(num_cpus=2)
+        clusterpool.get(f.remote(0))
+        is_done, caught, calls = False, 0, 0
+        def interrupt():
+            for number in range(300):
+                time.sleep(0.003 + 0.0001 * (number % 7))
+                os.kill(os.getpid(), signal.SIGINT)
+            global is_done
+            is_done = True
+        threading.Thread(target=interrupt, daemon=True).start()
+        while not is_done:
+            try:
+                refs = [f.remote(n) for n in range(20)]
+                assert clusterpool.get(refs, timeout=20) == list(range(20))
+                clusterpool.wait(refs)
+                calls += 1
+            except KeyboardInterrupt:
+                caught += 1
+        while True:
+            try:
+                time.sleep(0.1)
+                break
+            except KeyboardInterrupt:
+                pass
+        print(caught > 100, calls > 10, clusterpool.get([f.remote(n) for n in range(5)], timeout=20))
+        """
+    )
+    assert (done.stdout, done.stderr) == ("True True [0, 1, 2, 3, 4]\n", "")
+
+
 def test_a_killed_driver_leaves_nothing() -> None:
     # The fixture `nothing_left_behind` gives node, workers, arena and folder five seconds from the end of this test.
     code = """

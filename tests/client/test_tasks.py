@@ -665,6 +665,8 @@ def test_functions_that_are_gone_are_forgotten_by_all() -> None:
 
     before = count()
     for _ in range(3):
-        clusterpool.get([clusterpool.remote(lambda number=number: number).remote() for number in range(100)], timeout=30)
+        clusterpool.get(
+            [clusterpool.remote(lambda number=number: number).remote() for number in range(100)], timeout=30
+        )
     clusterpool.get(add.remote(1), timeout=10)
     assert wait_for(lambda: count() <= before + 2), (before, count())

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from clusterpool.client import frames
 from clusterpool.core.messages import Address
 from clusterpool.worker import calls, interrupts
 from clusterpool.worker.interrupts import Interrupted, Interrupts, Key
@@ -66,7 +67,7 @@ def test_our_own_code_is_left_alone_until_it_is_done(interrupter: Interrupts, mo
     names: dict[str, Any] = {"reached": reached}
     code = "import time\ndef ours():\n    time.sleep(0.05)\n    reached.append('end of ours')\n"
     exec(compile(code, "/the/client/code.py", "exec"), names)
-    monkeypatch.setattr(interrupts, "_OURS", ("/the/client/",))
+    monkeypatch.setattr(frames, "_OURS", ("/the/client/",))
     interrupter.current = KEY
     later(0.01, interrupter.ask, KEY)
 
