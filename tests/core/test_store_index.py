@@ -483,3 +483,16 @@ def test_a_disk_that_worked_in_between_gets_its_full_time_again() -> None:
     assert not any(isinstance(command, RefuseCreate) for command in store.tick(8.9))
     store(SpillFailed("a", "full"))
     assert any(isinstance(command, RefuseCreate) for command in store.tick(9.0))
+
+
+def test_two_grants_without_pages_are_not_granted_again_in_turn_for_ever() -> None:
+    """While the second block is still granted the arena cannot shrink below it, and the first fits there again."""
+    store = Store()
+    store.create("whole", 10)
+    assert store.create("a", 4) == store.create("b", 4) == []
+    grants = store(ObjectAborted("w1", "whole"))
+    assert [type(grant) for grant in grants] == [GrantCreate, GrantCreate]
+    assert store(ArenaExhausted("a", 3 * PAGE_BYTES)) == []
+    refusals = store(ArenaExhausted("b", 3 * PAGE_BYTES))
+    assert all(isinstance(refusal, RefuseCreate) for refusal in refusals)
+    assert sorted(refusal.object_id for refusal in refusals) == ["a", "b"]
