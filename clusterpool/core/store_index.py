@@ -90,7 +90,7 @@ class StoreIndex:
         self.pinned_bytes = 0
         self.spilling_bytes = 0
         self.spilled_bytes = 0
-        self._usable_bytes = capacity_bytes  # of the arena's file, as far as is known
+        self.usable_bytes = capacity_bytes  # of the arena's file, as far as is known
         self._disk_failed_s: float | None = None  # since when no spill has succeeded
         self._disk_text = ""
         self._disk_retry_at_s = 0.0
@@ -262,7 +262,7 @@ class StoreIndex:
             item.state = State.QUEUED if item.state is State.CREATING else State.RECALLED
             self.queue[item.object_id] = None
             self.queue.move_to_end(item.object_id, last=False)
-        self._usable_bytes = min(self._usable_bytes, usable_bytes)
+        self.usable_bytes = min(self.usable_bytes, usable_bytes)
         self.allocator.shrink(usable_bytes)
         for object_id in list(self.queue):
             if self.objects[object_id].room_bytes > self.allocator.capacity_bytes:
@@ -282,7 +282,7 @@ class StoreIndex:
     def _admit(self, now_s: float) -> None:
         while (item := self._head()) is not None:
             offset = self.allocator.allocate(item.size_bytes)
-            if offset is not None and offset + item.room_bytes > self._usable_bytes:
+            if offset is not None and offset + item.room_bytes > self.usable_bytes:
                 # No pages are behind it. The allocator still has it only for another block beyond, granted in the same
                 # breath, which is about to be reported as well; granting this one again meanwhile would never end.
                 self.allocator.free(offset)
