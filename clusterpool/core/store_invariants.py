@@ -68,6 +68,9 @@ def _check_queue(index: StoreIndex) -> None:
     head_id = next(iter(index.queue), None)
     if head_id is not None:
         room = index.objects[head_id].room_bytes
-        assert index.allocator.largest_free_bytes < room, f"{head_id} waits though there is room"
+        # Between two reports of missing pages the allocator may still hold room that has none behind it.
+        is_shrinking = index.allocator.capacity_bytes > index.usable_bytes
+        is_room = index.allocator.largest_free_bytes >= room
+        assert is_shrinking or not is_room, f"{head_id} waits though there is room"
         can_drop = index.allocator.free_bytes + index.droppable.total_bytes + index.spilling_bytes >= room
         assert not (can_drop and index.droppable.room_by_id), f"{head_id} waits though copies could be dropped"
