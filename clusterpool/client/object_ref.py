@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
@@ -67,6 +66,8 @@ class ObjectRef:
         return future_of(self)
 
     def __await__(self) -> Generator[Any, None, Any]:
+        import asyncio
+
         return asyncio.wrap_future(self.future()).__await__()
 
     def __reduce__(self) -> tuple[Any, ...]:
