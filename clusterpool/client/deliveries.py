@@ -29,7 +29,6 @@ class Deliveries:
         self.failure_loader: Callable[[Task, e.FailTasks], None] = _no_loader
         self.watchers: dict[tuple[Address, int], list[Delivery]] = {}
         self.set_sinks: dict[int, Any] = {}  # WorkerGroups, by set number
-        self.actor_watchers: list[Callable[[m.ActorPart], None]] = []
         self._worker_facts: dict[str, GroupWorker | None] = {}
 
     def run(self) -> None:
@@ -51,10 +50,7 @@ class Deliveries:
             fail = self.failure_loader
             for task in command.tasks:  # type: ignore[attr-defined]
                 self.queue.append(lambda task=task: fail(task, command))  # type: ignore[misc, arg-type]
-        elif kind is e.ActorMoved:
-            for watcher in self.actor_watchers:
-                self.queue.append(lambda watcher=watcher, actor=command.actor: watcher(actor))  # type: ignore
-        elif kind is not e.StreamMoved:
+        elif kind is not e.StreamMoved and kind is not e.ActorMoved:
             sink = self.set_sinks.get(command.set_number)  # type: ignore[attr-defined]
             if sink is not None:
                 self.queue.append(lambda: sink.set_event(command))

@@ -72,7 +72,6 @@ class WorkerGroup:
         self._on_setup_failed = on_setup_failed
         self._is_closed = False
         self._is_ended = False
-        self._pending = 0
         demand = WorkerDemand(WorkerKind.GROUP, dict(resources or {}), name)
         setup = e.SetupPlan(name, dict(env or {}))
         # What the initializer has references of must live until the last worker has run it.

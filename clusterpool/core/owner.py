@@ -104,11 +104,6 @@ class OwnerMachine:
                 soonest_s = time_s
         return soonest_s
 
-    def is_hungry(self, set_number: int) -> bool:
-        """Whether a task submitted to this set would start at once."""
-        worker_set = self.sets.get(set_number)
-        return worker_set is not None and worker_set.dispatcher.has_room()
-
     def is_needed(self) -> bool:
         """Whether others would lose something if this process ended now."""
         return self.objects.is_needed() or self.actors.is_needed()

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import msgspec
-
 from clusterpool.core import messages as m
 from clusterpool.core.messages import Address, WorkerKind
 from clusterpool.core.node_events import Command, EndWorker, ForkWorker, Send
@@ -440,8 +438,3 @@ class Scheduler:
             "leases": float(len(self.leases)),
             "pending": float(sum(pending.count for pending in self.pending)),
         }
-
-
-def job_of_worker(job: m.JobPart, owner: Address) -> m.JobPart:
-    """The job as a worker's own requests carry it."""
-    return msgspec.structs.replace(job, owner=owner)

@@ -182,12 +182,6 @@ class TasksFinished(Message, frozen=True):
     is_blocked: bool = False
 
 
-class TaskStarted(Message, frozen=True):
-    """A long task has begun (sent only when the worker's message thread has to step in)."""
-
-    number: int
-
-
 class StreamItem(Message, frozen=True):
     """One item of a generator task."""
 
