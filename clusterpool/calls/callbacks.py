@@ -6,7 +6,10 @@ import queue
 import sys
 import threading
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
+
+from clusterpool.calls import waiting
 
 
 class CallbackThread:
@@ -65,12 +68,19 @@ def report_callback_error() -> None:
 
 
 def _run_calls(calls: queue.SimpleQueue[Callable[[], Any] | None]) -> None:
+    # Callbacks that come one upon another (joblib's, each of which submits the next batch) are fetched by this thread
+    # itself, for it turns the client's loop in between: a hop from thread to thread costs more than a tiny callback.
+    ended_s, is_busy = 0.0, False
     while True:
+        if calls.empty() and is_busy:
+            waiting.turn_for_soon(lambda: not calls.empty())
         call = calls.get()
         if call is None:
             return
+        is_busy = monotonic() - ended_s < waiting.SOON_S
         try:
             call()
         except BaseException:  # The border to user code: a callback's error must not end the other callbacks.
             report_callback_error()
+        ended_s = monotonic()
         del call  # else the last result would stay alive until the next one

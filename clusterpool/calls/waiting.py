@@ -8,10 +8,24 @@ their place.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from clusterpool.client import current
 from clusterpool.client import future as client_future
 from clusterpool.client.api import wait_until
+from clusterpool.client.loop import HAND_BACK_S
 
-__all__ = ["wait_until", "wake_waiters"]
+__all__ = ["SOON_S", "turn_for_soon", "wait_until", "wake_waiters"]
+
+# What happens within this time is worth turning the loop for.
+SOON_S = HAND_BACK_S
+
+
+def turn_for_soon(predicate: Callable[[], bool]) -> None:
+    """Turn the client's loop, if no other thread does, until `predicate()` or for SOON_S."""
+    runtime = current.get_if_any()
+    if runtime is not None:
+        runtime.client.loop.turn_for(predicate, SOON_S)
 
 
 def wake_waiters() -> None:

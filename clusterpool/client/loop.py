@@ -145,6 +145,50 @@ class Loop:
                 self._pass_on()
                 return is_true or predicate()
 
+    def turn_nowait(self) -> None:
+        """Handle what has arrived, without waiting for more.
+
+        For threads that are busy for long with tiny things: while they look now and then, the I/O thread sleeps. Woken,
+        it would wait up to sys.getswitchinterval() (5 ms) for the GIL at each message.
+        """
+        self._lead(lambda: self._turn(0.0))
+
+    def turn_for(self, predicate: Callable[[], bool], timeout_s: float) -> None:
+        """Turn the loop until `predicate()`, for at most `timeout_s` seconds and until another thread wants to.
+
+        For threads that expect something to do any moment, and would else be woken by the thread that turns it.
+        """
+        deadline_s = monotonic() + timeout_s
+        self._lead(lambda: self._turn_until(lambda: predicate() or bool(self._waiters), deadline_s))
+
+    def _lead(self, turn: Callable[[], object]) -> None:
+        """Call `turn` with the role, unless another thread than the I/O thread has it, which does as well."""
+        if self._is_stopped or self.is_mine:
+            return
+        if not self._role.acquire(blocking=False) and not self._take_from_thread():
+            return
+        self._role_ident = threading.get_ident()
+        try:
+            self._on_taken(False)
+            turn()
+        finally:
+            self._leave()
+
+    def _take_from_thread(self) -> bool:
+        """Get the role from the I/O thread, if it has it."""
+        if self._role_ident != self._thread.ident:
+            return False
+        waiter = _Waiter(lambda: False)
+        self._waiters.append(waiter)
+        self.kick()
+        waiter.lock.acquire(timeout=HAND_BACK_S)
+        with contextlib.suppress(ValueError):
+            self._waiters.remove(waiter)
+        is_taken = self._role.acquire(blocking=False)
+        if not is_taken:
+            self._pass_on()
+        return is_taken
+
     def _turn_until(self, predicate: Callable[[], bool], deadline_s: float | None) -> bool:
         while not predicate():
             if self._is_stopped:

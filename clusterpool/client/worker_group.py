@@ -152,6 +152,7 @@ class WorkerGroup:
                 index += 1
                 if len(batch) >= _SLICE_TASKS:
                     client.submit_tasks(self._number, batch)
+                    client.loop.turn_nowait()
                     batch = []
         if len(batch) == 1:
             client.submit_task(self._number, batch[0])  # a lazy iterable gives one at a time: gather them

@@ -23,6 +23,9 @@ from clusterpool.core.messages import Address, TaskResult, TaskSpec, TaskStatus
 # 50 us on both sides together) is some per cent of the work.
 BACKLOG_S = 0.002
 LONG_TASK_S = 0.010
+# Less work than this is not split between workers: to wake another for it costs about as much as it takes, and where
+# tasks are that tiny their owner is the slower side.
+SPLIT_MIN_S = 0.00005
 # Bounds what one message holds, and what is lost with a worker.
 OUTSTANDING_MAX = 2000
 # Bounds the same in bytes, whatever the arguments: far below the longest frame, and more saves no measurable time.
@@ -214,7 +217,8 @@ class Dispatcher:
         else:
             limit = 2 if mean_s >= BACKLOG_S else min(OUTSTANDING_MAX, int(BACKLOG_S / max(mean_s, 1e-7)) + 1)
             # An equal share, so that a short queue of tiny tasks still uses every worker.
-            limit = min(limit, -(-(len(self.queue) + self.outstanding_count) // workers))
+            share = -(-(len(self.queue) + self.outstanding_count) // workers)
+            limit = min(limit, max(share, int(SPLIT_MIN_S / max(mean_s, 1e-7))))
         if limit > 2 and held * 2 > limit:
             return 0  # refill in halves: a message for every finished task would cost more than the tasks
         room = limit - held

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from clusterpool.calls import engine
 from clusterpool.calls.worker_setup import set_up_worker
-from clusterpool.futures import engine
 from clusterpool.futures.map_run import MapRun
 from clusterpool.futures.pool_state import PoolState, TaskFuture, close_when_dropped
 from clusterpool.futures.worker_process import WorkerProcess

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from clusterpool.futures import engine
+from clusterpool.calls import engine
 from clusterpool.futures.pool_state import PoolState
 
 if TYPE_CHECKING:

@@ -29,9 +29,9 @@ from pickle import PicklingError
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from clusterpool import errors
+from clusterpool.calls import engine
 from clusterpool.calls.callbacks import CallbackThread
 from clusterpool.client.future import LeanFuture
-from clusterpool.futures import engine
 
 if TYPE_CHECKING:
     from clusterpool.client.worker_group import GroupWorker, WorkerGroup

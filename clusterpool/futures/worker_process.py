@@ -7,7 +7,7 @@ import signal
 import socket
 from typing import TYPE_CHECKING
 
-from clusterpool.futures import engine
+from clusterpool.calls import engine
 
 if TYPE_CHECKING:
     from clusterpool.client.worker_group import GroupWorker

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 from joblib.parallel import AutoBatchingMixin, ParallelBackendBase
 
 from clusterpool import errors
-from clusterpool.joblib import engine
-from clusterpool.joblib.batch import run_batch, uniform_batch, uniform_function
+from clusterpool.calls import engine
+from clusterpool.joblib.batch import UniformBatch, run_batch, uniform_batch, uniform_function
 from clusterpool.joblib.callbacks import Callbacks
 from clusterpool.joblib.warm_groups import WarmGroup, WarmGroups
 
@@ -134,7 +134,7 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         self._users = 0
         self._lock = threading.Lock()
         self._idle_timeout_s = _IDLE_TIMEOUT_S
-        self._batch_by_function: dict[Callable[..., Any], Callable[..., Any]] = {}
+        self._batch_by_function: dict[Callable[..., Any], UniformBatch] = {}
 
     def __reduce__(self) -> Any:
         # Without the group: a backend that reaches a worker opens its own there.
@@ -189,7 +189,7 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
             key,
             size,
             client,
-            lambda: engine.open_group(
+            lambda: engine.open_exit_safe_group(
                 size, client=client, name="joblib", resources=resources, retries=retries, env=env
             ),
         )
@@ -254,7 +254,7 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
             nested_backend, nested_n_jobs = self.get_nested_backend()
             batch = uniform_batch(function, nested_backend, nested_n_jobs)
             self._batch_by_function[function] = batch
-        warm.group.submit(batch, ([(args, kwargs) for _, args, kwargs in items],), {}, job)
+        warm.group.submit(*batch.call_for(items), job)
         return job
 
     apply_async = submit  # joblib before 1.5

@@ -10,24 +10,51 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 
-def uniform_batch(
-    function: Callable[..., Any], nested_backend: Any, nested_n_jobs: int | None
-) -> Callable[[Sequence[tuple[Any, Any]]], list[Any]]:
-    """A function that calls `function` on each (args, kwargs), inside the nested joblib backend.
+class UniformBatch(NamedTuple):
+    """Functions that call one function inside the nested joblib backend, and return the list of its results.
 
-    It is a closure and no object with `__call__`, since only functions are shipped once.
+    They are closures and no objects with `__call__`, since only functions are shipped once. `one` and `many` are apart
+    from `calls` because arguments that stand alone, or in tuples of their own, are pickled several times faster.
     """
 
-    def run(calls: Sequence[tuple[Any, Any]]) -> list[Any]:
+    one: Callable[..., list[Any]]  # (*args, **kwargs)
+    many: Callable[[Sequence[Any]], list[Any]]  # [args, ...]
+    calls: Callable[[Sequence[tuple[Any, Any]]], list[Any]]  # [(args, kwargs), ...]
+
+    def call_for(self, items: Sequence[tuple[Any, Any, Any]]) -> tuple[Callable[..., Any], Any, Any]:
+        """The (function, args, kwargs) that run a batch of (function, args, kwargs)."""
+        if len(items) == 1:
+            return self.one, items[0][1], items[0][2]
+        if any(item[2] for item in items):
+            return self.calls, ([(args, kwargs) for _, args, kwargs in items],), {}
+        return self.many, ([args for _, args, _ in items],), {}
+
+
+def uniform_batch(function: Callable[..., Any], nested_backend: Any, nested_n_jobs: int | None) -> UniformBatch:
+    """What runs batches of calls of `function`."""
+
+    def one(*args: Any, **kwargs: Any) -> list[Any]:
+        from joblib.parallel import parallel_config
+
+        with parallel_config(backend=nested_backend, n_jobs=nested_n_jobs):
+            return [function(*args, **kwargs)]
+
+    def many(calls: Sequence[Any]) -> list[Any]:
+        from joblib.parallel import parallel_config
+
+        with parallel_config(backend=nested_backend, n_jobs=nested_n_jobs):
+            return [function(*args) for args in calls]
+
+    def with_keywords(calls: Sequence[tuple[Any, Any]]) -> list[Any]:
         from joblib.parallel import parallel_config
 
         with parallel_config(backend=nested_backend, n_jobs=nested_n_jobs):
             return [function(*args, **kwargs) for args, kwargs in calls]
 
-    return run
+    return UniformBatch(one, many, with_keywords)
 
 
 def run_batch(batch: Callable[[], Any]) -> Any:

@@ -26,13 +26,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from itertools import count
 from typing import Any, NoReturn
 
+from clusterpool.calls import engine
 from clusterpool.calls.callbacks import CallbackThread
 from clusterpool.calls.chunking import as_items, checked_chunksize, default_chunksize, split
 from clusterpool.calls.lazy_call import LazyCall
 from clusterpool.calls.progress import ProgressOption, checked_progress, new_progress_bar
 from clusterpool.calls.window import FeedWindow, checked_buffersize
 from clusterpool.calls.worker_setup import set_up_pool_worker
-from clusterpool.client import api
 from clusterpool.client.worker_group import GroupWorker, TaskKind, WorkerGroup
 from clusterpool.errors import TaskCancelled, WorkerSetupFailed
 from clusterpool.multiprocessing.imap import IMapIterator, IMapUnorderedIterator
@@ -94,9 +94,9 @@ class Pool:
             processes = _checked_processes(processes)
         if operator.index(retries) < 0:
             raise ValueError(f"retries must be 0 or more, not {retries}")
-        if address is not None and not api.is_initialized():
-            api.init(address=address)
-        self._processes: int = processes if processes is not None else _cluster_cpus()
+        if address is not None:
+            engine.connect(address)
+        self._processes: int = processes if processes is not None else engine.cluster_cpus()
 
         self._job_counter = count()
         # What has not ended, by job number; keeps the results that the caller does not hold.
@@ -294,7 +294,7 @@ class Pool:
     def _pool(self) -> list[PoolWorker]:
         """The worker processes, oldest first; waits for those that are being started."""
         if self._state == RUN and self._broken is None:
-            api.wait_until(lambda: len(self._group.workers()) >= self._processes, START_TIMEOUT_S)
+            engine.wait_until(lambda: len(self._group.workers()) >= self._processes, START_TIMEOUT_S)
         return self._workers.living()
 
     def _repopulate_pool(self) -> None:
@@ -473,10 +473,6 @@ def _checked_args(args: Any) -> tuple[Any, ...]:
         return tuple(args)
     except TypeError:
         raise TypeError(f"args must be a sequence of arguments: args=({args!r},), not {args!r}") from None
-
-
-def _cluster_cpus() -> int:
-    return max(1, int(api.cluster_resources().get("CPU", 1)))
 
 
 def __getattr__(name: str) -> Any:

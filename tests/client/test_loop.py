@@ -50,6 +50,16 @@ class Harness:
     def wait_for(self, number: int, timeout_s: float | None = LIMIT_S) -> bool:
         return self.loop.wait_until(lambda: self.known[number] > 0, timeout_s)
 
+    def wait_until_role_is_of(self, thread: threading.Thread) -> None:
+        deadline_s = time.monotonic() + LIMIT_S
+        while self.loop._role_ident != thread.ident:
+            assert time.monotonic() < deadline_s, "it never took the role"
+            time.sleep(0.001)
+
+    def wait_until_thread_polls(self) -> None:
+        self.loop.arm()
+        self.wait_until_role_is_of(self.loop._thread)
+
     def close(self) -> None:
         self.loop.stop()
         self.near.close()
@@ -319,3 +329,44 @@ def test_a_kick_after_the_end_writes_to_nobody_elses_file() -> None:
         with pytest.raises(BlockingIOError):
             os.read(fd, 8)
         os.close(fd)
+
+
+def test_a_busy_thread_handles_what_has_arrived_without_waiting_for_more(harness: Harness) -> None:
+    harness.wait_until_thread_polls()
+    harness.loop.turn_nowait()  # takes the role from the I/O thread, and returns though nothing comes
+    harness.send(7)
+    # Within the time for which the I/O thread leaves the role alone; later turns find the message handled by either.
+    while not harness.known[7]:
+        harness.loop.turn_nowait()
+    assert harness.known[7] == 1
+
+
+def test_a_turn_without_waiting_leaves_the_role_to_a_thread_that_waits(harness: Harness, threads: Threads) -> None:
+    waiter = threads.start(lambda: harness.wait_for(9), name="waiter")
+    harness.wait_until_role_is_of(waiter)
+    harness.loop.turn_nowait()
+    assert harness.loop._role_ident == waiter.ident
+    harness.send(9)
+    waiter.join(LIMIT_S)
+    assert harness.handlers == ["waiter"]
+
+
+def test_a_thread_that_turns_the_loop_for_a_while_stops_when_another_wants_to(
+    harness: Harness, threads: Threads
+) -> None:
+    turning = threads.start(lambda: harness.loop.turn_for(lambda: False, LIMIT_S), name="turning")
+    harness.wait_until_role_is_of(turning)
+    waiter = threads.start(lambda: harness.wait_for(3), name="waiter")
+    assert eventually(lambda: bool(harness.loop._waiters))
+    harness.send(4)  # any message lets it look
+    turning.join(LIMIT_S)
+    assert not turning.is_alive()
+    harness.send(3)
+    waiter.join(LIMIT_S)
+    assert harness.known[3] == 1
+
+
+def test_a_thread_turns_the_loop_until_it_has_something_to_do(harness: Harness) -> None:
+    harness.send(5)
+    harness.loop.turn_for(lambda: harness.known[5] > 0, LIMIT_S)
+    assert harness.known[5] == 1

@@ -9,6 +9,7 @@ from clusterpool.core.dispatch import (
     BATCH_BYTES_MAX,
     LONG_TASK_S,
     OUTSTANDING_MAX,
+    SPLIT_MIN_S,
     TAKE_BACK_AFTER_S,
     Batch,
     Dispatcher,
@@ -47,6 +48,8 @@ def tasks_of(*wanted: int) -> list[Task]:
         (BACKLOG_S, 2, [1, 1]),  # no backlog while another worker has nothing
         (BACKLOG_S / 10, 4, [2, 2]),  # equal shares of a short queue
         (BACKLOG_S / 10, 100, [11, 11]),
+        (SPLIT_MIN_S / 4, 4, [4]),  # too little work to wake a second worker for
+        (SPLIT_MIN_S / 4, 6, [4, 2]),
         (1e-9, 10_000, [OUTSTANDING_MAX, OUTSTANDING_MAX]),
     ],
 )

@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_group import FakeWorkerGroup, wait_until
 
-from clusterpool.futures import engine, pool_state
+from clusterpool.calls import engine
+from clusterpool.futures import pool_state
 
 
 @pytest.fixture

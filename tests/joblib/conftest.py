@@ -15,14 +15,15 @@ from fake_group import FakeWorkerGroup, wait_until
 @pytest.fixture
 def fake(monkeypatch):
     """Parallel calls run on `FakeWorkerGroup`s, of a cluster with 4 CPUs; gives these, oldest first."""
-    from clusterpool.joblib import backend, engine
+    from clusterpool.calls import engine
+    from clusterpool.joblib import backend
     from clusterpool.joblib.warm_groups import WarmGroups
 
     groups: list[FakeWorkerGroup] = []
     monkeypatch.setattr(FakeWorkerGroup, "opened", groups)
     monkeypatch.setattr(
         engine,
-        "open_group",
+        "open_exit_safe_group",
         lambda size, **options: FakeWorkerGroup(size, on_worker_died=lambda *_: None, **options),
     )
     monkeypatch.setattr(engine, "connect", lambda address: "client")
