@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from clusterpool.client.object_ref import ObjectRef
 from clusterpool.core.messages import Reference
+from clusterpool.errors import ObjectTooLarge, StoreFull
 from clusterpool.serialization.digests import content_digest, is_immutable
 
 if TYPE_CHECKING:
@@ -75,13 +76,22 @@ class StoredArguments:
             return kept[2]
         reference = self._living(digest) if digest is not None else None
         if reference is None:
-            reference = self._put(value)
+            reference = self._stored(value)
         if digest is not None:
             self._numbers[digest] = reference.part.number
             if len(self._numbers) > NUMBERS_MAX:
                 self._numbers.popitem(last=False)
         self._keep(value, digest, reference)
         return reference
+
+    def _stored(self, value: Any) -> ObjectRef:
+        try:
+            return self._put(value)
+        except (ObjectTooLarge, StoreFull) as exc:
+            kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+            size_bytes = getattr(value, "nbytes", None) or len(value)
+            text = f"an argument (or a part of one) of type {kind} with {size_bytes / 1e6:,.1f} MB cannot be stored"
+            raise type(exc)(f"{text}: {exc}") from exc
 
     def _is_there(self, number: int) -> bool:
         """Whether the object has not been let go, nor lost with its node."""

@@ -1,0 +1,154 @@
+"""What a drop-in executor must get right because others do not (lines 10 to 12, 20 to 23 of that list)."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clusterpool.futures import ProcessPoolExecutor
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+@pytest.fixture
+def executor() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(2) as executor:
+        yield executor
+
+
+def echo(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, kwargs
+
+
+# 10. Every keyword is the function's
+
+
+@pytest.mark.parametrize("name", ["resources", "timeout", "key", "retries", "name", "self", "fn", "args", "workers"])
+def test_submit_takes_no_keyword_for_itself(executor: ProcessPoolExecutor, name: str) -> None:
+    future: Any = executor.submit(echo, 1, **{name: 2})  # type: ignore[arg-type]
+    assert future.result(20) == ((1,), {name: 2})
+
+
+def test_calls_that_look_alike_are_all_made(executor: ProcessPoolExecutor, tmp_path: Path) -> None:
+    def append() -> None:
+        with (tmp_path / "calls").open("a") as file:
+            file.write("x")
+
+    concurrent.futures.wait([executor.submit(append) for _ in range(5)], timeout=20)
+    assert (tmp_path / "calls").read_text() == "xxxxx"
+
+
+def test_options_go_through_options(executor: ProcessPoolExecutor) -> None:
+    assert executor.options(retries=1).submit(echo, retries=5).result(20) == ((), {"retries": 5})
+
+
+# 11. The whole interface
+
+
+def test_shutdown_cancels_what_waits_and_refuses_more() -> None:
+    executor = ProcessPoolExecutor(1)
+    running = executor.submit(time.sleep, 0.5)
+    waiting = [executor.submit(time.sleep, 600) for _ in range(20)]
+    while not running.running() and not running.done():
+        time.sleep(0.001)
+    executor.shutdown(wait=True, cancel_futures=True)
+    assert running.result(0) is None
+    assert all(future.cancelled() for future in waiting[5:])
+    with pytest.raises(RuntimeError):
+        executor.submit(abs, 1)
+
+
+def test_map_has_chunksize_timeout_and_buffersize(executor: ProcessPoolExecutor) -> None:
+    assert list(executor.map(pow, range(5), range(5), chunksize=2)) == [1, 1, 4, 27, 256]
+    with pytest.raises(concurrent.futures.TimeoutError):
+        list(executor.map(time.sleep, [0.5], timeout=0.01))
+    read: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(1000):
+            read.append(number)
+            yield number
+
+    results = executor.map(abs, numbers(), buffersize=4)
+    assert next(results) == 0
+    assert len(read) <= 6
+
+
+def test_workers_end_after_their_number_of_tasks() -> None:
+    with ProcessPoolExecutor(1, max_tasks_per_child=2) as executor:
+        pids = [executor.submit(os.getpid).result(20) for _ in range(4)]
+    assert pids[0] == pids[1] != pids[2] == pids[3]
+
+
+@pytest.mark.parametrize("name", ["terminate_workers", "kill_workers"])
+def test_workers_can_be_ended_at_once(name: str) -> None:
+    executor = ProcessPoolExecutor(2)
+    future = executor.submit(time.sleep, 600)
+    while not future.running():
+        time.sleep(0.001)
+    getattr(executor, name)()
+    with pytest.raises(concurrent.futures.process.BrokenProcessPool):
+        future.result(20)
+
+
+# 12. cancel() and running() tell the truth
+
+
+def test_no_future_says_cancelled_while_its_call_runs(tmp_path: Path) -> None:
+    def work(number: int) -> int:
+        (tmp_path / str(number)).touch()
+        time.sleep(0.02)
+        return number
+
+    with ProcessPoolExecutor(2) as executor:
+        futures = [executor.submit(work, number) for number in range(60)]
+        time.sleep(0.05)
+        cancelled = [number for number, future in enumerate(futures) if future.cancel()]
+        running = futures[0]
+        assert running.cancelled() is False
+    for number, future in enumerate(futures):
+        assert future.cancelled() is (number in cancelled)
+        assert (tmp_path / str(number)).exists() is (number not in cancelled)
+    assert cancelled
+
+
+# 20. await
+
+
+def test_results_are_awaitable_and_run_in_executor_works(executor: ProcessPoolExecutor) -> None:
+    async def main() -> list[Any]:
+        loop = asyncio.get_running_loop()
+        first = loop.run_in_executor(executor, abs, -1)
+        second = asyncio.wrap_future(executor.submit(abs, -2))
+        return [await first, await second]
+
+    assert asyncio.run(main()) == [1, 2]
+
+
+# 21, 23
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_size_that_cannot_be_right_is_a_value_error(size: int) -> None:
+    with pytest.raises(ValueError):
+        ProcessPoolExecutor(size)
+
+
+def test_programs_may_look_at_the_size(executor: ProcessPoolExecutor) -> None:
+    assert executor._max_workers == 2
+
+
+def test_a_callback_of_a_thread_may_submit_more(executor: ProcessPoolExecutor) -> None:
+    done = threading.Event()
+    executor.submit(abs, -1).add_done_callback(
+        lambda _: executor.submit(abs, -2).add_done_callback(lambda _: done.set())
+    )
+    assert done.wait(20)
