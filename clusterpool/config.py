@@ -37,6 +37,10 @@ OBJECT_STORE_MEMORY_SHARE = 0.3
 SHARED_MEMORY_FREE_SHARE = 0.9
 SHARED_MEMORY_FOLDER = Path("/dev/shm")
 
+# Names a function, "module:name", that each worker of a job calls before it loads anything of the job's.
+WORKER_SETUP_VARIABLE = "CLUSTERPOOL_WORKER_SETUP"
+PATCHING_SETUP = "clusterpool.cli.patch:patch_standard_library"
+
 
 @dataclass(frozen=True)
 class NodeConfig:

@@ -1,7 +1,7 @@
 """Fixtures for all tests: a cluster to test on, and the proof that each test cleans up after itself.
 
 After every test the autouse fixture `nothing_left_behind` looks for what the test left: processes,
-shared-memory segments and session folders of this run. What a module's `cluster` fixture holds is allowed
+shared-memory segments, semaphores and session folders of this run. What a module's `cluster` fixture holds is allowed
 until it is shut down. The usual case, a test that starts nothing, costs a listing of /proc and two folders.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -22,7 +23,9 @@ from pathlib import Path
 import pytest
 
 SHARED_MEMORY = Path("/dev/shm")
-SEGMENT_PREFIX = "clusterpool-"
+# Arenas and cells; POSIX semaphores.
+SEGMENT_PREFIXES = ("clusterpool-", "sem.clusterpool-")
+NODE_ID = re.compile(r"\bn[0-9a-f]{10}\b")
 # A node must notice within 5 s that its driver is gone: what runs after that is a leak, not a straggler.
 LEAVE_WITHIN_S = 5.0
 # Helpers of the standard library and of joblib that live until their program ends, whoever first needed them.
@@ -74,9 +77,17 @@ class Run:
         allowed = {pid for pid in pids if held_pids.intersection(ancestors(pid))}
         held_folders = frozenset().union(*(held.folders for held in self.held))
         held_segments = frozenset().union(*(held.segments for held in self.held))
-        segments = {
-            name for name in segments - held_segments if not is_mapped_by_a_legitimate_process(name, pids - allowed)
-        }
+        # What was passed on of a held cluster's locks and queues lives as long as its job does.
+        held_nodes = set(NODE_ID.findall(" ".join(held_segments)))
+        segments = {name for name in segments - held_segments if held_nodes.isdisjoint(NODE_ID.findall(name))}
+        if segments:
+            living = nodes_of_legitimate_processes(segments, pids - allowed)
+            segments = {
+                name
+                for name in segments
+                if living.isdisjoint(NODE_ID.findall(name))
+                and not is_mapped_by_a_legitimate_process(name, pids - allowed)
+            }
         return Leftovers(frozenset(pids - allowed), frozenset(segments), folders - held_folders)
 
     def wait_until_clean(self, timeout_s: float = LEAVE_WITHIN_S) -> Leftovers:
@@ -144,7 +155,7 @@ class Run:
 def segment_names() -> list[str]:
     """Shared-memory files of any clusterpool of this machine."""
     try:
-        return [name for name in os.listdir(SHARED_MEMORY) if name.startswith(SEGMENT_PREFIX)]
+        return [name for name in os.listdir(SHARED_MEMORY) if name.startswith(SEGMENT_PREFIXES)]
     except FileNotFoundError:
         return []
 
@@ -183,6 +194,15 @@ def ancestors(pid: int) -> list[int]:
         except OSError:
             break
     return line
+
+
+def nodes_of_legitimate_processes(segments: set[str], leaked_pids: set[int]) -> set[str]:
+    """The nodes of these segments whose arena another run is using: nobody need map their semaphores and cells."""
+    nodes = set(NODE_ID.findall(" ".join(segments)))
+    arenas = [name for name in segment_names() if re.fullmatch(rf"clusterpool-\d+-.*{NODE_ID.pattern}", name)]
+    return {
+        name[-11:] for name in arenas if name[-11:] in nodes and is_mapped_by_a_legitimate_process(name, leaked_pids)
+    }
 
 
 def is_mapped_by_a_legitimate_process(segment: str, leaked_pids: set[int]) -> bool:

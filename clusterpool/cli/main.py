@@ -227,8 +227,8 @@ def _watch(module: Any, target: Any, nodes: Any, period_s: float) -> None:
 def run(patch: bool, address: str | None, script: Path, arguments: tuple[str, ...]) -> Callable[[], int]:
     """Run a Python SCRIPT with its ARGUMENTS on the cluster; its exit code is the command's.
 
-    With --patch the script needs no change: its multiprocessing.Pool, its ProcessPoolExecutor and joblib's default
-    backend are the cluster's. Use `--address local` for a private cluster of this run alone.
+    With --patch the script needs no change: its multiprocessing, its ProcessPoolExecutor and joblib's default backend
+    are the cluster's, in its workers too. Use `--address local` for a private cluster of this run alone.
     """
     from clusterpool.cli import run_script
     from clusterpool.cli.status import find_cluster

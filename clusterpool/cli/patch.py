@@ -1,75 +1,167 @@
-"""Put the cluster's pools in the place of the standard library's, in this process only.
+"""Put the cluster's modules in the place of the standard library's: in this process, and in the workers of its job.
 
-Only the names by which programs reach the pools are bound anew; no class of the standard library is changed but for the
-method `Pool` of its contexts. Queues, locks, managers, `Process` and the resource tracker stay what they are. Workers
-of the cluster are processes of their own and are not patched: a pool that a task makes is a standard one on its node.
+    sys.modules["multiprocessing.queues"]  ->  clusterpool.multiprocessing.queues, and so on
+    sys.modules["multiprocessing"]         ->  a module with the names of clusterpool.multiprocessing
+
+No class of the standard library is changed. Its modules are loaded first and go on using one another, because they and
+others build on them: our own modules, `concurrent.futures.process`, joblib's loky. Whatever imports the standard names
+from now on gets ours; what ours do not have (private names too, by which some things are pickled) is the standard's.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import concurrent.futures.process
+import importlib
 import multiprocessing
-import multiprocessing.context
-import multiprocessing.managers  # it keeps the standard Pool for its servers, if it is imported before the patch
-import multiprocessing.pool
-from collections.abc import Callable, Iterable
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
+
+import clusterpool.multiprocessing
+from clusterpool.config import PATCHING_SETUP, WORKER_SETUP_VARIABLE
+
+_REPLACED = (
+    "context", "connection", "heap", "managers", "pool", "queues", "shared_memory", "sharedctypes", "synchronize",
+)  # fmt: skip
+# The others, so that every name is in `sys.modules`, and none is looked for in our folder.
+_KEPT = ("dummy.connection", "forkserver", "popen_fork", "popen_forkserver", "popen_spawn_posix", "spawn")
+_ours = {name: importlib.import_module(f"clusterpool.multiprocessing.{name}") for name in _REPLACED}
+_standard = {
+    f"multiprocessing.{name}": importlib.import_module(f"multiprocessing.{name}") for name in (*_REPLACED, *_KEPT)
+}
+_standard["multiprocessing"] = multiprocessing
+
+_FACTORIES = (
+    "Manager", "Pipe", "Lock", "RLock", "Condition", "Semaphore", "BoundedSemaphore", "Event", "Barrier", "Queue",
+    "JoinableQueue", "SimpleQueue", "Pool", "RawValue", "RawArray", "Value", "Array",
+)  # fmt: skip
+
+# These subclass the standard library's own classes, private parts included.
+_BUILD_ON_STANDARD = ("joblib", "loky")
 
 
 def patch_standard_library() -> None:
     """Once, before the program is loaded. What was imported from the modules before keeps what it has."""
-    # First, because they build on the standard classes, or pass them on, and must go on doing so.
+    if sys.modules["multiprocessing"] is not multiprocessing:
+        return
+    os.environ[WORKER_SETUP_VARIABLE] = PATCHING_SETUP  # the job takes the environment along
+    for name, ours in _ours.items():
+        _fill(ours, _standard[f"multiprocessing.{name}"])
+        sys.modules[f"multiprocessing.{name}"] = ours
+    sys.modules["multiprocessing"] = _make_package()
+    _keep_contexts_standard()
+
     from clusterpool.futures import ProcessPoolExecutor
 
-    _patch_joblib()
-    pool_class = _stand_in(multiprocessing.pool.Pool)
-
-    def context_pool(
-        self: Any,
-        processes: int | None = None,
-        initializer: Callable[..., Any] | None = None,
-        initargs: Iterable[Any] = (),
-        maxtasksperchild: int | None = None,
-    ) -> Any:
-        """A pool of the cluster's; which start method the context has makes no difference to it."""
-        return pool_class(processes, initializer, initargs, maxtasksperchild, context=self)
-
-    standard: Any = multiprocessing
-    standard.Pool = pool_class
-    standard.pool.Pool = pool_class
-    standard.context.BaseContext.Pool = context_pool
     futures: Any = concurrent.futures
     futures.ProcessPoolExecutor = ProcessPoolExecutor
     futures.process.ProcessPoolExecutor = ProcessPoolExecutor
+    if "joblib.parallel" in sys.modules:
+        _use_joblib_backend()
+    sys.meta_path.insert(0, _OnStandardFinder())
 
 
-def _stand_in(standard_pool: Any) -> Any:
-    """A class that is the cluster's `Pool` to programs, and the standard one to the standard `ThreadPool`.
-
-    That one, like the standard pool itself, reaches its base by the module's name `Pool`: for its constructor, and for
-    helpers that the cluster's pool does not have.
-    """
-    from clusterpool.multiprocessing.pool import Pool
-
-    def initialize(self: Any, *args: Any, **options: Any) -> None:
-        if isinstance(self, standard_pool):
-            standard_pool.__init__(self, *args, **options)
-        else:
-            Pool.__init__(self, *args, **options)
-
-    helpers = {
-        name: member
-        for name, member in vars(standard_pool).items()
-        if isinstance(member, (staticmethod, classmethod)) and not hasattr(Pool, name)
-    }
-    names = {"__init__": initialize, "__doc__": Pool.__doc__, "__module__": Pool.__module__}
-    return type("Pool", (Pool,), {**helpers, **names})
+def _fill(ours: ModuleType, standard: ModuleType) -> None:
+    for name, value in vars(standard).items():
+        if name == "__all__" or not name.startswith("__"):
+            vars(ours).setdefault(name, value)
 
 
-def _patch_joblib() -> None:
+def _make_package() -> ModuleType:
+    """A package of the standard name and folder, with our names: pickles that name it load in any process."""
+    package = ModuleType("multiprocessing")
+    vars(package).update(vars(multiprocessing))
+    names = vars(clusterpool.multiprocessing)
+    vars(package).update({name: names[name] for name in multiprocessing.__all__ if name != "Pool"})
+    vars(package).update(_ours, Pool=clusterpool.multiprocessing.Pool)
+    return package
+
+
+# --- what builds on the standard modules ----------------------------------------------------------------------------
+
+
+def _keep_contexts_standard() -> None:
+    """A `ThreadPool`, say, makes its queue by a standard context, whose methods import modules by their names."""
+    state: dict[str, Any] = vars(_standard["multiprocessing.context"])
+    for context in (state["_default_context"], *state["_concrete_contexts"].values()):
+        for name in _FACTORIES:
+            setattr(context, name, _on_standard(getattr(context, name)))
+
+
+def _on_standard(method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        with _standard_modules():
+            return method(*args, **options)
+
+    return call
+
+
+def _use_joblib_backend() -> None:
     from joblib.parallel import register_parallel_backend
 
     from clusterpool.joblib.hook import NAME, make_backend
 
     register_parallel_backend(NAME, make_backend, make_default=True)
+
+
+_swap_lock = threading.RLock()
+_swaps: list[dict[str, ModuleType]] = []
+
+
+@contextmanager
+def _standard_modules() -> Iterator[None]:
+    """Imports in this block find the standard modules. (Those of other threads as well, for that time.)"""
+    with _swap_lock:
+        _swaps.append({name: sys.modules[name] for name in _standard})
+        sys.modules.update(_standard)
+        try:
+            yield
+        finally:
+            sys.modules.update(_swaps.pop())
+
+
+class _OnStandardFinder(MetaPathFinder):
+    """Has the libraries of `_BUILD_ON_STANDARD` loaded on the standard modules."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in _BUILD_ON_STANDARD:  # what these import comes along
+            return None
+        for finder in sys.meta_path:
+            if isinstance(finder, _OnStandardFinder) or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _OnStandardLoader(spec.loader)
+                return spec
+        return None
+
+
+class _OnStandardLoader(Loader):
+    """Loads a module as `loader` would, and leaves that one's traces on it."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
+        with _standard_modules():
+            self._loader.exec_module(module)
+        if module.__name__ == "joblib":
+            _use_joblib_backend()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)

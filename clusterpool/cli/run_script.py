@@ -22,7 +22,7 @@ def replace_process(script: Path, arguments: Sequence[str], environment: Mapping
 
 
 def run_patched(script: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run the script in this process, with the standard library's pools replaced; its exit code.
+    """Run the script in this process, with the standard library's modules replaced; its exit code.
 
     Raises: SystemExit when the script does.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import concurrent.futures
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
@@ -129,7 +130,16 @@ def shutdown() -> None:
             lean_future.wait_hook = lean_future.wake_hook = None
 
 
-atexit.register(shutdown)
+def _shutdown_at_exit() -> None:
+    # The standard library's handler may have been registered before ours, and would then run after it: but children
+    # are waited for, and queues emptied, while there still is a cluster. It does its work once only.
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        util._exit_function()
+    shutdown()
+
+
+atexit.register(_shutdown_at_exit)
 
 
 def is_initialized() -> bool:

@@ -20,6 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
+from types import CodeType
 from typing import Any
 
 import msgspec
@@ -31,6 +32,7 @@ from clusterpool.client.loop import Loop
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core import wire
+from clusterpool.core.coordination_messages import CoordinationDone, CoordinationFailed
 from clusterpool.core.dispatch import Task
 from clusterpool.core.joining import RegistrationRefused, mismatch
 from clusterpool.core.messages import Address, Message
@@ -71,6 +73,7 @@ class Client:
         self.deliveries = Deliveries()
         self.on_block: Callable[[], None] | None = None  # in a worker: a task is about to wait
         self.on_unblock: Callable[[], None] | None = None
+        self.on_interrupt: Callable[[], None] | None = None  # KeyboardInterrupt is about to be raised
         self.is_closed = False
         self.closed_text = ""
         self._refusal = ""  # why the node does not let us join
@@ -113,7 +116,8 @@ class Client:
         with self._locked():
             connection = self._connections.open(self._node_socket)
             connection.send(m.RegisterProcess(self.job if self.kind == "driver" else None, wants_logs))
-        self._install_interrupt_handler()
+        if self.kind == "driver":
+            self.install_interrupt_handler()
         if not self.loop.wait_until(lambda: self.registered is not None or self.is_closed, 30.0) or self.is_closed:
             self.close("it did not answer")
             if self._refusal:
@@ -157,6 +161,12 @@ class Client:
         """Whether results or lines wait to be handed out."""
         return bool(self.deliveries.queue)
 
+    @property
+    def has_unsent(self) -> bool:
+        """Whether something for the node is still with us, because its socket was full."""
+        connection = self._connections.by_process.get(self.node.process_id)
+        return connection is not None and connection.has_unsent
+
     def check_open(self) -> None:
         """Raises: NotConnected when the cluster is gone."""
         if self.is_closed:
@@ -180,9 +190,12 @@ class Client:
         self._lock_ident = 0
         self._lock.release()
 
-    def _install_interrupt_handler(self) -> None:
-        """Ctrl-C while the main thread is inside our own code must not leave that half changed: it comes later."""
-        if self.kind != "driver" or threading.current_thread() is not threading.main_thread():
+    def install_interrupt_handler(self, callers: frozenset[CodeType] = frozenset()) -> None:
+        """Ctrl-C while the main thread is inside our own code must not leave that half changed: it comes later.
+
+        `callers`: as in frames.py.
+        """
+        if threading.current_thread() is not threading.main_thread():
             return
         if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             return  # the program has a handler of its own
@@ -191,8 +204,10 @@ class Client:
 
         def interrupt(signal_number: int, frame: Any) -> None:
             # A callback of the user's that never ends runs within our code: at last the user must win.
-            if may_raise(frame) or (put_off_s and monotonic() - put_off_s[0] > INTERRUPT_PUT_OFF_S):
+            if may_raise(frame, callers) or (put_off_s and monotonic() - put_off_s[0] > INTERRUPT_PUT_OFF_S):
                 put_off_s.clear()
+                if self.on_interrupt is not None:
+                    self.on_interrupt()
                 signal.default_int_handler(signal_number, frame)
             put_off_s.append(monotonic())
             interrupt_later()
@@ -536,4 +551,5 @@ _WORKER_MESSAGES = frozenset(
 )
 _REPLIES = frozenset(
     {m.ObjectCreated, m.ObjectPinned, m.StoreFailed, m.ActorLocated, m.ClusterDescribed, PackageAnswer}
+    | {CoordinationDone, CoordinationFailed}
 )

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import CodeType, FrameType
 
+from clusterpool.client import sleeps
 from clusterpool.client.loop import Loop
 
 # Our code between the user's and what it waits for takes some 10 to 100 us.
@@ -25,7 +26,7 @@ _OURS = tuple(
     for name in ("client", "core", "object_store", "processes", "serialization", "transport", "worker")
 )
 # Where a thread sleeps holds no lock, and the callers undo what they did.
-_SLEEPS = frozenset({Loop._turn.__code__, Loop._wait_for_role.__code__})
+_SLEEPS = frozenset({Loop._turn.__code__, Loop._wait_for_role.__code__, *sleeps.CODES})
 
 
 def may_raise(frame: FrameType | None, callers: frozenset[CodeType] = frozenset()) -> bool:

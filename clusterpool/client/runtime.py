@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clusterpool import errors
 from clusterpool.client.client import Client
+from clusterpool.client.coordination import Coordination
 from clusterpool.client.group_worker import GroupWorker, as_group_worker
 from clusterpool.client.submission import FunctionTable, TaskMaker
 from clusterpool.client.values import NONE_PAYLOAD, Values, make_error
@@ -18,6 +19,9 @@ from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import Address, Reference, TaskResult, TaskStatus, WorkerDemand
 from clusterpool.serialization.exceptions import load_exception
 from clusterpool.serialization.packing import loads
+
+if TYPE_CHECKING:
+    from clusterpool.client.channel import ChannelTable
 
 
 class Runtime:
@@ -34,8 +38,19 @@ class Runtime:
         self.returns_exits = False  # in a worker: a task's SystemExit is its result and does not end the worker
         self._task_sets: dict[Any, int] = {}
         self._lock = threading.Lock()
+        self._coordination: Coordination | None = None
+        self.channels: ChannelTable | None = None  # made by channel.py when there is a first one
         client.deliveries.result_loader = self.load_result
         client.deliveries.failure_loader = self.load_failure
+
+    @property
+    def coordination(self) -> Coordination:
+        """Semaphores, channels and cells of the cluster."""
+        if self._coordination is None:
+            with self._lock:
+                if self._coordination is None:
+                    self._coordination = Coordination(self.client)
+        return self._coordination
 
     # --- worker sets of remote functions
 

@@ -53,3 +53,9 @@ class Keys:
 
     def value(self, name: str) -> str:
         return f"{self.prefix}value:{name}"
+
+    def carrier(self, name: str) -> str:
+        return f"{self.prefix}carrier:{name}"
+
+    def carrier_items(self, name: str) -> str:
+        return f"{self.prefix}items:{name}"

@@ -7,6 +7,7 @@ unpickling.
 
 from __future__ import annotations
 
+from clusterpool.core.cluster_view import NodeRecord
 from clusterpool.core.messages import Hello, Message
 
 
@@ -23,6 +24,29 @@ def mismatch(ours: Hello, theirs: Hello) -> str:
     return (
         f"{_describe(theirs)}, but {_describe(ours)}; they exchange functions and pickled values, so they "
         "need the same clusterpool and the same minor version of Python: use the same environment for both"
+    )
+
+
+def node_mismatch(ours: NodeRecord, theirs: NodeRecord) -> str:
+    """Why a node that joins cannot work with one that is there, naming both; empty if it can."""
+    if _node_numbers(ours) == _node_numbers(theirs):
+        return ""
+    return (
+        f"{_describe_node(theirs)} cannot join: {_describe_node(ours)}; the nodes of a cluster exchange functions and "
+        "pickled values, so they need the same clusterpool and the same minor version of Python: use the same "
+        "environment on all of them"
+    )
+
+
+def _node_numbers(record: NodeRecord) -> tuple[str, list[str]]:
+    return record.clusterpool_version, record.python_version.split(".")[:2]
+
+
+def _describe_node(record: NodeRecord) -> str:
+    version = record.clusterpool_version or "of an unknown version"
+    return (
+        f"node {record.node_id} on {record.host_name or record.host} runs clusterpool {version} "
+        f"on Python {record.python_version}"
     )
 
 

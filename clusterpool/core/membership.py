@@ -14,16 +14,38 @@ that incarnation's heartbeats from then on.
 from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple
 
-from clusterpool.core.cluster_view import (
-    ClusterView,
-    NodeEntry,
-    NodeLoad,
-    NodeRecord,
-    NodesSnapshot,
-    NodeView,
-    view_of_entry,
+from clusterpool.core.cluster_view import ClusterView, NodeEntry, NodeLoad, NodeRecord, NodesSnapshot, view_of_entry
+from clusterpool.core.joining import node_mismatch
+from clusterpool.core.membership_events import *  # noqa: F403
+from clusterpool.core.membership_events import (
+    Command,
+    DeclareNodeDead,
+    Event,
+    EventsMissed,
+    FenceSelf,
+    HeartbeatAnswer,
+    HeartbeatAnswered,
+    HeartbeatDue,
+    JoinRequested,
+    LeaveRequested,
+    NodeDied,
+    NodeEventRead,
+    NodeJoined,
+    NodeLeft,
+    NodesRead,
+    NodeSuspected,
+    NodeTrusted,
+    ReadNodes,
+    RefuseSelf,
+    Registered,
+    RegisterNode,
+    RemoveNode,
+    Restored,
+    RestoreNode,
+    SendHeartbeat,
+    StoreFailed,
+    WorkEnded,
 )
 from clusterpool.errors import InvalidTransition
 
@@ -41,186 +63,6 @@ GRACE_S = 2.0
 READ_GAP_MAX_S = 2.0
 # Ended incarnations that are remembered, so that a late snapshot cannot bring one back.
 ENDED_MAX = 4096
-
-
-class HeartbeatAnswer(Enum):
-    """What the store says to a heartbeat."""
-
-    ACCEPTED = "accepted"
-    FENCED = "fenced"  # another node declared this incarnation dead, or a newer incarnation registered
-    FORGOTTEN = "forgotten"  # the store itself lost the registration (restarted empty, an old replica took over)
-
-
-class JoinRequested(NamedTuple):
-    """This node is up and wants to belong."""
-
-    record: NodeRecord
-
-
-class Registered(NamedTuple):
-    """The store gave this node an incarnation number (the answer to `RegisterNode`)."""
-
-    incarnation: int
-
-
-class Restored(NamedTuple):
-    """The answer to `RestoreNode`."""
-
-    is_accepted: bool
-
-
-class HeartbeatDue(NamedTuple):
-    """Comes from the shell's timer every HEARTBEAT_PERIOD_S."""
-
-    load: NodeLoad
-
-
-class HeartbeatAnswered(NamedTuple):
-    """The answer to `SendHeartbeat`."""
-
-    answer: HeartbeatAnswer
-    incarnation: int
-
-
-class NodesRead(NamedTuple):
-    """The answer to `ReadNodes`."""
-
-    snapshot: NodesSnapshot
-
-
-class NodeEventRead(NamedTuple):
-    """An event about a node came from the event stream; `kind` is the stream's."""
-
-    kind: str  # "node_joined" | "node_left" | "node_died"
-    node_id: str
-    incarnation: int
-    reason: str = ""
-
-
-class EventsMissed(NamedTuple):
-    """The event stream was trimmed past this reader, or another server took over."""
-
-
-class StoreFailed(NamedTuple):
-    """A command of this machine failed because the store could not be reached."""
-
-    reason: str = ""
-
-
-class WorkEnded(NamedTuple):
-    """The fenced node has ended its workers and dropped its objects (the answer to `FenceSelf`)."""
-
-
-class LeaveRequested(NamedTuple):
-    """This node goes in good order: its work is done or given away."""
-
-
-Event = (
-    JoinRequested
-    | Registered
-    | Restored
-    | HeartbeatDue
-    | HeartbeatAnswered
-    | NodesRead
-    | NodeEventRead
-    | EventsMissed
-    | StoreFailed
-    | WorkEnded
-    | LeaveRequested
-)
-
-
-class RegisterNode(NamedTuple):
-    """Get a new incarnation number from the store."""
-
-    record: NodeRecord
-
-
-class RestoreNode(NamedTuple):
-    """Register again under the same incarnation: the store forgot us, our work goes on."""
-
-    record: NodeRecord
-    incarnation: int
-
-
-class SendHeartbeat(NamedTuple):
-    """Tell the store that this node lives, and how busy it is."""
-
-    incarnation: int
-    load: NodeLoad
-
-
-class ReadNodes(NamedTuple):
-    """Read the snapshot of all living nodes."""
-
-
-class DeclareNodeDead(NamedTuple):
-    """Ask the store to end this incarnation of a silent peer."""
-
-    node_id: str
-    incarnation: int
-    reason: str
-
-
-class RemoveNode(NamedTuple):
-    """Take this node off the list."""
-
-    incarnation: int
-
-
-class FenceSelf(NamedTuple):
-    """End all workers, drop all objects, then report `WorkEnded`."""
-
-    reason: str
-
-
-class NodeJoined(NamedTuple):
-    """For the other machines: a peer may be given work."""
-
-    view: NodeView
-
-
-class NodeLeft(NamedTuple):
-    """For the other machines: a peer went in good order."""
-
-    node_id: str
-    incarnation: int
-
-
-class NodeDied(NamedTuple):
-    """For the other machines: what ran there, and what only it held, is lost."""
-
-    node_id: str
-    incarnation: int
-    reason: str
-
-
-class NodeSuspected(NamedTuple):
-    """For the other machines: give the peer no new work."""
-
-    node_id: str
-
-
-class NodeTrusted(NamedTuple):
-    """A suspected node was heard again."""
-
-    node_id: str
-
-
-Command = (
-    RegisterNode
-    | RestoreNode
-    | SendHeartbeat
-    | ReadNodes
-    | DeclareNodeDead
-    | RemoveNode
-    | FenceSelf
-    | NodeJoined
-    | NodeLeft
-    | NodeDied
-    | NodeSuspected
-    | NodeTrusted
-)
 
 
 class State(Enum):
@@ -250,6 +92,7 @@ class Membership:
         self.view = ClusterView(node_id)
         self.state = State.OUTSIDE
         self.incarnation = 0  # 0: never registered
+        self.is_settled = False  # a member that has seen that it can work with the others
         self._suspect_after_s = suspect_after_s
         self._dead_after_s = dead_after_s
         self._grace_s = grace_s
@@ -379,6 +222,13 @@ class Membership:
 
     def _read(self, snapshot: NodesSnapshot, now_s: float) -> list[Command]:
         self._is_read_pending = False
+        if self.state is State.MEMBER and not self.is_settled:
+            refusal = self._refusal(snapshot)
+            if refusal:
+                self.state = State.LEFT
+                self._forget_self()
+                return [RemoveNode(self.incarnation), RefuseSelf(refusal)]
+            self.is_settled = True
         elapsed_s = self._elapsed(now_s)
         commands: list[Command] = []
         listed = set()
@@ -388,6 +238,16 @@ class Membership:
         for node_id in [node_id for node_id in self._watch_by_node if node_id not in listed]:
             commands += self._not_listed(self._watch_by_node[node_id], elapsed_s)
         return commands
+
+    def _refusal(self, snapshot: NodesSnapshot) -> str:
+        """Why this node cannot work with those that came before it: of two that differ the later one goes."""
+        assert self._record is not None
+        for entry in snapshot.nodes:
+            if entry.incarnation < self.incarnation:
+                reason = node_mismatch(entry.record, self._record)
+                if reason:
+                    return reason
+        return ""
 
     def _elapsed(self, now_s: float) -> float:
         """The time for which silence counts: none if the store, or we, were away since the last read."""

@@ -5,6 +5,7 @@ shell --event--> NodeMachine --command--> shell
                    |- Environments  forks that wait for packages
                    |- NodeObjects   store, transfers
                    |- NodeActors    registry of actors
+                   |- CoordinationMachine  semaphores, channels, cells
                    |- Membership    the other nodes
 """
 
@@ -16,12 +17,16 @@ from typing import Any
 
 import msgspec
 
+from clusterpool.core import coordination_events as ce
 from clusterpool.core import environments as env
 from clusterpool.core import membership as ms
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
 from clusterpool.core import store_messages as s
 from clusterpool.core.cluster_view import NodeLoad, NodeRecord, NodeView
+from clusterpool.core.coordination import CoordinationMachine
+from clusterpool.core.coordination_messages import CoordinationMessage
+from clusterpool.core.job_ends import JobEnds
 from clusterpool.core.messages import Address
 from clusterpool.core.node_actors import NodeActors
 from clusterpool.core.node_objects import NodeObjects
@@ -74,6 +79,8 @@ class NodeMachine:
         self.actors = NodeActors(self.node_id)
         self.membership = ms.Membership(self.node_id)
         self.environments = env.Environments()
+        self.coordination = CoordinationMachine(self.node_id)
+        self.jobs = JobEnds()
         self._watchers: dict[str, set[Address]] = {}  # by process id
         self._departing: dict[Address, Address] = {}  # by driver elsewhere, the node to tell when its job has ended
         self._told: dict[str, tuple[Any, ...]] = {}  # by node that has sent requests here, the last load it was told
@@ -124,10 +131,15 @@ class NodeMachine:
         handler = self._handlers.get(type(event))
         if handler is not None:
             commands = self._admitted(handler(event, now_s))
+        elif isinstance(event, ce.CoordinationEvent):
+            return self.coordination.handle(event, now_s)
         elif isinstance(event, s.StoreEvent):
             return self.objects.store_event(event, now_s)
         else:
             commands = self._admitted(self._membership(event, now_s))
+        for job_id in self.jobs.take_over(self.scheduler.has_workers_of):
+            commands += [*self.objects.job_ended(job_id, now_s), e.RemoveJob(job_id)]
+            commands += self.coordination.handle(ce.JobGone(job_id), now_s)
         return commands + self._tell_load() if self._told else commands
 
     # --- forks that wait for packages
@@ -184,6 +196,7 @@ class NodeMachine:
         if event.kind == "worker":
             return self.scheduler.worker_joined(process_id, event.pid)
         if event.job is not None:
+            self.jobs.seen(event.address, event.job.job_id)
             arguments = {"job": event.job, "pid": event.pid}
             return self.actors.call("register_job", arguments)
         return []
@@ -195,6 +208,8 @@ class NodeMachine:
         commands = self._owner_gone(process, now_s)
         if event.address.process_id not in self.scheduler.workers:  # else how it ended will be known soon
             commands += self._tell_watchers(event.address, "the process has ended")
+        elif event.sent_rubbish:
+            commands += self.scheduler.end_rejected(event.address.process_id)
         for watchers in self._watchers.values():  # else an actor that lives long would gather all who ever called it
             watchers.discard(event.address)
         if process.kind == "driver" and self.is_embedded and process.pid == self.driver_pid:
@@ -210,6 +225,8 @@ class NodeMachine:
         commands: Commands = list(self.scheduler.owner_ended(process.address, ends_job=ends_job))
         commands += self.objects.process_left(process.address.process_id, now_s)
         self.actors.process_left(process.address)
+        self.jobs.process_ended(process.address)
+        commands += self.coordination.handle(ce.ProcessGone(process.address), now_s)
         if ends_job and not process.is_leaving:
             commands += self.actors.call("finish_job", {"job_id": ends_job})
         return commands
@@ -234,6 +251,8 @@ class NodeMachine:
         if is_leaving and not message.job.detached:
             # Sent before its owner knew of the end: replacements for the workers that end with the job.
             return []
+        if not message.job.detached:
+            self.jobs.seen(message.job.owner, message.job.job_id)
         return list(self.scheduler.requested(source, message))
 
     def _maybe_left(self, process: Process) -> Commands:
@@ -244,6 +263,7 @@ class NodeMachine:
 
     def _end_job(self, source: Address, message: EndJob, _now_s: float) -> Commands:
         self._departing[message.owner] = source
+        self.jobs.process_ended(message.owner)
         commands: Commands = list(self.scheduler.owner_ended(message.owner))
         return commands + self._maybe_job_ended(message.owner, source)
 
@@ -283,7 +303,9 @@ class NodeMachine:
         """A process of another node, whose leases or objects may be here, has ended; or a whole node is not there."""
         if _is_node(message.address):
             node_id = message.address.node_id
-            return [*self.objects.node_lost(node_id, now_s), *self._expect_no_answer(node_id)]
+            lost = [*self.objects.node_lost(node_id, now_s), *self._expect_no_answer(node_id)]
+            return lost + self.coordination.handle(ce.NodeUnreachable(node_id), now_s)
+        self.jobs.process_ended(message.address)
         commands: Commands = list(self.scheduler.owner_ended(message.address))
         return commands + self.objects.process_left(message.address.process_id, now_s)
 
@@ -299,6 +321,8 @@ class NodeMachine:
         handler = self._message_handlers.get(type(event.message))
         if handler is not None:
             return handler(event.source, event.message, now_s)
+        if isinstance(event.message, CoordinationMessage):
+            return self.coordination.handle(event, now_s)
         return self.objects.message(event.source, event.message, now_s) or []
 
     # --- the cluster
@@ -352,6 +376,8 @@ class NodeMachine:
                 commands.append(e.PeerJoined(command.view.node_id))
             elif isinstance(command, ms.FenceSelf):
                 commands += self._fenced(command.reason, now_s)
+            elif isinstance(command, ms.RefuseSelf):
+                commands.append(e.StopNode(command.reason))
             elif not isinstance(command, (ms.NodeSuspected, ms.NodeTrusted)):
                 commands.append(command)
         if self.membership.view.version != version:
@@ -364,6 +390,8 @@ class NodeMachine:
     def _node_lost(self, node_id: str, reason: str, now_s: float) -> Commands:
         commands: Commands = [e.PeerLost(node_id, reason), *self.objects.node_lost(node_id, now_s)]
         self._told.pop(node_id, None)
+        self.jobs.node_lost(node_id)
+        commands += self.coordination.handle(ce.NodeGone(node_id), now_s)
         for owner in self.scheduler.owners_on(node_id):
             self._departing.pop(owner, None)
             commands += self.scheduler.owner_ended(owner)
@@ -388,6 +416,7 @@ class NodeMachine:
         commands: Commands = []
         for view in list(self.membership.view):
             commands += self._node_lost(view.node_id, reason, now_s)
+        commands += self.coordination.handle(ce.SelfFenced(), now_s)
         self._fencing = set(self.scheduler.workers)
         return commands + self.scheduler.end_all(f"its node was taken for dead: {reason}")
 

@@ -34,9 +34,10 @@ class ProcessJoined(Event, frozen=True):
 
 
 class ProcessLeft(Event, frozen=True):
-    """Its connection is closed."""
+    """Its connection is closed; by us if it `sent_rubbish`."""
 
     address: Address
+    sent_rubbish: bool = False
 
 
 class MessageArrived(Event, frozen=True):
@@ -115,6 +116,7 @@ class ForkWorker(Command, frozen=True):
     job: JobPart
     env: dict[str, str]
     name: str
+    is_process: bool = False  # it will be a `Process`
 
 
 class EndWorker(Command, frozen=True):
@@ -140,6 +142,12 @@ class CallStore(Command, frozen=True):
     tag: int
     operation: str
     arguments: dict[str, Any]
+
+
+class RemoveJob(Command, frozen=True):
+    """A job is over on this node: its driver has ended, and its workers here. Remove what it left."""
+
+    job_id: str
 
 
 class StopNode(Command, frozen=True):

@@ -72,6 +72,7 @@ class WorkerDemand(Part, frozen=True):
     strategy: str = ""  # "", "spread", "node:<id>" (must be there), "near:<id>" (rather there)
     stored: list[StoredValue] = []  # large arguments of the first task: placed where their bytes are
     actor_id: str = ""
+    outlives_owner: bool = False  # it goes on when its owner dies, until the job ends: a child process does
 
 
 class RequestWorkers(Message, frozen=True):

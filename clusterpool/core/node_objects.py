@@ -98,6 +98,15 @@ class NodeObjects:
             commands += self._put(s.ObjectFreed(object_id))
         return commands
 
+    def job_ended(self, job_id: str, now_s: float) -> Commands:
+        """A job is over: what its channels left here goes, which no process owned."""
+        self._now_s = now_s
+        prefix = job_id + "-"
+        commands: Commands = []
+        for object_id in [object_id for object_id in self.store.objects if object_id.startswith(prefix)]:
+            commands += self._put(s.ObjectFreed(object_id))
+        return commands
+
     def node_lost(self, node_id: str, now_s: float) -> Commands:
         """Another node is gone."""
         self._now_s = now_s

@@ -3,6 +3,7 @@
     shell --event--> OwnerMachine --command--> shell
                        |- WorkerSet (one a group or resource shape) -- Dispatcher
                        |- ActorChannel (one an actor)
+                       |- Children
                        |- OwnershipTable
 
 Drivers and workers run the same machine. One thread at a time may call it (the client holds a lock).
@@ -18,6 +19,7 @@ import msgspec
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core.actors import ActorChannel
+from clusterpool.core.children import Children
 from clusterpool.core.dispatch import Task
 from clusterpool.core.owner_actors import OwnerActors
 from clusterpool.core.owner_objects import OwnerObjects
@@ -40,8 +42,18 @@ class OwnerMachine:
         self.cancelled: bool = False  # the answer to the last TaskCancelAsked
         self.objects = OwnerObjects(address, self.node, numbers)
         self.actors = OwnerActors(self)
+        self.children = Children(self)
         self._targets: dict[int, WorkerSet | ActorChannel] = {}  # by number of a task that waits for arguments
-        self._handlers: dict[type, Callable[[Any, float], Commands]] = {
+        self._handlers = self._handlers_of_events()
+        self._message_handlers = self._handlers_of_messages()
+        self._set_by_process: dict[str, WorkerSet] = {}  # kept by the sets
+        self._dropped_functions: dict[int, None] = {}  # unfinished tasks may use these, later ones will not
+        self._look_at_tasks = 0  # at so few unfinished tasks, or at so many dropped functions, look which can go
+        self._look_at_dropped = 0
+        self.objects.on_known = self._arguments_known
+
+    def _handlers_of_events(self) -> dict[type, Callable[[Any, float], Commands]]:
+        return {
             e.SetOpened: self._set_opened,
             e.SetResized: self._set_changed,
             e.SetClosed: self._set_changed,
@@ -51,6 +63,10 @@ class OwnerMachine:
             e.ClientClosed: self._client_closed,
             e.TasksSubmitted: self._tasks_submitted,
             e.TaskWithArgumentsSubmitted: self._task_with_arguments,
+            e.ChildOpened: self.children.opened,
+            e.ChildSignalled: self.children.signalled,
+            e.ChildDropped: self.children.dropped,
+            e.ProcessWatched: self.children.watched,
             e.ActorOpened: self.actors.opened,
             e.ActorMet: self.actors.met,
             e.ActorCallsSubmitted: self.actors.calls_submitted,
@@ -65,7 +81,9 @@ class OwnerMachine:
             e.ProcessGone: self._process_gone,
             e.TimePassed: lambda _, now_s: self._advance_all(now_s),
         }
-        self._message_handlers: dict[type, Callable[[m.Address, Any, float], Commands]] = {
+
+    def _handlers_of_messages(self) -> dict[type, Callable[[m.Address, Any, float], Commands]]:
+        return {
             m.TasksFinished: self._tasks_finished,
             m.WorkerGranted: self._worker_granted,
             m.WorkerReady: self._worker_ready,
@@ -83,11 +101,6 @@ class OwnerMachine:
             m.Undeliverable: lambda _, message, now_s: self._gone(message.address, "it has ended", now_s),
             m.ActorLocated: lambda _, message, __: self.actors.located(message),
         }
-        self._set_by_process: dict[str, WorkerSet] = {}  # kept by the sets
-        self._dropped_functions: dict[int, None] = {}  # unfinished tasks may use these, later ones will not
-        self._look_at_tasks = 0  # at so few unfinished tasks, or at so many dropped functions, look which can go
-        self._look_at_dropped = 0
-        self.objects.on_known = self._arguments_known
 
     def handle(self, event: e.Event, now_s: float) -> Commands:
         """Take note of `event` at `now_s` (monotonic seconds); what to do about it, in order."""
@@ -360,7 +373,8 @@ class OwnerMachine:
     def _worker_granted(self, source: m.Address, message: m.WorkerGranted, now_s: float) -> Commands:
         worker_set = self._set_of_request(message.request)
         if worker_set is None:
-            return self.actors.granted(source, message, now_s)
+            met = self.children.granted(message)
+            return self.actors.granted(source, message, now_s) if met is None else met
         commands = worker_set.granted(message.request, message.worker, now_s)
         if worker_set.setup.references and message.worker.address.process_id in worker_set.held:
             commands = self.objects.hand_over(message.worker.address, worker_set.setup.references) + commands
@@ -368,7 +382,9 @@ class OwnerMachine:
 
     def _worker_ready(self, source: m.Address, _message: m.WorkerReady, now_s: float) -> Commands:
         worker_set = self._set_by_process.get(source.process_id)
-        return self._checked(worker_set.worker_ready(source.process_id, now_s)) if worker_set else []
+        if worker_set is None:
+            return self.children.loaded(source.process_id)
+        return self._checked(worker_set.worker_ready(source.process_id, now_s))
 
     def _setup_failed(self, source: m.Address, message: m.WorkerSetupFailed, now_s: float) -> Commands:
         worker_set = self._set_by_process.get(source.process_id)
@@ -383,12 +399,14 @@ class OwnerMachine:
         if worker_set is not None:
             ended = worker_set.exited(process_id, message.exit_code, message.text, now_s, task=message.task)
             commands += self._checked(ended)
+        commands += self.children.process_gone(message.address, message.exit_code)
         return commands + self.actors.process_gone(message.address, message.text)
 
     def _request_failed(self, _source: m.Address, message: m.RequestFailed, now_s: float) -> Commands:
         worker_set = self._set_of_request(message.request)
         if worker_set is None:
-            return self.actors.request_failed(message)
+            failed = self.children.request_failed(message)
+            return self.actors.request_failed(message) if failed is None else failed
         commands = worker_set.request_failed(message.request, message.count, message.kind, message.text, now_s)
         return self._checked(commands)
 
@@ -402,14 +420,17 @@ class OwnerMachine:
     def _process_gone(self, event: e.ProcessGone, now_s: float) -> Commands:
         """A connection broke. The nodes of the processes that matter here report their ends, with the cause."""
         address = event.address
-        is_leased = address.process_id in self._set_by_process or self.actors.has_lease(address)
-        if is_leased or self.objects.is_watched(address):
+        process_id = address.process_id
+        is_leased = process_id in self._set_by_process or self.children.has(process_id)
+        if is_leased or self.actors.has_lease(address) or self.objects.is_watched(address):
             return []
         return self._gone(address, event.text, now_s)
 
     def _gone(self, address: m.Address, text: str, now_s: float) -> Commands:
         """A process ended. Its node reports a worker's exit with the cause, so tasks wait for that report."""
         commands = self.objects.process_gone(address, text)
+        if not self.children.has(address.process_id):
+            commands += self.children.process_gone(address)
         return commands + self.actors.process_gone(address, text)
 
     def _node_lost(self, _source: m.Address, message: m.NodeLost, now_s: float) -> Commands:
@@ -421,6 +442,7 @@ class OwnerMachine:
                     text = f"its node {message.node_id} is gone: {message.text}"
                     commands += self._checked(worker_set.exited(process_id, -9, text, now_s))
             commands += self._checked(worker_set.advance(now_s))
+        commands += self.children.node_gone(message.node_id)
         return commands + self.actors.node_gone(message.node_id, message.text)
 
     def _client_closed(self, event: e.ClientClosed, _now_s: float) -> Commands:
@@ -433,6 +455,7 @@ class OwnerMachine:
         commands = self._checked([e.FailTasks(with_sink, event.kind, event.text)])
         commands += self._checked([e.FailTasks(others, "not_connected", event.text)])
         commands += self.objects.lose_unknown("not_connected", event.text)
+        commands += self.children.all_gone(event.text)
         commands += [e.SetEnded(set_number) for set_number in self.sets]
         self.sets.clear()
         self._set_by_process.clear()

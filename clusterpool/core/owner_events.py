@@ -10,6 +10,7 @@ from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import (
     ActorPart,
     Address,
+    JobPart,
     Message,
     Reference,
     TaskResult,
@@ -122,6 +123,35 @@ class ActorOpened(Event, frozen=True):
     creation: Task
     arguments: TaskArguments | None
     lifetime: int = 0  # number of the object whose end is the actor's
+
+
+class ChildOpened(Event, frozen=True):
+    """A `Process` is started: `setup` is what it runs. `job`: with the environment that it shall have."""
+
+    set_number: int
+    demand: WorkerDemand
+    setup: SetupPlan
+    job: JobPart
+
+
+class ChildSignalled(Event, frozen=True):
+    """A child shall get this signal."""
+
+    set_number: int
+    signal: int
+
+
+class ChildDropped(Event, frozen=True):
+    """Nobody waits for a child's start any more."""
+
+    set_number: int
+
+
+class ProcessWatched(Event, frozen=True):
+    """Somebody here wants to know when this process ends."""
+
+    set_number: int
+    address: Address
 
 
 class ActorMet(Event, frozen=True):
@@ -262,6 +292,40 @@ class SetSetupFailed(Command, frozen=True):
 
 class SetEnded(Command, frozen=True):
     """A closed or terminated set has no worker left."""
+
+    set_number: int
+
+
+class ChildStarted(Command, frozen=True):
+    """A child runs in this worker."""
+
+    set_number: int
+    worker: WorkerPart
+
+
+class ChildLoaded(Command, frozen=True):
+    """A child has what it was given."""
+
+    set_number: int
+
+
+class ChildEnded(Command, frozen=True):
+    """A child has ended."""
+
+    set_number: int
+    exit_code: int
+
+
+class ChildFailed(Command, frozen=True):
+    """A child never ran. `kind` names the error class."""
+
+    set_number: int
+    kind: str
+    text: str
+
+
+class WatchedEnded(Command, frozen=True):
+    """A watched process has ended, or is not to be seen any more."""
 
     set_number: int
 

@@ -43,7 +43,8 @@ class Lease:
     """A worker in somebody's hands. `is_blocked`: its CPU is lent to others."""
 
     __slots__ = (
-        "amounts", "gpu_ids", "has_env", "is_blocked", "is_granted", "kind", "number", "origin", "request", "worker",
+        "amounts", "gpu_ids", "has_env", "is_blocked", "is_granted", "kind", "number", "origin", "outlives_owner",
+        "request", "worker",
     )  # fmt: skip
 
     def __init__(self, number: int, pending: Pending, worker: Worker, gpu_ids: list[int]) -> None:
@@ -54,6 +55,7 @@ class Lease:
         self.amounts = pending.amounts
         self.gpu_ids = gpu_ids
         self.has_env = bool(pending.demand.env)
+        self.outlives_owner = pending.demand.outlives_owner
         self.worker = worker
         self.is_granted = False
         self.is_blocked = False
@@ -244,7 +246,8 @@ class Scheduler:
         lease = self.leases[self._last_lease] = Lease(self._last_lease, pending, worker, gpu_ids)
         worker.lease = lease
         self.workers[worker.process_id] = worker
-        return [ForkWorker(worker.process_id, pending.job, pending.demand.env, pending.demand.name)]
+        demand = pending.demand
+        return [ForkWorker(worker.process_id, pending.job, demand.env, demand.name, demand.outlives_owner)]
 
     def _granted(self, lease: Lease) -> Command:
         lease.is_granted = True
@@ -363,6 +366,10 @@ class Scheduler:
         worker.end_text = text
         return EndWorker(worker.process_id, SIGKILL)
 
+    def end_rejected(self, process_id: str) -> list[Command]:
+        """A worker has sent bytes that are no message, and was cut off: nobody could end it in good order."""
+        return [self._end(self.workers[process_id], "it sent bytes that are no message of clusterpool's")]
+
     # --- blocked workers lend their CPU
 
     def blocked(self, process_id: str) -> list[Command]:
@@ -402,7 +409,11 @@ class Scheduler:
             if worker.job.detached:
                 continue
             is_of_job = worker.job.owner == address or worker.job.job_id == ends_job
-            is_leased = worker.lease is not None and worker.lease.origin == address
+            lease = worker.lease
+            is_leased = lease is not None and lease.origin == address
+            # A child that still starts would wait in vain for what it shall run.
+            if is_leased and lease is not None and lease.outlives_owner and lease.is_granted:
+                is_leased = False
             if is_of_job or is_leased:
                 commands.append(self._end(worker, "its owner has ended"))
         for job_id in [job_id for job_id, idle in self.idle.items() if idle and idle[0].job.owner == address]:

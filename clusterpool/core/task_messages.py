@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Address(NamedTuple):
@@ -148,10 +148,11 @@ class SetupWorker(Message, frozen=True):
     name: str
     lease: int
     references: list[Reference] = []  # inside the payload
+    is_process: bool = False  # the payload is all that the worker is for: it ends with the exit code of the call
 
 
 class WorkerReady(Message, frozen=True):
-    """The setup is done."""
+    """The setup is done; a worker that is a process has loaded what it was given."""
 
     lease: int
 

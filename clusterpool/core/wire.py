@@ -6,11 +6,13 @@ from typing import Any, Union
 
 import msgspec
 
+from clusterpool.core import coordination_messages as c
 from clusterpool.core import joining as j
 from clusterpool.core import messages as m
 from clusterpool.core import package_messages as p
 from clusterpool.core import peer_messages as n
 from clusterpool.core import transfer_messages as t
+from clusterpool.core import tunnel_messages as u
 
 AnyMessage = Union[  # noqa: UP007
     m.SetupWorker, m.WorkerReady, m.WorkerSetupFailed, m.StartTasks, m.TasksFinished, m.StreamItem,
@@ -22,7 +24,11 @@ AnyMessage = Union[  # noqa: UP007
     m.FreeObjects, m.RegisterActor, m.ActorChanged, m.LocateActor, m.ActorLocated, m.KillActor, m.DescribeCluster,
     m.ClusterDescribed, m.StopNode, m.Relay, m.Undeliverable,
     n.EndJob, n.JobEnded, n.LoadChanged, j.RegistrationRefused, p.OfferPackage, p.SendPackage, p.PackageAnswer,
+    c.IsMoved, c.AdoptCarrier, c.AcquireToken, c.GetItem, c.CancelWait, c.ReleaseToken, c.ReturnToken, c.ReadValue,
+    c.PutItem, c.ReturnItem, c.CountItems, c.ReadCell, c.WriteCell, c.ForgetCarriers, c.MoveCarrier, c.CarrierMoved,
+    c.CoordinationDone, c.CoordinationFailed,
     t.OpenTransfer, t.TransferOpened, t.TransferRefused, t.SendChunk, t.ChunkData, t.CloseTransfer,
+    u.OpenTunnel, u.TunnelOpened, u.TunnelRefused, u.TunnelData, u.TunnelCredit, u.TunnelEnd, u.TunnelStop,
 ]  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

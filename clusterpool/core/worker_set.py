@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING
 from clusterpool.core.dispatch import BACKLOG_S, Batch, Dispatcher, Task
 from clusterpool.core.messages import (
     Address,
-    CancelRequest,
     CancelTasks,
     ForgetFunctions,
     FunctionPart,
     JobPart,
     KillWorker,
     ReleaseWorkers,
-    RequestWorkers,
     RetireWorker,
     SetupWorker,
     StartTasks,
@@ -41,6 +39,7 @@ from clusterpool.core.owner_events import (
     SetWorkerJoined,
     SetWorkerLeft,
 )
+from clusterpool.core.worker_requests import WorkerRequests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -87,7 +86,7 @@ class WorkerSet:
         self.dispatcher = Dispatcher(runs_max=runs_max)
         self.held: dict[str, WorkerPart] = {}  # by process id: setting up, ready or retiring
         self.ready: set[str] = set()
-        self.requested: dict[int, int] = {}  # by request number, how many are still to come
+        self.requested = WorkerRequests(node, job, demand, requests)
         self.is_closing = False
         self.is_terminated = False
         self.failed_text = ""
@@ -96,7 +95,6 @@ class WorkerSet:
         self._expected: set[str] = set()  # process ids whose end is our own wish
         self._setup_failures = 0
         self._start_failures = 0
-        self._requests = requests
         self._functions = functions
         self._set_by_process = set_by_process  # the owner's. Invariant: it has this set for just the keys of `held`
         self._on_sent: Callable[[Address, list[Task]], list[Command]] | None = None
@@ -177,10 +175,10 @@ class WorkerSet:
 
     def granted(self, request: int, worker: WorkerPart, now_s: float) -> list[Command]:
         """A node gave us a worker."""
-        was_wanted = request in self.requested
-        self._count_down(request, 1)
+        is_wanted = request in self.requested and (not self.is_closing or self._has_work())
+        self.requested.count_down(request)
         process_id = worker.address.process_id
-        if not was_wanted or (self.is_closing and not self._has_work()):
+        if not is_wanted:
             # It was on its way when the request was cancelled. (Its node ends it unless others can use it.)
             return [Send(self._node_of(worker), ReleaseWorkers([worker.lease], False))]
         self.held[process_id] = worker
@@ -259,7 +257,7 @@ class WorkerSet:
 
     def request_failed(self, request: int, count: int, kind: str, text: str, now_s: float) -> list[Command]:
         """Workers that were asked for will never come."""
-        self._count_down(request, count)
+        self.requested.count_down(request, count)
         if self.is_terminated:
             return []
         if kind == "start_failed":
@@ -290,14 +288,10 @@ class WorkerSet:
     def resize(self, size: int, now_s: float) -> list[Command]:
         """Grow or shrink a group; those that go finish what they have."""
         self.size = size
-        surplus = len(self.held) - len(self._expected) + sum(self.requested.values()) - size
-        commands: list[Command] = []
-        for request, count in list(self.requested.items()):
-            cancelled = min(count, max(0, surplus))
-            if cancelled:
-                surplus -= cancelled
-                self._count_down(request, cancelled)
-                commands.append(Send(self.node, CancelRequest(request, cancelled)))
+        surplus = len(self.held) - len(self._expected) + self.requested.count - size
+        requested = self.requested.count
+        commands: list[Command] = list(self.requested.cancel(surplus))
+        surplus -= requested - self.requested.count
         for process_id, worker in self.held.items():
             if surplus > 0 and process_id not in self.ready and process_id not in self._expected:
                 surplus -= 1
@@ -381,9 +375,9 @@ class WorkerSet:
             # Workers that die or have run their number of tasks are still replaced while tasks are left for them.
             size = min(size, len(self.dispatcher.queue) + self.dispatcher.outstanding_count + len(self.awaiting))
         living = len(self.held) - len(self._expected)
-        missing = size - living - sum(self.requested.values())
+        missing = size - living - self.requested.count
         if missing > 0 and not self.failed_text and self._may_start():
-            commands.append(self._request(missing))
+            commands.append(self.requested.ask(missing))
 
     def _may_start(self) -> bool:
         # Where no worker can be started any more, those that are left go on alone; the last one's end is a last try.
@@ -391,7 +385,7 @@ class WorkerSet:
 
     def _follow_queue(self, commands: list[Command], now_s: float) -> None:
         dispatcher = self.dispatcher
-        requested = sum(self.requested.values())
+        requested = self.requested.count
         usable = sum(1 for slot in dispatcher.slots.values() if not slot.outstanding and slot.is_open)
         wanted = min(REQUESTED_MAX, self._leases_wanted())
         if not wanted and not usable:
@@ -399,14 +393,9 @@ class WorkerSet:
             wanted = sum(1 for since_s in dispatcher.stuck_since_s() if since_s <= now_s)
         if wanted > requested + usable:
             if self._may_start():
-                commands.append(self._request(wanted - requested - usable))
+                commands.append(self.requested.ask(wanted - requested - usable))
         elif requested and wanted < requested:
-            for request, count in list(self.requested.items()):
-                cancelled = min(count, requested - wanted)
-                if cancelled:
-                    requested -= cancelled
-                    self._count_down(request, cancelled)
-                    commands.append(Send(self.node, CancelRequest(request, cancelled)))
+            commands += self.requested.cancel(requested - wanted)
         if dispatcher.queue:
             return
         idle: list[str] = []
@@ -451,22 +440,16 @@ class WorkerSet:
                 commands.append(Send(slot.address, ForgetFunctions(sorted(known))))
         return commands
 
-    def _request(self, count: int) -> Command:
-        request = next(self._requests)
-        self.requested[request] = count
-        return Send(self.node, RequestWorkers(request, count, self.demand, self.job))
-
     def cancel_requests(self) -> list[Command]:
         """Expect no worker that has not come; one that comes nevertheless is given back."""
-        commands: list[Command] = [
-            Send(self.node, CancelRequest(request, count)) for request, count in self.requested.items()
-        ]
-        self.requested.clear()
-        return commands
+        return list(self.requested.cancel_all())
 
     def _has_work(self) -> bool:
         dispatcher = self.dispatcher
-        return bool(dispatcher.queue or dispatcher.outstanding_count or self.awaiting) and not self.is_terminated
+        has_tasks = bool(dispatcher.queue or dispatcher.outstanding_count or self.awaiting)
+        # A pool that is closed at once has its initializer run all the same, unless it may have to wait for a GPU.
+        is_setup_due = self.requested and self.setup.payload and not self.demand.resources
+        return bool(has_tasks or is_setup_due) and not self.is_terminated
 
     def _close_now(self, commands: list[Command]) -> None:
         commands += self.cancel_requests()
@@ -476,10 +459,9 @@ class WorkerSet:
             self._expected.add(process_id)
             if not self.is_group:
                 commands += self._release([process_id])
-            elif process_id in self.ready:
-                self.dispatcher.slots[process_id].is_retiring = True
-                commands.append(Send(worker.address, RetireWorker()))
             else:
+                if process_id in self.ready:
+                    self.dispatcher.slots[process_id].is_retiring = True
                 commands.append(Send(worker.address, RetireWorker()))
         self._end_if_empty(commands)
 
@@ -487,13 +469,6 @@ class WorkerSet:
         if not self.held and not self._is_ended:
             self._is_ended = True
             commands.append(SetEnded(self.number))
-
-    def _count_down(self, request: int, count: int) -> None:
-        left = self.requested.get(request, 0) - count
-        if left > 0:
-            self.requested[request] = left
-        else:
-            self.requested.pop(request, None)
 
     def _node_of(self, worker: WorkerPart) -> Address:
         return Address(worker.address.node_id, worker.address.node_id)

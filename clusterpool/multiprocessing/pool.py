@@ -17,6 +17,7 @@ Source: https://docs.python.org/3/library/multiprocessing.html#module-multiproce
 
 from __future__ import annotations
 
+import importlib
 import operator
 import sys
 import threading
@@ -479,6 +480,7 @@ def __getattr__(name: str) -> Any:
     """Every other name is the standard library's, imported when asked for, to start up quickly."""
     if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import multiprocessing.pool
-
-    return getattr(multiprocessing.pool, name)
+    standard = importlib.import_module("multiprocessing.pool")
+    if standard is sys.modules[__name__]:  # `run --patch` has put this module there, with all names of the standard one
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(standard, name)

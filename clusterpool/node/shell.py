@@ -28,12 +28,15 @@ from clusterpool.core import node_events as e
 from clusterpool.core import package_messages as p
 from clusterpool.core import wire
 from clusterpool.core.cluster_view import NodeRecord
+from clusterpool.core.coordination_events import CoordinationCommand
 from clusterpool.core.environments import DropPackage, FetchPackage
 from clusterpool.core.joining import RegistrationRefused, mismatch
-from clusterpool.core.membership import JoinRequested, LeaveRequested, State
+from clusterpool.core.membership import JoinRequested, LeaveRequested
 from clusterpool.core.messages import Address, Message
 from clusterpool.core.node import TICK_S, NodeMachine
 from clusterpool.errors import ProtocolError
+from clusterpool.node.coordination import NodeCoordination
+from clusterpool.node.descriptors import Descriptors
 from clusterpool.node.disk import DiskThread
 from clusterpool.node.packages import PackageThread
 from clusterpool.node.routes import Routes
@@ -76,6 +79,8 @@ class NodeShell:
         self.workers = WorkerProcesses(self, zygote)
         self.store = StoreThread(self.config, self.post)
         self.packages = PackageThread(self.paths.folder / "packages", self.post, self.store.connect_another)
+        self.descriptors = Descriptors(self)
+        self.coordination = NodeCoordination(self)
         self.peers: Any = None
         self.routes: Routes | None = None
 
@@ -110,6 +115,8 @@ class NodeShell:
         self.watch(self._listener.fileno(), lambda _: self._accept())
         self.watch(self._post_fd, lambda _: self._read_posted())
         self.workers.open()
+        self.descriptors.open()
+        self.coordination.open()
         self._watch_driver()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.post(e.StopNode("it got a signal to end")))
@@ -147,6 +154,7 @@ class NodeShell:
             pid=os.getpid(),
             session_folder=config.session_folder,
             python_version=platform.python_version(),
+            clusterpool_version=__version__,
         )
 
     def _watch_driver(self) -> None:
@@ -217,6 +225,8 @@ class NodeShell:
             # The others need not wait until our silence is noticed.
             self.execute(self.machine.handle(LeaveRequested(), monotonic()))
         self.packages.stop()
+        self.coordination.close()
+        self.descriptors.close()
         self.store.stop()
         self.disk.stop()
         for connection in self.connections.values():
@@ -236,7 +246,7 @@ class NodeShell:
                 self.stop(event.text)
             else:
                 self.handle(event)
-        if not self._is_reported and self.machine.membership.state is State.MEMBER:
+        if not self._is_reported and self.machine.membership.is_settled:
             self._report_ready()
 
     # --- processes of this host
@@ -262,6 +272,7 @@ class NodeShell:
     def receive(self, connection: stream.Connection) -> bool:
         """Handle what a process has sent; whether there may be more."""
         frames: list[bytes] = []
+        is_rubbish = False
         try:
             frames, ended = connection.receive()
             for frame in frames:
@@ -269,9 +280,9 @@ class NodeShell:
         except (msgspec.MsgspecError, ProtocolError) as exc:
             self.rejected_frames += 1
             logger.warning("dropped a connection that sent no message of ours: %s", exc)
-            ended = True
+            ended = is_rubbish = True
         if ended:
-            self._disconnected(connection)
+            self._disconnected(connection, is_rubbish)
         return bool(frames) and not ended
 
     def drain(self, process_id: str) -> None:
@@ -316,14 +327,14 @@ class NodeShell:
         connection.send(answer)
         self.handle(e.ProcessJoined(hello.address, hello.kind, hello.pid, message.job, message.wants_logs))
 
-    def _disconnected(self, connection: stream.Connection) -> None:
+    def _disconnected(self, connection: stream.Connection, sent_rubbish: bool) -> None:
         self.unwatch(connection.fileno())
         connection.close()
         hello = connection.peer
         if isinstance(hello, m.Hello) and self.connections.get(hello.address.process_id) is connection:
             del self.connections[hello.address.process_id]
             self.packages.forget(hello.address)
-            self.handle(e.ProcessLeft(hello.address))
+            self.handle(e.ProcessLeft(hello.address, sent_rubbish))
 
     # --- sending
 
@@ -350,7 +361,9 @@ class NodeShell:
         if destination.node_id != self.node_id:
             self._send_to_node(relay)
         elif destination.process_id == self.node_id:
-            self.handle(e.MessageArrived(relay.source, wire.decode(relay.body)))
+            message = wire.decode(relay.body)
+            if not self.descriptors.tunnels.take(relay.source.node_id, message):
+                self.handle(e.MessageArrived(relay.source, message))
         else:
             connection = self.connections.get(destination.process_id)
             if connection is not None:
@@ -371,6 +384,7 @@ class NodeShell:
         if relay.source.node_id != self.node_id:
             logger.debug("dropped a message of %s: node %s is gone", relay.source, relay.destination.node_id)
         elif relay.source == self.address:
+            self.descriptors.tunnels.node_gone(relay.destination.node_id)
             self.post(e.MessageArrived(self.address, undeliverable))
         else:
             self.send(relay.source, undeliverable)
@@ -407,6 +421,10 @@ class NodeShell:
                 self.store.start()
             elif isinstance(command, e.StopNode):
                 self.stop(command.text)
+            elif isinstance(command, CoordinationCommand):
+                self.coordination.take(command)
+            elif isinstance(command, e.RemoveJob):
+                self.descriptors.job_ended(command.job_id)
             elif isinstance(command, (e.PeerJoined, e.PeerLost)):
                 self._peer_changed(command)
             elif not self.disk.take(command, self.send):
@@ -424,6 +442,7 @@ class NodeShell:
         else:
             logger.warning("node %s: node %s is gone: %s", self.node_id, command.node_id, command.text)
             self.routes.lost(command.node_id)
+            self.descriptors.tunnels.node_gone(command.node_id)
 
     def memory_text(self) -> str:
         """How much memory the host has left, for the text of a worker's death."""

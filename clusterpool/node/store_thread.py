@@ -59,14 +59,14 @@ class StoreThread:
         """Carry out a command of the machine (CallStore, or one of the membership's), in order."""
         self._queue.put(command)
 
-    def connect_another(self) -> Any:
+    def connect_another(self, store_class: Any = None) -> Any:
         """A connection for another thread of the node, once the control store has been reached here.
 
         Raises: NotConnected.
         """
         if not self._is_connected.wait(_CONNECT_S):
             raise NotConnected("the control store could not be started or reached; the node's log says why")
-        return self._connect_feed()
+        return self._connect_feed(store_class)
 
     def stop(self) -> None:
         """Finish what is queued, disconnect, and end the server that was started here."""
@@ -252,7 +252,7 @@ class StoreThread:
                 store = None
                 time.sleep(_RETRY_S)
 
-    def _connect_feed(self) -> Any:
+    def _connect_feed(self, store_class: Any = None) -> Any:
         from clusterpool.control_store.store import ControlStore
 
         config = self._config
@@ -260,7 +260,7 @@ class StoreThread:
         if config.control_store_password_file:
             password = Path(config.control_store_password_file).read_text().strip()
         url = config.control_store_url or f"unix://{config.paths.valkey_socket}"
-        return ControlStore.connect(url, cluster_id=config.cluster_id, password=password)
+        return (store_class or ControlStore).connect(url, cluster_id=config.cluster_id, password=password)
 
     def _feed_event(self, event: Any) -> None:
         fields = event.fields

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from clusterpool.config import PATCHING_SETUP, WORKER_SETUP_VARIABLE
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
 from clusterpool.errors import StartFailed
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from clusterpool.node.shell import NodeShell
 
 logger = logging.getLogger(__name__)
+
+# What the first thing that a `Process` is sent names.
+_PROCESS_MODULE = "clusterpool.multiprocessing.popen_cluster"
 
 
 class _WorkerProcess:
@@ -41,6 +45,7 @@ class WorkerProcesses:
         self._shell = shell
         self._zygote = zygote
         self._workers: dict[str, _WorkerProcess] = {}
+        self._preloaded: set[str] = set()
 
     def open(self) -> None:
         """Listen to the zygote."""
@@ -54,6 +59,11 @@ class WorkerProcesses:
         if job.host == shell.host:
             # As children of the driver would, workers on its host have its environment.
             env.update({name: value for name, value in job.env.items() if name != SESSION_VARIABLE})
+        setup = job.env.get(WORKER_SETUP_VARIABLE)
+        if setup:
+            env[WORKER_SETUP_VARIABLE] = setup  # on every host
+            if setup == PATCHING_SETUP:
+                self._preload(setup.partition(":")[0])
         working_dir, modules, variables = shell.packages.environment_paths(job.runtime_env)
         env.update(variables)
         env.update(command.env)
@@ -71,10 +81,22 @@ class WorkerProcesses:
         }
         try:
             self._zygote.fork_worker(command.process_id, spec)
+            if command.is_process:
+                self._preload(_PROCESS_MODULE)
         except (ValueError, StartFailed) as exc:
             # Posted, since the machine is in the middle of its commands.
             del self._workers[command.process_id]
             shell.post(e.ForkFailed(command.process_id, str(exc)))
+
+    def _preload(self, module: str) -> None:
+        """Have the workers to come share what only some need, and would import for longer than all else takes.
+
+        Modules of our own only: the workers of all jobs are forks of the same zygote.
+        """
+        if module not in self._preloaded:
+            self._preloaded.add(module)
+            with contextlib.suppress(StartFailed):
+                self._zygote.preload((module,))
 
     def end(self, command: e.EndWorker) -> None:
         """Send a worker a signal."""

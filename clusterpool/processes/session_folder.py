@@ -19,6 +19,7 @@ from pathlib import Path
 
 from clusterpool.config import NodeConfig, NodePaths, SessionPaths, make_private_folder
 from clusterpool.errors import StartFailed
+from clusterpool.processes.thin_files import remove_thin_files
 
 NEW_PREFIX = ".new-"
 DEAD_PREFIX = ".dead-"
@@ -134,8 +135,9 @@ def try_lock(folder: Path) -> int | None:
 
 
 def remove_node_files(paths: NodePaths, spill_path: Path | None = None) -> None:
-    """Remove all that a node wrote: its arena, its folder, and its spilled objects elsewhere."""
+    """Remove all that a node and its processes wrote: arena, semaphores and cells, its folder, and spilled objects."""
     paths.arena_file.unlink(missing_ok=True)
+    remove_thin_files(paths.node_id)
     # A folder of the user's choosing: nothing is removed there but a folder that bears this very node's name.
     if spill_path is not None and spill_path.name == paths.arena_file.name:
         remove_folder(spill_path)

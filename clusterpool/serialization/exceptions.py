@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from clusterpool import errors
-from clusterpool.serialization.functions import ShippingPickler
+from clusterpool.serialization.functions import DESCRIPTOR_MODULES, ShippingPickler
 
 _PACKAGE_FOLDER = str(Path(__file__).resolve().parents[1])
 _FAILED = object()
@@ -247,7 +247,12 @@ def _pickle(value: Any) -> bytes | None:
     try:
         # References that an exception holds escape, so that their owners keep the objects.
         with io.BytesIO() as file:
-            ShippingPickler(file).dump(value)
+            pickler = ShippingPickler(file)
+            # Not with `multiprocessing`'s ways for sockets and connections: what they give can be loaded only once, and
+            # here it is loaded to see whether it can be.
+            table = pickler.dispatch_table
+            pickler.dispatch_table = {kind: table[kind] for kind in table if kind.__module__ not in DESCRIPTOR_MODULES}
+            pickler.dump(value)
             return file.getvalue()
     except Exception:  # whatever the user's __reduce__ raises: the caller has another way
         return None

@@ -47,12 +47,17 @@ _LruCacheWrapper: type = type(functools.lru_cache(lambda: None))
 # in every array's pickle, and cloudpickle takes 3 us each time to find that it can be imported.
 _STABLE_PACKAGES = frozenset({"numpy", "pandas", "pyarrow", "scipy", "clusterpool"}) | sys.stdlib_module_names
 _STABLE_MAX = 4096
+DESCRIPTOR_MODULES = frozenset({"socket", "multiprocessing.connection"})  # of kinds that hold a descriptor
 _ALWAYS_PICKLABLE = frozenset({int, float, complex, str, bytes, bool, type(None), types.ModuleType})
 _stable_by_id: dict[int, Any] = {}
 
 
 class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Pickles one definition: everything of `__main__` that it uses goes into the same pickle, by value."""
+
+    # The C pickler's own field: cloudpickle's class attribute of that name hides it, and what is assigned to an
+    # instance would not reach the pickler.
+    dispatch_table = pickle.Pickler.__dict__["dispatch_table"]
 
     def __init__(
         self,
@@ -454,11 +459,19 @@ class _DispatchTable:
     """The reducers of cloudpickle and of `copyreg` in one dictionary, made again when one was registered."""
 
     registered: dict[Any, Any] | None = None
+    registered_by_kind: dict[Any, Any] = {}  # with `multiprocessing`'s own pickler
     merged: dict[Any, Any] = {}
 
 
 def _dispatch_table() -> dict[Any, Any]:
-    if _DispatchTable.registered != copyreg.dispatch_table:
-        _DispatchTable.merged = dict(cloudpickle.Pickler.dispatch_table)
+    reduction = sys.modules.get("multiprocessing.reduction")
+    by_kind = {} if reduction is None else reduction.ForkingPickler._extra_reducers
+    if _DispatchTable.registered != copyreg.dispatch_table or len(by_kind) != len(_DispatchTable.registered_by_kind):
+        _DispatchTable.registered_by_kind = dict(by_kind)
+        merged = dict(cloudpickle.Pickler.dispatch_table)
+        # Sockets and connections, which hold descriptors. Not others: cloudpickle has better ones for methods, and
+        # libraries share memory of this host by theirs.
+        merged.update((kind, by_kind[kind]) for kind in by_kind if kind.__module__ in DESCRIPTOR_MODULES)
+        _DispatchTable.merged = merged
         _DispatchTable.registered = dict(copyreg.dispatch_table)
     return _DispatchTable.merged

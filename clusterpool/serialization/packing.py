@@ -194,12 +194,17 @@ def dumps_arguments(
         return _dumped(pickler, (args, kwargs), file, captured)
 
 
-def dumps_value(value: Any) -> Serialized:
-    """Pickle one value, such as a result; raises what pickle raises."""
+def dumps_value(value: Any, reducers: Mapping[type, Callable[[Any], Any]] | None = None) -> Serialized:
+    """Pickle one value, such as a result; raises what pickle raises.
+
+    `reducers`, by class, come before those of `copyreg`.
+    """
     if _is_plain(value):
         return Serialized(_dumps(value, PROTOCOL))
     with io.BytesIO() as file, references.capture_references() as captured:
         pickler = ValuePickler(file, large_bytes_min=NO_LIMIT, store_large=None)
+        if reducers:
+            pickler.dispatch_table = {**pickler.dispatch_table, **reducers}
         return _dumped(pickler, pickler.replace_large(value), file, captured)
 
 

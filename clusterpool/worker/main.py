@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import socket
@@ -15,6 +16,7 @@ import msgspec
 from clusterpool.client import api
 from clusterpool.client.client import Client
 from clusterpool.client.runtime import Runtime
+from clusterpool.config import WORKER_SETUP_VARIABLE
 from clusterpool.core import messages as m
 from clusterpool.core.messages import Address
 from clusterpool.processes.task_page import make_task_page, task_page_path
@@ -30,6 +32,7 @@ def main(spec: dict[str, Any]) -> int:
         multiprocessing.current_process().authkey = job.authkey
     _adopt_environment(job)
     _enter_packages(spec["working_dir"], spec["modules"])
+    _call_setup()
     client = Client(
         node_socket=spec["node_socket"],
         processes_folder=spec["processes_folder"],
@@ -62,3 +65,10 @@ def _enter_packages(working_dir: str, modules: Sequence[str]) -> None:
     if working_dir:
         os.chdir(working_dir)
     sys.path[:0] = [*([working_dir] if working_dir else []), *modules]
+
+
+def _call_setup() -> None:
+    """What the job wants done first, such as the patch of `clusterpool run --patch`."""
+    module, _, name = os.environ.get(WORKER_SETUP_VARIABLE, "").partition(":")
+    if name:
+        getattr(importlib.import_module(module), name)()

@@ -26,6 +26,7 @@ from clusterpool.serialization.exceptions import dump_exception, unpicklable_res
 from clusterpool.serialization.functions import explain_load_failure, loads_function
 from clusterpool.serialization.packing import dumps_value, loads
 from clusterpool.worker.calls import USER_CODE_CALLERS, CallRunner
+from clusterpool.worker.child import run_child
 from clusterpool.worker.interrupts import Interrupts, Key
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ class TaskRunner:
                 return self._exit_code
             if self.setups:
                 owner, setup = self.setups.popleft()
+                if setup.is_process:
+                    return run_child(self.runtime, owner, setup)
                 if not self._set_up(owner, setup):
                     return _FAILED_SETUP_EXIT_CODE
             if pending:
@@ -145,6 +148,7 @@ class TaskRunner:
             is_due = ended_ns - self._flushed_ns > FLUSH_NS or len(self._results) >= FLUSH_RESULTS
             if is_due and pending:
                 self.flush()
+                self.client.loop.turn_nowait()
         self.flush()
 
     def _is_for_actor(self, owner: Address, spec: TaskSpec) -> bool:

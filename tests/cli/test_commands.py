@@ -175,6 +175,30 @@ def test_a_node_with_wrong_keys_of_the_store_is_refused(one_node: dict[str, Any]
     assert len(answer_of("status")["nodes"]) == 1
 
 
+def test_a_node_of_another_python_is_refused_and_both_are_named(one_node: dict[str, Any]) -> None:
+    import json
+
+    from clusterpool.control_store.store import ControlStore
+    from clusterpool.core.cluster_view import NodeRecord
+
+    join = json.loads(Path(one_node["join_file"]).read_text())
+    store = ControlStore.connect(
+        join["control_store_url"], cluster_id=join["cluster_id"], password=join["control_store_password"]
+    )
+    # The node that starts below is the one of another Python, to this one that was there before it.
+    old = NodeRecord("n0ld", "192.0.2.7", 7, "", {"CPU": 1.0}, host_name="attic", python_version="2.7.18")
+    old_incarnation = store.register_node(old)
+    try:
+        done = clusterpool_command("start", "--address", one_node["join_file"], *SMALL)
+    finally:
+        store.remove_node("n0ld", old_incarnation)
+        store.close()
+    assert done.returncode == 1
+    for part in ("node n0ld on attic", "Python 2.7.18", f"Python {sys.version.split()[0]}", "cannot join"):
+        assert part in done.stderr
+    wait_for(lambda: len(answer_of("status")["nodes"]) == 1, within_s=3, what="the head has forgotten both")
+
+
 def test_a_cluster_whose_head_was_killed_is_cleaned_up_by_the_next(one_node: dict[str, Any]) -> None:
     pid = one_node["nodes"][0]["pid"]
     os.kill(pid, signal.SIGKILL)

@@ -106,69 +106,142 @@ def test_pools_of_the_standard_library_run_on_the_cluster(tmp_path: Path) -> Non
     ]
 
 
-def test_the_rest_of_the_standard_library_stays_what_it_is(tmp_path: Path) -> None:
+def test_processes_queues_locks_and_managers_are_the_cluster_s(tmp_path: Path) -> None:
     done = run(
         tmp_path,
         """
-        import multiprocessing, os
+        import multiprocessing, multiprocessing.connection, multiprocessing.managers, os
+        from multiprocessing import Lock, Manager, Process, Queue, get_context
+        from multiprocessing.queues import Queue as QueueClass
+
+        def work(queue, lock, shared):
+            with lock:
+                shared["worker"] = "CLUSTERPOOL_NODE_ID" in os.environ
+            queue.put((os.getpid(), multiprocessing.current_process().name))
+
+        queue, lock = Queue(), Lock()
+        with Manager() as manager:
+            shared = manager.dict()
+            process = Process(target=work, args=(queue, lock, shared))
+            process.start()
+            print(queue.get(timeout=20) == (process.pid, process.name), isinstance(queue, QueueClass))
+            process.join()
+            print(process.exitcode, dict(shared))
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        process = get_context("spawn").Process(target=sender.send, args=("sent",))
+        process.start()
+        print(multiprocessing.connection.wait([receiver], 20) == [receiver] and receiver.recv())
+        process.join()
+        print({type(thing).__module__.partition(".")[0] for thing in (queue, lock, process, manager, sender)})
+        """,
+        "--patch",
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["True True", "0 {'worker': True}", "sent", "{'clusterpool'}"]
+
+
+def test_what_is_of_this_host_stays_what_it_is(tmp_path: Path) -> None:
+    done = run(
+        tmp_path,
+        """
+        import multiprocessing, multiprocessing.dummy, os
         from concurrent.futures import ThreadPoolExecutor
         from multiprocessing.pool import ThreadPool
-        from multiprocessing.shared_memory import SharedMemory
+        from multiprocessing.util import Finalize
         from joblib import Parallel, delayed
+        from joblib.externals.loky.backend.context import LokyContext
 
         def is_here(_=None):
             return "CLUSTERPOOL_NODE_ID" not in os.environ
 
-        def put(queue):
-            queue.put(is_here())
-
         if __name__ == "__main__":
-            with ThreadPool(2) as pool:
-                print(pool.map(is_here, range(5)))
+            for pool_class in (ThreadPool, multiprocessing.dummy.Pool):
+                with pool_class(2) as pool:
+                    print(pool.map(is_here, range(5)))
             with ThreadPoolExecutor(2) as executor:
                 print(list(executor.map(is_here, range(2))))
-            queue = multiprocessing.Queue()
-            process = multiprocessing.Process(target=put, args=(queue,))
-            process.start()
-            print(queue.get(timeout=20))
-            process.join()
-            with multiprocessing.Manager() as manager:
-                print(manager.dict(a=1), manager.Pool(1).apply(is_here))
-            memory = SharedMemory(create=True, size=10)
-            memory.close()
-            memory.unlink()
             print(Parallel(n_jobs=2, prefer="threads")(delayed(is_here)() for _ in range(2)))
-            print(Parallel(n_jobs=2, backend="multiprocessing")(delayed(is_here)() for _ in range(2)))
+            for backend in ("multiprocessing", "loky"):
+                print(Parallel(n_jobs=2, backend=backend)(delayed(is_here)() for _ in range(2)))
+            print([base.__module__ for base in LokyContext.__mro__], hasattr(multiprocessing.pool, "nothing"))
         """,
         "--patch",
     )
     assert done.stderr == ""
     assert done.stdout.splitlines() == [
         "[True, True, True, True, True]",
-        "[True, True]",
-        "True",
-        "{'a': 1} True",
+        "[True, True, True, True, True]",
         "[True, True]",
         "[True, True]",
+        "[True, True]",
+        "[True, True]",
+        "['joblib.externals.loky.backend.context', 'multiprocessing.context', 'builtins'] False",
     ]
 
 
-def test_workers_are_not_patched(tmp_path: Path) -> None:
+def test_workers_are_patched_too(tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text(
+        textwrap.dedent(
+            """
+            import concurrent.futures, multiprocessing
+            from multiprocessing import Process
+            from multiprocessing.queues import Queue
+
+            def homes(_):
+                import joblib.parallel
+                things = (Process, Queue, multiprocessing.get_context("fork").Process, multiprocessing.pool.Pool)
+                homes = {thing.__module__.partition(".")[0] for thing in things}
+                return homes, concurrent.futures.ProcessPoolExecutor.__module__, joblib.parallel.DEFAULT_BACKEND
+
+            def nested(queue):
+                queue.put(homes(0))
+                process = Process(target=put_homes, args=(queue,))
+                process.start()
+                process.join()
+
+            def put_homes(queue):
+                queue.put(homes(0))
+            """
+        )
+    )
     done = run(
         tmp_path,
         """
         import multiprocessing
+        from beside import homes, nested
 
-        def module_of_pool(_):
-            return type(multiprocessing.get_context("spawn")).Pool.__module__
-
-        if __name__ == "__main__":
-            with multiprocessing.Pool(1) as pool:
-                print(pool.apply(module_of_pool, (0,)))
+        queue = multiprocessing.Queue()
+        process = multiprocessing.Process(target=nested, args=(queue,))
+        process.start()
+        print(queue.get(timeout=20))
+        print(queue.get(timeout=20))
+        process.join()
+        with multiprocessing.Pool(1) as pool:
+            print(pool.apply(homes, (0,)))
         """,
         "--patch",
     )
-    assert (done.stdout, done.stderr) == ("multiprocessing.context\n", "")
+    assert done.stderr == ""
+    assert set(done.stdout.splitlines()) == {"({'clusterpool'}, 'clusterpool.futures.executor', 'clusterpool')"}
+    assert len(done.stdout.splitlines()) == 3
+
+
+def test_what_the_standard_names_pickle_loads_without_the_patch(tmp_path: Path) -> None:
+    text = """
+        import multiprocessing, pickle
+        from multiprocessing.managers import Token
+        things = [
+            multiprocessing.Process, multiprocessing.TimeoutError("late"), multiprocessing.Queue, Token("t", "a", "i"),
+            multiprocessing.get_context("spawn"), multiprocessing.connection.rebuild_connection,
+        ]
+        print(pickle.dumps(things).hex())
+    """
+    done = run(tmp_path, text, "--patch")
+    assert done.stderr == ""
+    program = f"import pickle; print([type(t).__name__ for t in pickle.loads(bytes.fromhex({done.stdout.strip()!r}))])"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+    assert loaded.stderr == ""
+    assert loaded.stdout == "['type', 'TimeoutError', 'method', 'Token', 'SpawnContext', 'function']\n"
 
 
 def test_the_patch_stays_in_the_process_that_asked_for_it() -> None:

@@ -300,6 +300,20 @@ def test_sys_exit_in_a_task_ends_its_worker_and_nothing_else(tmp_path: Path) -> 
     assert clusterpool.get(others, timeout=20) == list(range(1, 21))
 
 
+def test_a_worker_that_sends_rubbish_to_its_node_is_ended_and_nobody_hangs() -> None:
+    @clusterpool.remote(retries=0)
+    def babble() -> None:
+        from clusterpool.client import current
+
+        client = current.get().client
+        client._connections.by_process[client.node.process_id].socket.send(b"\x05\0\0\0babel")
+        time.sleep(60)
+
+    with pytest.raises(errors.WorkerDied, match="bytes that are no message"):
+        clusterpool.get(babble.remote(), timeout=20)
+    assert clusterpool.get(add.remote(1), timeout=20) == 2
+
+
 def test_the_task_that_killed_its_worker_is_the_one_that_fails() -> None:
     @clusterpool.remote(retries=0)
     def maybe_die(number: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from clusterpool.core.cluster_view import NodeEntry, NodeLoad, NodeRecord, NodesSnapshot
@@ -30,6 +31,7 @@ from clusterpool.core.membership import (
     NodeSuspected,
     NodeTrusted,
     ReadNodes,
+    RefuseSelf,
     Registered,
     RegisterNode,
     RemoveNode,
@@ -98,6 +100,45 @@ def watching(*peers: str) -> Peers:
 
 
 # Joining and the heartbeat
+
+
+def versioned(node_id: str, python: str, clusterpool: str = "1", *, incarnation: int = 1) -> NodeEntry:
+    node = msgspec.structs.replace(record(node_id), python_version=python, clusterpool_version=clusterpool)
+    return NodeEntry(node, incarnation, 0, 0.0, LOAD)
+
+
+@pytest.mark.parametrize(
+    ("python", "clusterpool", "is_refused"),
+    [
+        ("3.11.2", "1", False),  # bug-fix releases may be mixed
+        ("3.12.0", "1", True),
+        ("3.11.9", "2", True),
+    ],
+)
+def test_a_node_of_other_versions_than_those_before_it_leaves(python: str, clusterpool: str, is_refused: bool) -> None:
+    machine = Membership("n2")
+    machine.handle(JoinRequested(versioned("n2", python, clusterpool).record), 0.0)
+    machine.handle(Registered(2), 0.0)
+    assert not machine.is_settled
+    snapshot = NodesSnapshot([versioned("n1", "3.11.9"), versioned("n2", python, clusterpool, incarnation=2)])
+    commands = machine.handle(NodesRead(snapshot), 0.1)
+    assert machine.is_settled is not is_refused
+    if is_refused:
+        remove, refuse = commands
+        assert remove == RemoveNode(2)
+        assert isinstance(refuse, RefuseSelf)
+        for part in ("n1", "n2", python, "3.11.9"):
+            assert part in refuse.reason
+        assert machine.handle(HeartbeatDue(LOAD), 0.5) == []
+
+
+def test_of_two_nodes_that_differ_only_the_later_one_leaves() -> None:
+    machine = Membership("n1")
+    machine.handle(JoinRequested(versioned("n1", "3.11.9").record), 0.0)
+    machine.handle(Registered(1), 0.0)
+    snapshot = NodesSnapshot([versioned("n1", "3.11.9"), versioned("n2", "3.12.0", incarnation=2)])
+    machine.handle(NodesRead(snapshot), 0.1)
+    assert machine.is_settled
 
 
 def test_joining_registers_then_reads_then_beats() -> None:

@@ -191,6 +191,13 @@ def test_the_objects_of_a_process_go_with_it_once_nobody_reads_them(node: Node) 
     assert node.machine.load().arena_used_bytes == 0
 
 
+def test_a_worker_that_was_cut_off_for_its_rubbish_is_ended(node: Node) -> None:
+    node.lease(2)
+    assert not of_type(node.handle(e.ProcessLeft(W1)), e.EndWorker), "it may be on its way out"
+    (end,) = of_type(node.handle(e.ProcessLeft(Address("n1", "w2"), True)), e.EndWorker)
+    assert end.process_id == "w2"
+
+
 # --- actors
 
 

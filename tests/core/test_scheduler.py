@@ -301,6 +301,26 @@ def test_idle_workers_of_a_driver_on_another_node_end_with_it() -> None:
     assert ended(node.scheduler.owner_ended(REMOTE)) == ["w1"]
 
 
+@pytest.mark.parametrize(
+    ("has_joined", "ends", "ended_workers"),
+    [
+        (True, OTHER, []),  # its parent has died: an orphan goes on
+        (True, DRIVER, ["w1"]),  # the job has ended
+        (False, OTHER, ["w1"]),  # nobody will tell it what to run
+    ],
+)
+def test_a_child_process_outlives_its_parent_but_not_its_job(
+    has_joined: bool, ends: Address, ended_workers: list[str]
+) -> None:
+    node = Node()
+    demand = m.WorkerDemand(WorkerKind.GROUP, {}, outlives_owner=True)
+    [fork] = forks(node.request(source=OTHER, demand=demand))
+    if has_joined:
+        node.join(fork)
+    job_id = "j1" if ends == DRIVER else ""
+    assert ended(node.scheduler.owner_ended(ends, ends_job=job_id)) == ended_workers
+
+
 def test_a_detached_actor_outlives_its_driver() -> None:
     node = Node(CPU=1)
     job = msgspec.structs.replace(JOB, detached=True)

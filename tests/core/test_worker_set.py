@@ -25,15 +25,23 @@ NOW_S = 100.0
 class Set:
     """A worker set with the bookkeeping of its owner."""
 
-    def __init__(self, *, size: int | None = None, runs_max: int | None = None, env: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        size: int | None = None,
+        runs_max: int | None = None,
+        env: bool = False,
+        setup: e.SetupPlan | None = None,
+        demand: m.WorkerDemand | None = None,
+    ) -> None:
         self.set_by_process: dict[str, WorkerSet] = {}
         kind = WorkerKind.TASK if size is None else WorkerKind.GROUP
         self.set = WorkerSet(
             1,
             node=NODE,
             job=JOB,
-            demand=m.WorkerDemand(kind, {}),
-            setup=e.SetupPlan(env={"A": "1"} if env else {}),
+            demand=demand or m.WorkerDemand(kind, {}),
+            setup=setup or e.SetupPlan(env={"A": "1"} if env else {}),
             size=size,
             runs_max=runs_max,
             requests=itertools.count(1),
@@ -161,6 +169,25 @@ def test_closing_an_idle_group_retires_its_workers_and_ends_with_the_last() -> N
     assert [message.count for message in sent(commands, m.CancelRequest)] == [1]
     assert not of_type(group.exit("w1", 0), e.SetEnded)
     assert of_type(group.exit("w2", 0), e.SetEnded)
+
+
+def test_a_group_that_is_closed_at_once_has_its_initializer_run_all_the_same() -> None:
+    group = Set(size=2, setup=e.SetupPlan("pool", {}, b"initializer"))
+    assert group.set.close(NOW_S) == []
+    joined = group.join("w1")
+    assert sent(joined, m.SetupWorker)
+    assert not retired(joined), "another one is still to come"
+    assert retired(group.join("w2")) == ["w1", "w2"]
+    group.exit("w1", 0)
+    assert of_type(group.exit("w2", 0), e.SetEnded)
+
+
+def test_a_closed_group_does_not_wait_for_workers_that_wait_for_resources() -> None:
+    demand = m.WorkerDemand(m.WorkerKind.GROUP, {"GPU": 1.0}, "pool")
+    group = Set(size=2, setup=e.SetupPlan("pool", {}, b"initializer"), demand=demand)
+    commands = group.set.close(NOW_S)
+    assert [message.count for message in sent(commands, m.CancelRequest)] == [2]
+    assert of_type(commands, e.SetEnded)
 
 
 def test_a_worker_in_setup_is_retired_as_well() -> None:
@@ -322,7 +349,7 @@ def test_requests_are_cancelled_once_tasks_prove_tiny() -> None:
     leases.set.finished("w1", m.TasksFinished([make_result(0)], 10_000), NOW_S)
     commands = leases.set.advance(NOW_S)
     assert sum(message.count for message in sent(commands, m.CancelRequest)) == 99
-    assert leases.set.requested == {}
+    assert not leases.set.requested
 
 
 def test_an_idle_lease_lingers_and_is_returned() -> None:

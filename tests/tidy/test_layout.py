@@ -8,9 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # contracts: one suite a port, on the fake and on the real thing; faults: kill -9 on real processes;
-# cluster: several nodes on one machine; acceptance: the user's view of the whole; examples, benchmarks: the
-# programs of those folders.
-NAMED_FOLDERS = {"acceptance", "benchmarks", "cluster", "contracts", "examples", "faults", "simulation", "tidy"}
+# cluster: several nodes on one machine; acceptance: the user's view of the whole; examples, benchmarks,
+# compat_tests: the programs of those folders.
+NAMED_FOLDERS = {"acceptance", "benchmarks", "cluster", "compat_tests", "contracts", "examples", "faults"}
+NAMED_FOLDERS |= {"simulation", "tidy"}
 
 
 def is_well_placed(path: PurePosixPath) -> bool:

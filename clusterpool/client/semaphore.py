@@ -1,0 +1,368 @@
+"""Tokens to be taken and given back, by any process: the carrier of locks, semaphores, conditions, events, barriers.
+
+    thin: a POSIX semaphore of the host where it was made    moved, once and for ever: in the control store
+    acquire   trywait, else sleep in slices                  trywait (while there are thin tokens), else ask the store
+    release   post, then look whether it has moved           give it to the store
+
+The node bumps the moved page, then drains the thin semaphore: the tokens that it finds become those of the control
+store. A token that is posted later is taken back by whoever posted it, unless a thin waiter was faster; that one gives
+it to the store in its turn. So no token is ever lost or doubled, and nobody but a waiter needs to know of the move.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from _multiprocessing import SemLock, sem_unlink  # type: ignore[import-not-found]
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from clusterpool.client import api, current, sleeps
+from clusterpool.errors import ObjectLost
+from clusterpool.processes.thin_files import semaphore_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from clusterpool.client.cell import Cell
+    from clusterpool.client.coordination import Coordination
+
+# A thin waiter looks at the moved page so often: shorter wakes idle processes for nothing, longer delays those who wait
+# while the semaphore moves, which happens once in its life.
+SLICE_S = 0.25
+# The values of `multiprocessing.synchronize`, which C takes.
+RECURSIVE_MUTEX, SEMAPHORE = 0, 1
+SEM_VALUE_MAX: int = SemLock.SEM_VALUE_MAX
+# A page on which nothing ever moves: of what was adopted, and of processes that belong to no cluster.
+_STILL: Sequence[int] = (0,)
+_ALWAYS_LOOK = -1  # is on no page
+
+# A semaphore that is unpickled twice is one object, so that all its copies agree on who holds it.
+_known: weakref.WeakValueDictionary[str, Semaphore] = weakref.WeakValueDictionary()
+
+
+class Semaphore:
+    """`value` tokens of at most `maximum`, with the methods of `_multiprocessing.SemLock`; pickles at any time.
+
+    kind: RECURSIVE_MUTEX for a lock that its holding thread may acquire again. `is_lock`: there is one token, and it
+    comes back when its holder dies (which only the control store can tell).
+    Raises: OSError, OverflowError for values that a POSIX semaphore cannot have.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_cells",
+        "_coordination",
+        "_finalizer",
+        "_held",
+        "_holder",
+        "_page",
+        "_post",
+        "_seen",
+        "_side",
+        "_thin",
+        "_try",
+        "home",
+        "is_lock",
+        "kind",
+        "maxvalue",
+        "name",
+    )
+
+    _coordination: Coordination | None
+    _finalizer: weakref.finalize[..., Semaphore] | None
+
+    def __init__(self, value: int, maximum: int, *, kind: int = SEMAPHORE, is_lock: bool = False) -> None:
+        coordination = api.runtime().coordination
+        self._set(coordination.new_name(), coordination.node_id, kind, maximum, is_lock)
+        posix_name = semaphore_name(self.home, self.name)
+        thin = SemLock(kind, value, maximum, posix_name, False)
+        self._finalizer = weakref.finalize(self, _remove, posix_name, os.getpid())
+        self._be_thin(thin, coordination)
+        _known[self.name] = self
+
+    def _set(self, name: str, home: str, kind: int, maximum: int, is_lock: bool) -> None:
+        self.name = name
+        self.home = home
+        self.kind = kind
+        self.maxvalue = maximum
+        self.is_lock = is_lock
+        self._thin: Any = None
+        self._side: Any = None  # the same semaphore, without counting what this process holds
+        self._coordination = None
+        self._finalizer = None
+        self._cells: weakref.WeakSet[Cell] | None = None
+        # Of what came from the control store, as SemLock counts what is thin.
+        self._held = 0
+        self._holder = 0
+        self._page: Sequence[int] = _STILL
+        self._seen = 0
+
+    def _be_thin(self, thin: Any, coordination: Coordination | None) -> None:
+        self._thin = thin
+        self._try = thin.acquire
+        self._post = thin.release
+        self._coordination = coordination
+        if coordination is not None:
+            self._page = coordination.page.cast("Q")
+
+    def _be_moved(self, coordination: Coordination) -> None:
+        self._coordination = coordination
+        if self._thin is not None:
+            # First, and for good: another thread may have posted what is thin, and be about to look at the page.
+            self._seen = _ALWAYS_LOOK
+            self._side = SemLock._rebuild(0, SEMAPHORE, SEM_VALUE_MAX, semaphore_name(self.home, self.name))
+        self._try = self._try_moved
+        self._post = self._post_moved
+
+    # --- the short way: as long as it is thin, one call into C and one look at the page
+
+    def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
+        """Take a token, waiting for `timeout` seconds (None: for ever); whether there was one."""
+        if self._try(False):
+            return True
+        return self._acquire_slowly(block, timeout)
+
+    def release(self) -> None:
+        """Give a token back.
+
+        Raises: ValueError when `maximum` are there; AssertionError when another thread holds a recursive one.
+        """
+        self._post()
+        if self._page[0] != self._seen:
+            self._follow()
+
+    def __enter__(self) -> bool:
+        return self._try(False) or self._acquire_slowly(True, None)
+
+    def __exit__(self, *args: object) -> None:
+        self._post()
+        if self._page[0] != self._seen:
+            self._follow()
+
+    def value(self) -> int:
+        """How many tokens nobody has."""
+        if self._looks_moved():
+            assert self._coordination is not None
+            return self._coordination.value(self.name)
+        value: int = self._thin._get_value()
+        return value
+
+    # --- waiting
+
+    def _acquire_slowly(self, block: bool, timeout: float | None) -> bool:
+        is_asked = self._side is not None or self._thin is None  # the store has just said that there is none
+        if is_asked and (not block or (timeout is not None and timeout <= 0)):
+            return False
+        deadline_s = None
+        if not block:
+            deadline_s = 0.0
+        elif timeout is not None:
+            deadline_s = monotonic() + max(timeout, 0.0)
+        while not self._looks_moved():
+            left_s = SLICE_S if deadline_s is None else min(SLICE_S, deadline_s - monotonic())
+            if left_s <= 0:
+                return False
+            if sleeps.acquire(self._thin, left_s):
+                return True
+        if deadline_s is None:
+            return self._acquire_moved(None)
+        return self._acquire_moved(max(0.0, deadline_s - monotonic()))
+
+    def _looks_moved(self) -> bool:
+        """Whether it has moved; from when this says so, this object goes the other way."""
+        if self._side is not None or self._thin is None:
+            return True
+        seen = self._page[0]
+        if seen == self._seen:
+            return False
+        assert self._coordination is not None
+        if not self._coordination.is_moved(self.name):
+            self._seen = seen
+            return False
+        self._be_moved(self._coordination)
+        return True
+
+    def _follow(self) -> None:
+        """A token was posted, and something has moved: this semaphore, perhaps, and perhaps before the post."""
+        if self._looks_moved():
+            self._give_to_store_what_is_thin()
+
+    # --- moved
+
+    def _try_moved(self, block: bool = False) -> bool:
+        assert not block, "only to try"
+        return self._acquire_moved(0.0)
+
+    def _acquire_moved(self, timeout_s: float | None) -> bool:
+        if self.kind == RECURSIVE_MUTEX:
+            if self._thin is not None and self._thin._is_mine():
+                has_token: bool = self._thin.acquire(False)
+                return has_token
+            if self._is_held_by_this_thread():
+                self._held += 1
+                return True
+        # What is thin has been with processes of this host all the time: what they wrote is newer than the store's.
+        is_from_store = False
+        if self._side is None or not self._side.acquire(False):
+            assert self._coordination is not None
+            if not self._coordination.acquire(self.name, timeout_s):
+                return False
+            is_from_store = True
+        self._held += 1
+        self._holder = threading.get_ident()
+        if is_from_store and self._cells:
+            self._refresh_cells()
+        return True
+
+    def _refresh_cells(self) -> None:
+        try:
+            for cell in list(self._cells or ()):
+                cell.refresh()
+        except BaseException:  # Ctrl-C, or the node is gone: the caller will not release what it did not get
+            self._held -= 1
+            assert self._coordination is not None
+            self._coordination.release(self.name, self.maxvalue)
+            raise
+
+    def _post_moved(self) -> None:
+        thin = self._thin
+        if self.kind == RECURSIVE_MUTEX:
+            is_thin = thin is not None and thin._is_mine()
+            if not is_thin and not self._is_held_by_this_thread():
+                raise AssertionError("attempt to release recursive lock not owned by thread")
+            if (thin._count() if is_thin else self._held) > 1:
+                if is_thin:
+                    thin.release()
+                else:
+                    self._held -= 1
+                return
+        else:
+            is_thin = thin is not None and thin._count() > 0
+        if is_thin:
+            self._publish_cells()
+            thin.release()
+            self._give_to_store_what_is_thin()
+            return
+        self._publish_cells()
+        assert self._coordination is not None
+        # Before the other side can take it: another thread of this process may be the one.
+        self._held -= 1
+        try:
+            self._coordination.release(self.name, self.maxvalue)
+        except BaseException:
+            self._held += 1
+            raise
+
+    def _give_to_store_what_is_thin(self) -> None:
+        if not self._side.acquire(False):
+            return  # a waiter of this host was faster, and will come here when it is done
+        self._publish_cells()
+        assert self._coordination is not None
+        self._coordination.release(self.name, self.maxvalue)
+
+    def _publish_cells(self) -> None:
+        for cell in list(self._cells or ()):
+            cell.publish()
+
+    def _is_held_by_this_thread(self) -> bool:
+        return self._held > 0 and self._holder == threading.get_ident()
+
+    # --- what it guards
+
+    def guard(self, cell: Cell) -> None:
+        """Have `cell` refreshed when this is acquired, and published when it is released, once both have moved."""
+        if self._cells is None:
+            self._cells = weakref.WeakSet()
+        self._cells.add(cell)
+
+    # --- what the standard library's classes, its tests and others ask a SemLock
+
+    def _count(self) -> int:
+        count: int = self._thin._count() if self._thin is not None else 0
+        return count + self._held
+
+    def _is_mine(self) -> bool:
+        return self._is_held_by_this_thread() or (self._thin is not None and self._thin._is_mine())
+
+    def _get_value(self) -> int:
+        return self.value()
+
+    def _is_zero(self) -> bool:
+        return self.value() == 0
+
+    @property
+    def handle(self) -> int:
+        """The address of the thin semaphore; 0 where there is none."""
+        address: int = self._thin.handle if self._thin is not None else 0
+        return address
+
+    def _after_fork(self) -> None:
+        """In the child: what the parent holds is not ours."""
+        self._held = self._holder = 0
+        if self._thin is not None:
+            self._thin._after_fork()
+        # The child has no client to ask. What is thin works on, between parent, child and others of the host.
+        self._page, self._seen = _STILL, 0
+
+    # --- passing it on
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # From here on others may use it when this process no longer does: it lives as long as its job.
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        return _unpickled, (self.name, self.home, self.kind, self.maxvalue, self.is_lock)
+
+
+def _unpickled(name: str, home: str, kind: int, maximum: int, is_lock: bool) -> Semaphore:
+    """The semaphore of that name: its home's processes use the thin one, all others have it moved.
+
+    Raises: ObjectLost when its job or its home has ended.
+    """
+    known = _known.get(name)
+    if known is not None:
+        return known
+    made = Semaphore.__new__(Semaphore)
+    made._set(name, home, kind, maximum, is_lock)
+    thin = None
+    if current.get_if_any() is None:
+        # A child that the standard library started on the host of a cluster belongs to none, and need not.
+        thin = _open_thin(made)
+    if thin is not None:
+        made._be_thin(thin, None)
+    else:
+        coordination = api.runtime().coordination
+        if coordination.node_id == home:
+            thin = _open_thin(made)
+            if thin is None:
+                raise ObjectLost(f"the semaphore or lock {name} is gone: the job that made it has ended")
+            made._be_thin(thin, coordination)
+        else:
+            coordination.adopt("lock" if is_lock else "semaphore", name, home, maximum)
+            made._be_moved(coordination)
+    return _known.setdefault(name, made)
+
+
+def _open_thin(semaphore: Semaphore) -> Any:
+    try:
+        return SemLock._rebuild(0, semaphore.kind, semaphore.maxvalue, semaphore_name(semaphore.home, semaphore.name))
+    except FileNotFoundError:
+        return None
+
+
+def _remove(posix_name: str, pid: int) -> None:
+    if os.getpid() != pid:
+        return
+    try:
+        sem_unlink(posix_name)
+    except FileNotFoundError:  # its job has ended before
+        pass
+
+
+def _forget_in_child() -> None:
+    for semaphore in list(_known.values()):
+        semaphore._after_fork()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,262 @@
+"""The Lua scripts of semaphores, channels and cells.
+
+Of every script KEYS[1] is the hash in which the answer to the node's last operation is kept, ARGV[1] the prefix of the
+cluster's keys, ARGV[2] the operation's number (counted by the node), ARGV[3] mostly the carrier's name. All keys of a
+cluster share a slot (see keys.py), so that a script may find other keys by itself.
+
+Invariant: who waits for a carrier waits for good reason: while its list of waiters has an entry, its value is 0.
+"""
+
+from __future__ import annotations
+
+from clusterpool.control_store.scripts import Script
+
+# How long a job that ended is remembered, so that a late worker of it cannot leave something behind.
+ENDED_JOB_TTL_S = 3600
+# A lost answer is asked for again within seconds; what a node leaves behind must go at last.
+LAST_OPERATION_TTL_S = 86400
+
+_LIBRARY = """
+local PREFIX, NAME = ARGV[1], ARGV[3]
+
+-- The client sends an operation again when the connection broke before the answer: then the answer is repeated.
+local saved = redis.call('HMGET', KEYS[1], 'number', 'answer')
+if saved[1] == ARGV[2] then return cmsgpack.unpack(saved[2]) end
+local function done(...)
+  local answer = {...}
+  redis.call('HSET', KEYS[1], 'number', ARGV[2], 'answer', cmsgpack.pack(answer))
+  redis.call('EXPIRE', KEYS[1], LAST_OPERATION_TTL_S)
+  return answer
+end
+
+local function carrier(name) return PREFIX .. 'carrier:' .. name end
+local function waiters(name) return PREFIX .. 'waiters:' .. name end
+local function items(name) return PREFIX .. 'items:' .. name end
+local function node_of(waiter) return string.match(waiter, '^[^/]+') end
+-- Of one node: what each wait of its processes has, 'w<name>' while it waits, 'h<name>' while it holds something.
+local function waits(waiter) return PREFIX .. 'waits:' .. node_of(waiter) end
+local function grants(node_id) return PREFIX .. 'grants:' .. node_id end
+local function is_there(name) return redis.call('EXISTS', carrier(name)) == 1 end
+
+-- Give a token to a waiter. That of a plain semaphore is not held: as in the standard library, anybody may release it.
+local function grant(name, waiter)
+  local token = redis.call('HINCRBY', carrier(name), 'token', 1)
+  local kind = redis.call('HGET', carrier(name), 'kind')
+  if kind == 'semaphore' then
+    redis.call('HDEL', waits(waiter), waiter)
+  else
+    redis.call('HSET', waits(waiter), waiter, 'h' .. name)
+    if kind == 'lock' then redis.call('HSET', carrier(name), 'holder', waiter) end
+  end
+  return token
+end
+
+-- There is one token more: for the first who waits, or for whoever comes.
+local function free(name)
+  if not is_there(name) then return end
+  local waiter = redis.call('LPOP', waiters(name))
+  if not waiter then
+    redis.call('HINCRBY', carrier(name), 'value', 1)
+    return
+  end
+  local token = grant(name, waiter)
+  redis.call('XADD', grants(node_of(waiter)), '*', 'waiter', waiter, 'name', name, 'token', token)
+end
+
+-- The holder of a lock, whoever it was, holds it no more.
+local function clear_holder(name)
+  local holder = redis.call('HGET', carrier(name), 'holder')
+  if holder then
+    redis.call('HDEL', carrier(name), 'holder')
+    redis.call('HDEL', waits(holder), holder)
+  end
+end
+
+-- A wait is over without success: it waits, and holds, no more.
+local function undo(waiter)
+  local state = redis.call('HGET', waits(waiter), waiter)
+  if not state then return 0 end
+  redis.call('HDEL', waits(waiter), waiter)
+  local name = string.sub(state, 2)
+  if string.sub(state, 1, 1) == 'w' then
+    redis.call('LREM', waiters(name), 1, waiter)
+  else
+    redis.call('HDEL', carrier(name), 'holder')
+    free(name)
+  end
+  return 1
+end
+
+-- Take a token for `waiter`, or have it wait: the token, 0 (there is none), or -1 (it waits).
+local function take(waiter, is_patient)
+  if tonumber(redis.call('HGET', carrier(NAME), 'value')) > 0 then
+    redis.call('HINCRBY', carrier(NAME), 'value', -1)
+    return grant(NAME, waiter)
+  end
+  if not is_patient then return 0 end
+  redis.call('RPUSH', waiters(NAME), waiter)
+  redis.call('HSET', waits(waiter), waiter, 'w' .. NAME)
+  return -1
+end
+""".replace("LAST_OPERATION_TTL_S", str(LAST_OPERATION_TTL_S))
+
+_KNOWN = "if not is_there(NAME) then return {-2} end\n"
+
+# ARGV: ..., name, kind, maximum, count, content, then the items. Returns 1, or 0 when its job has ended.
+CREATE = Script(
+    _LIBRARY
+    + """
+local job = string.match(NAME, '^[^-]+')
+if redis.call('EXISTS', PREFIX .. 'ended_job:' .. job) == 1 then return done(0) end
+if is_there(NAME) then return done(1) end
+redis.call('SADD', PREFIX .. 'carriers:' .. job, NAME)
+redis.call('HSET', carrier(NAME), 'kind', ARGV[4], 'maximum', ARGV[5], 'value', ARGV[6], 'token', 0)
+if ARGV[4] == 'cell' then redis.call('HSET', carrier(NAME), 'version', 1, 'content', ARGV[7]) end
+for index = 8, #ARGV do redis.call('RPUSH', items(NAME), ARGV[index]) end
+return done(1)
+"""
+)
+
+# ARGV: ..., name, waiter, 1 if it waits. Returns {1, token}, {0}, {2} (it waits), or {-2}: no such carrier.
+ACQUIRE = Script(
+    _LIBRARY
+    + _KNOWN
+    + """
+local waiter = ARGV[4]
+local state = redis.call('HGET', waits(waiter), waiter)
+if state then
+  if string.sub(state, 1, 1) == 'w' then return done(2) end
+  return done(1, tonumber(redis.call('HGET', carrier(NAME), 'token')))
+end
+local token = take(waiter, ARGV[5] == '1')
+if token > 0 then return done(1, token) end
+return done(token == 0 and 0 or 2)
+"""
+)
+
+# ARGV: ..., name, waiter, 1 if it waits. Returns {1, item}, {0}, {2} or {-2}, as above.
+GET = Script(
+    _LIBRARY
+    + _KNOWN
+    + """
+local waiter = ARGV[4]
+local state = redis.call('HGET', waits(waiter), waiter)
+if state and string.sub(state, 1, 1) == 'w' then return done(2) end
+if not state then
+  local token = take(waiter, ARGV[5] == '1')
+  if token <= 0 then return done(token == 0 and 0 or 2) end
+end
+redis.call('HDEL', waits(waiter), waiter)
+return done(1, redis.call('LPOP', items(NAME)))
+"""
+)
+
+# ARGV: ..., name, waiter. Returns {1, item}: the one that was reserved for it; {0} when none is; {-2}.
+POP = Script(
+    _LIBRARY
+    + _KNOWN
+    + """
+if redis.call('HDEL', waits(ARGV[4]), ARGV[4]) == 0 then return done(0) end
+return done(1, redis.call('LPOP', items(NAME)))
+"""
+)
+
+# ARGV: ..., name, waiter. Returns {1} if it waited; then it never gets anything.
+CANCEL = Script(
+    _LIBRARY
+    + """
+local state = redis.call('HGET', waits(ARGV[4]), ARGV[4])
+if not state or string.sub(state, 1, 1) ~= 'w' then return done(0) end
+return done(undo(ARGV[4]))
+"""
+)
+
+# ARGV: ..., name, waiter: what was granted to it did not reach it. Returns {1}, or {0}: it had nothing.
+GIVE_BACK = Script(
+    _LIBRARY
+    + """
+if redis.call('HGET', carrier(NAME), 'kind') ~= 'semaphore' then return done(undo(ARGV[4])) end
+free(NAME)
+return done(1)
+"""
+)
+
+# ARGV: ..., name, maximum. Returns {1}, {0} when there were that many, or {-2}.
+RELEASE = Script(
+    _LIBRARY
+    + _KNOWN
+    + """
+if tonumber(redis.call('HGET', carrier(NAME), 'value')) >= tonumber(ARGV[4]) then return done(0) end
+clear_holder(NAME)
+free(NAME)
+return done(1)
+"""
+)
+
+# ARGV: ..., name, item, 'R' for the channel's end or 'L' for its front. Returns {1} or {-2}.
+PUT = Script(
+    _LIBRARY
+    + _KNOWN
+    + """
+redis.call(ARGV[5] .. 'PUSH', items(NAME), ARGV[4])
+free(NAME)
+return done(1)
+"""
+)
+
+# ARGV: ..., name, content. Returns {version} or {-2}.
+WRITE_CELL = Script(
+    _LIBRARY
+    + _KNOWN
+    + """
+redis.call('HSET', carrier(NAME), 'content', ARGV[4])
+return done(redis.call('HINCRBY', carrier(NAME), 'version', 1))
+"""
+)
+
+# ARGV: ..., the beginning of the process's waiters, 'node/process/'. Returns how many it had.
+END_PROCESS = Script(
+    _LIBRARY
+    + """
+local count = 0
+for _, waiter in ipairs(redis.call('HKEYS', waits(NAME))) do
+  if string.sub(waiter, 1, #NAME) == NAME then count = count + undo(waiter) end
+end
+return done(count)
+"""
+)
+
+# KEYS[2]: the nodes' incarnations. ARGV: ..., node_id, 1 to do it though the node lives. Returns how many it had.
+END_NODE = Script(
+    _LIBRARY
+    + """
+if ARGV[4] ~= '1' and redis.call('HEXISTS', KEYS[2], NAME) == 1 then return done(0) end
+local count = 0
+for _, waiter in ipairs(redis.call('HKEYS', waits(NAME .. '/'))) do count = count + undo(waiter) end
+-- Tokens of plain semaphores that the node has not read any more.
+local unread = redis.call('XRANGE', grants(NAME), '-', '+')
+redis.call('DEL', grants(NAME), waits(NAME .. '/'))
+for _, entry in ipairs(unread) do
+  local name = entry[2][4]
+  if redis.call('HGET', carrier(name), 'kind') == 'semaphore' then free(name) end
+end
+if ARGV[4] ~= '1' then redis.call('DEL', PREFIX .. 'last_operation:' .. NAME) end
+return done(count)
+"""
+)
+
+# ARGV: ..., job_id, how long to remember its end, in s. Returns how many carriers it had.
+DELETE_JOB = Script(
+    _LIBRARY
+    + """
+redis.call('SET', PREFIX .. 'ended_job:' .. NAME, 1, 'EX', ARGV[4])
+local names = redis.call('SMEMBERS', PREFIX .. 'carriers:' .. NAME)
+for _, name in ipairs(names) do
+  for _, waiter in ipairs(redis.call('LRANGE', waiters(name), 0, -1)) do redis.call('HDEL', waits(waiter), waiter) end
+  clear_holder(name)
+  redis.call('UNLINK', carrier(name), waiters(name), items(name))
+end
+redis.call('DEL', PREFIX .. 'carriers:' .. NAME)
+return done(#names)
+"""
+)

@@ -1,0 +1,435 @@
+"""Semaphores, channels and cells, as one node sees them: who waits for what, and what has moved. Pure.
+
+A carrier is born *thin*, in kernel objects of its home node, which its processes use without asking anybody. When a
+process of another node unpickles it, it moves to the control store, once and for ever: it is *fat* from then on.
+
+    carrier, on its home       thin --AdoptCarrier, MoveCarrier--> drained --created in the store--> fat --job ends-->
+                                                                   ^     |
+                                         with the next message about it  +--the store failed--> askers are told
+
+    adoption, elsewhere        AdoptCarrier --> does the store have it? --yes--> known (answered)
+                                                  |no            ^
+                                                  v              |once more, when the home is gone
+                                               MoveCarrier to its home --CarrierMoved--> known, or failed
+
+    wait of a process          AcquireToken, GetItem
+                                     |
+                                     v      granted
+                                   asked -----------------------> answered (a token), or popping --> answered (an item)
+                                     |waits                          ^
+                                     v      GrantRead                |
+                                  waiting ---------------------------+
+                                     |CancelWait, ProcessGone
+                                     v
+                                 forgotten: cancelled in the store; a grant that comes all the same is given back
+
+So each grant that reaches the node is delivered or given back, and nothing about a cancelled wait need be kept. What a
+process holds (the token of a lock, an item that was reserved for it) the store knows, and gives back at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from clusterpool.core import coordination_events as e
+from clusterpool.core import coordination_messages as c
+from clusterpool.core.messages import Address, Message
+from clusterpool.core.node_events import MessageArrived, Send
+
+Commands = list[Any]
+# The store's answers to `acquire` and `get`.
+REFUSED, GRANTED, WAITING = 0, 1, 2
+
+
+class _Move:
+    """A carrier of this node that moves, or has moved."""
+
+    def __init__(self, message: c.MoveCarrier) -> None:
+        self.kind = message.kind
+        self.maximum = message.maximum
+        self.drained: e.CarrierDrained | None = None
+        self.is_creating = False
+        self.is_done = False
+        self.processes: list[tuple[Address, int]] = []  # who waits for it, with their requests
+        self.nodes: list[Address] = []
+
+
+class _Adoption:
+    """A carrier of another node that processes of this one want."""
+
+    def __init__(self, message: c.AdoptCarrier) -> None:
+        self.message = message
+        self.processes: list[tuple[Address, int]] = []
+        self.is_home_asked = False
+        self.is_last_try = False
+
+
+class _Wait:
+    """A process that waits for a token, or for an item."""
+
+    def __init__(self, source: Address, message: c.AcquireToken | c.GetItem) -> None:
+        self.source = source
+        self.message = message
+        self.is_popping = False
+
+    @property
+    def wants_item(self) -> bool:
+        return isinstance(self.message, c.GetItem)
+
+
+def waiter_id(process: Address, request: int) -> str:
+    """How the control store calls one wait of one process."""
+    return f"{process.node_id}/{process.process_id}/{request}"
+
+
+class CoordinationMachine:
+    """Of one node; `handle` takes the events of coordination_events, and MessageArrived with messages of this part."""
+
+    def __init__(self, node_id: str) -> None:
+        self.node_id = node_id
+        self._moves: dict[str, _Move] = {}  # by name
+        self._adoptions: dict[str, _Adoption] = {}
+        self._known: set[str] = set()  # adopted here: the store has them
+        self._waits: dict[str, _Wait] = {}  # by waiter id
+        self._users: set[str] = set()  # ids of processes that the store may know of
+        self._last_tag = 0
+        self._calls: dict[int, Callable[[Any, str, str], Commands]] = {}
+        self._handlers: dict[type, Callable[[Any], Commands]] = {
+            MessageArrived: self._message_arrived,
+            e.ProcessGone: self._process_gone,
+            e.JobGone: self._job_gone,
+            e.NodeGone: self._node_gone,
+            e.NodeUnreachable: lambda event: self._home_unreachable(event.node_id),
+            e.SelfFenced: lambda _: [*self._call("end_node", (self.node_id, True)), *self._ask_again()],
+            e.StoreChanged: lambda _: self._ask_again(),
+            e.OperationAnswered: lambda event: self._answered(event.tag, event.value, "", ""),
+            e.OperationFailed: lambda event: self._answered(event.tag, None, event.kind, event.text),
+            e.GrantRead: self._granted,
+            e.CarrierDrained: self._drained,
+            e.CarrierMissing: self._missing,
+        }
+        self._message_handlers: dict[type, Callable[[Address, Any], Commands]] = {
+            c.IsMoved: lambda source, message: [_done(source, message, int(message.name in self._moves))],
+            c.AdoptCarrier: self._adopt,
+            c.AcquireToken: self._wait_for,
+            c.GetItem: self._wait_for,
+            c.CancelWait: self._cancel,
+            c.ReleaseToken: self._release,
+            c.ReturnToken: lambda source, message: self._give_back(message.name, waiter_id(source, message.acquired)),
+            c.ReadValue: lambda source, message: self._relay(source, message, "value", (message.name,)),
+            c.PutItem: lambda source, message: self._relay(source, message, "put", (message.name, message.content)),
+            c.ReturnItem: lambda _, message: self._call("put_back", (message.name, message.content)),
+            c.CountItems: lambda source, message: self._relay(source, message, "length", (message.name,)),
+            c.ReadCell: self._read_cell,
+            c.WriteCell: lambda source, message: self._relay(
+                source, message, "write_cell", (message.name, message.content)
+            ),
+            c.ForgetCarriers: lambda _, message: [e.RemoveCarriers(message.names)],
+            c.MoveCarrier: self._move_for_node,
+            c.CarrierMoved: self._moved,
+        }
+
+    def handle(self, event: Any, now_s: float) -> Commands:
+        """Take note of `event`; what to do about it, in order."""
+        return self._handlers[type(event)](event)
+
+    def _message_arrived(self, event: MessageArrived) -> Commands:
+        message = event.message
+        commands = self._message_handlers[type(message)](event.source, message)
+        move = self._moves.get(getattr(message, "name", ""))
+        if move is None or move.drained is None or move.is_creating or move.is_done:
+            return commands
+        # Drained, but the store had failed: before anything else it gets what was in it then.
+        return self._create(getattr(message, "name", ""), move) + commands
+
+    # --- calls to the control store
+
+    def _call(
+        self,
+        operation: str,
+        arguments: tuple[Any, ...],
+        on_answer: Callable[[Any, str, str], Commands] | None = None,
+        *,
+        starts: bool = True,
+    ) -> Commands:
+        """`on_answer(value, error kind, error text)` is called with the answer."""
+        tag = 0
+        if on_answer is not None:
+            self._last_tag += 1
+            tag = self._last_tag
+            self._calls[tag] = on_answer
+        return [e.CallCoordination(tag, operation, arguments, starts)]
+
+    def _answered(self, tag: int, value: Any, kind: str, text: str) -> Commands:
+        on_answer = self._calls.pop(tag, None)
+        return [] if on_answer is None else on_answer(value, kind, text)
+
+    def _relay(self, source: Address, message: Any, operation: str, arguments: tuple[Any, ...]) -> Commands:
+        """An operation that the store answers at once, with a number."""
+
+        def on_answer(value: Any, kind: str, text: str) -> Commands:
+            return [_failed(source, message, kind, text) if kind else _done(source, message, int(value or 0))]
+
+        return self._call(operation, arguments, on_answer)
+
+    def _release(self, source: Address, message: c.ReleaseToken) -> Commands:
+        def on_answer(value: Any, kind: str, text: str) -> Commands:
+            if not kind and not value:
+                kind, text = "ValueError", "semaphore or lock released too many times"
+            return [_failed(source, message, kind, text) if kind else _done(source, message)]
+
+        return self._call("release", (message.name, message.maximum), on_answer)
+
+    def _read_cell(self, source: Address, message: c.ReadCell) -> Commands:
+        def on_answer(value: Any, kind: str, text: str) -> Commands:
+            if kind:
+                return [_failed(source, message, kind, text)]
+            version, content = value if value is not None else (0, b"")
+            return [_done(source, message, version, content)]
+
+        return self._call("read_cell", (message.name, message.known_version), on_answer)
+
+    # --- waits
+
+    def _wait_for(self, source: Address, message: c.AcquireToken | c.GetItem) -> Commands:
+        waiter = waiter_id(source, message.request)
+        self._waits[waiter] = _Wait(source, message)
+        self._users.add(source.process_id)
+        return self._ask(waiter, message)
+
+    def _ask(self, waiter: str, message: c.AcquireToken | c.GetItem) -> Commands:
+        operation = "get" if isinstance(message, c.GetItem) else "acquire"
+
+        def on_answer(value: Any, kind: str, text: str) -> Commands:
+            if kind:
+                return self._fail_wait(waiter, kind, text)
+            state, result = value
+            if state == WAITING:
+                return []
+            if operation == "get":
+                return self._item_came(waiter, message.name, result if state == GRANTED else None)
+            return self._token_came(waiter, message.name, result if state == GRANTED else 0)
+
+        return self._call(operation, (message.name, waiter, message.waits), on_answer)
+
+    def _granted(self, event: e.GrantRead) -> Commands:
+        wait = self._waits.get(event.waiter)
+        if wait is None:
+            return self._give_back(event.name, event.waiter)
+        if not wait.wants_item:
+            return self._token_came(event.waiter, event.name, event.token)
+        if wait.is_popping:
+            return []
+        wait.is_popping = True
+
+        def on_popped(value: Any, kind: str, text: str) -> Commands:
+            if kind:
+                return self._fail_wait(event.waiter, kind, text)
+            if value is None and event.waiter in self._waits:
+                # What was reserved for it was given back, because this node was taken for dead.
+                wait.is_popping = False
+                return self._ask(event.waiter, wait.message)
+            return self._item_came(event.waiter, event.name, value)
+
+        return self._call("pop", (event.name, event.waiter), on_popped)
+
+    def _token_came(self, waiter: str, name: str, token: int) -> Commands:
+        wait = self._waits.pop(waiter, None)
+        if wait is not None:
+            return [_done(wait.source, wait.message, token)]
+        return self._give_back(name, waiter) if token else []
+
+    def _item_came(self, waiter: str, name: str, item: bytes | None) -> Commands:
+        wait = self._waits.pop(waiter, None)
+        if wait is not None:
+            return [_done(wait.source, wait.message, int(item is not None), item or b"")]
+        return self._call("put_back", (name, item)) if item is not None else []
+
+    def _give_back(self, name: str, waiter: str) -> Commands:
+        return self._call("give_back", (name, waiter))
+
+    def _fail_wait(self, waiter: str, kind: str, text: str) -> Commands:
+        wait = self._waits.pop(waiter, None)
+        if wait is None:
+            return []
+        # The store may have taken the question in, and only its answer got lost.
+        cancel = [] if kind == "CarrierUnknown" else self._call("cancel", (wait.message.name, waiter))
+        return [_failed(wait.source, wait.message, kind, text), *cancel]
+
+    def _cancel(self, source: Address, message: c.CancelWait) -> Commands:
+        waiter = waiter_id(source, message.request)
+        wait = self._waits.pop(waiter, None)
+        if wait is None:
+            return []  # its answer is on its way to the process
+        return [_done(source, message), *self._call("cancel", (wait.message.name, waiter))]
+
+    def _ask_again(self) -> Commands:
+        """Whoever waits must be known to the store; it takes a question that it knows for the same one."""
+        commands: Commands = []
+        for waiter, wait in self._waits.items():
+            wait.is_popping = False
+            commands += self._ask(waiter, wait.message)
+        return commands
+
+    # --- adoptions: carriers of other nodes
+
+    def _adopt(self, source: Address, message: c.AdoptCarrier) -> Commands:
+        if message.home == self.node_id:
+            move = c.MoveCarrier(message.name, message.kind, message.maximum)
+            return self._move(move, process=(source, message.request))
+        if message.name in self._known:
+            return [_done(source, message)]
+        adoption = self._adoptions.get(message.name)
+        if adoption is not None:
+            adoption.processes.append((source, message.request))
+            return []
+        adoption = self._adoptions[message.name] = _Adoption(message)
+        adoption.processes.append((source, message.request))
+        return self._look_up(message.name)
+
+    def _look_up(self, name: str) -> Commands:
+        def on_answer(is_there: Any, kind: str, text: str) -> Commands:
+            adoption = self._adoptions.get(name)
+            if adoption is None:
+                return []
+            if kind or is_there:
+                return self._adopted(name, kind, text)
+            home = adoption.message.home
+            if adoption.is_last_try:
+                text = (
+                    f"{adoption.message.kind} {name} was on node {home}, which is gone, and had not been used elsewhere"
+                )
+                return self._adopted(name, "ObjectLost", text)
+            adoption.is_home_asked = True
+            move = c.MoveCarrier(name, adoption.message.kind, adoption.message.maximum)
+            return [Send(Address(home, home), move)]
+
+        return self._call("exists", (name,), on_answer)
+
+    def _moved(self, _source: Address, message: c.CarrierMoved) -> Commands:
+        return self._adopted(message.name, message.error_kind, message.error_text)
+
+    def _adopted(self, name: str, kind: str, text: str) -> Commands:
+        adoption = self._adoptions.pop(name, None)
+        if adoption is None:
+            return []
+        if not kind:
+            self._known.add(name)
+        return [_answer(process, request, kind, text) for process, request in adoption.processes]
+
+    def _home_unreachable(self, node_id: str) -> Commands:
+        commands: Commands = []
+        for name, adoption in list(self._adoptions.items()):
+            if adoption.message.home == node_id and not adoption.is_last_try:
+                adoption.is_last_try = True
+                if adoption.is_home_asked:  # it may have moved it just before its end
+                    commands += self._look_up(name)
+        return commands
+
+    # --- moves: carriers of this node
+
+    def _move_for_node(self, source: Address, message: c.MoveCarrier) -> Commands:
+        return self._move(message, node=source)
+
+    def _move(
+        self, message: c.MoveCarrier, *, process: tuple[Address, int] | None = None, node: Address | None = None
+    ) -> Commands:
+        move = self._moves.get(message.name)
+        is_new = move is None
+        if move is None:
+            move = self._moves[message.name] = _Move(message)
+        if process is not None:
+            move.processes.append(process)
+        if node is not None:
+            move.nodes.append(node)
+        if is_new:
+            return [e.DrainCarrier(message.kind, message.name)]
+        return self._tell(message.name, move) if move.is_done else []
+
+    def _drained(self, event: e.CarrierDrained) -> Commands:
+        move = self._moves.get(event.name)
+        if move is None:
+            return []
+        move.drained = event
+        return self._create(event.name, move)
+
+    def _create(self, name: str, move: _Move) -> Commands:
+        drained = move.drained
+        assert drained is not None, "only what was drained can be created"
+        move.is_creating = True
+
+        def on_created(is_created: Any, kind: str, text: str) -> Commands:
+            move.is_creating = False
+            if not kind and not is_created:
+                kind, text = "ObjectLost", f"{name} cannot be used any more: its job has ended"
+            move.is_done = not kind
+            if move.is_done:
+                move.drained = None  # a channel's items may be large
+            return self._tell(name, move, kind, text)
+
+        arguments = (name, move.kind, move.maximum, drained.contents)
+        return self._call("create", arguments, on_created)
+
+    def _missing(self, event: e.CarrierMissing) -> Commands:
+        move = self._moves.pop(event.name, None)
+        return self._tell(event.name, move, "ObjectLost", event.text) if move is not None else []
+
+    def _tell(self, name: str, move: _Move, kind: str = "", text: str = "") -> Commands:
+        commands: Commands = [_answer(process, request, kind, text) for process, request in move.processes]
+        commands += [Send(node, c.CarrierMoved(name, kind, text)) for node in move.nodes]
+        move.processes, move.nodes = [], []
+        return commands
+
+    # --- ends
+
+    def _process_gone(self, event: e.ProcessGone) -> Commands:
+        if event.address.process_id not in self._users:
+            return []
+        self._users.discard(event.address.process_id)
+        for waiter in [waiter for waiter, wait in self._waits.items() if wait.source == event.address]:
+            del self._waits[waiter]
+        return self._call("end_process", (f"{event.address.node_id}/{event.address.process_id}/",))
+
+    def _job_gone(self, event: e.JobGone) -> Commands:
+        prefix = f"{event.job_id}-"
+        self._known = {name for name in self._known if not name.startswith(prefix)}
+        commands: Commands = [e.RemoveJobCarriers(event.job_id)]
+        text = "its job has ended"
+        # Only an actor that outlives its driver can still be there to hear it.
+        for waiter, wait in list(self._waits.items()):
+            if wait.message.name.startswith(prefix):
+                del self._waits[waiter]
+                commands.append(_failed(wait.source, wait.message, "ObjectLost", text))
+        for name in [name for name in self._adoptions if name.startswith(prefix)]:
+            commands += self._adopted(name, "ObjectLost", text)
+        for name in [name for name in self._moves if name.startswith(prefix)]:
+            commands += self._tell(name, self._moves.pop(name), "ObjectLost", text)
+        return commands + self._call("delete_job", (event.job_id,), starts=False)
+
+    def _node_gone(self, event: e.NodeGone) -> Commands:
+        for move in self._moves.values():
+            move.nodes = [node for node in move.nodes if node.node_id != event.node_id]
+        # Each node that hears of it does this: whoever is first gives back, the others find nothing.
+        return [
+            *self._call("end_node", (event.node_id, False), starts=False),
+            *self._home_unreachable(event.node_id),
+        ]
+
+
+def _done(source: Address, message: Any, number: int = 0, content: bytes = b"") -> Send:
+    return Send(source, c.CoordinationDone(message.request, number, content))
+
+
+def _failed(source: Address, message: Any, kind: str, text: str) -> Send:
+    return _answer(source, message.request, kind, text)
+
+
+def _answer(process: Address, request: int, kind: str, text: str) -> Send:
+    if not kind:
+        answer: Message = c.CoordinationDone(request)
+    elif kind == "CarrierUnknown":
+        answer = c.CoordinationFailed(request, "ObjectLost", text)
+    else:
+        answer = c.CoordinationFailed(request, kind, text)
+    return Send(process, answer)

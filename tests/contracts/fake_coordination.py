@@ -1,0 +1,242 @@
+"""Semaphores, channels and cells in memory: a CoordinationPort for tests, held to the same contract as the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from clusterpool.control_store.coordination import GRANTED, REFUSED, WAITING, CarrierUnknown, Grant
+from clusterpool.core.coordination_events import Contents
+from clusterpool.errors import NotConnected
+
+
+class Carrier:
+    def __init__(self, kind: str, value: int, contents: Contents) -> None:
+        self.kind = kind
+        self.value = value
+        self.token = 0
+        self.waiters: list[str] = []
+        self.items = list(contents.items)
+        self.content = contents.content
+        self.version = 1
+
+
+class FakeCoordination:
+    """What all nodes of a cluster share; `client` makes the port of one node."""
+
+    def __init__(self) -> None:
+        self.carriers: dict[str, Carrier] = {}
+        self.holds: dict[str, str] = {}  # by waiter, of what it holds something
+        self.ended_jobs: set[str] = set()
+        self.living_nodes: set[str] = set()
+        self.grants: dict[str, list[Grant]] = {}
+        self.grants_count = 0
+        self.is_away = False
+
+    def client(self, node_id: str) -> FakeCoordinationClient:
+        return FakeCoordinationClient(self, node_id)
+
+    def carrier(self, name: str) -> Carrier:
+        if name not in self.carriers:
+            raise CarrierUnknown(name)
+        return self.carriers[name]
+
+    def grant(self, name: str, waiter: str) -> int:
+        carrier = self.carriers[name]
+        carrier.token += 1
+        if carrier.kind != "semaphore":
+            self.holds[waiter] = name
+        return carrier.token
+
+    def free(self, name: str) -> None:
+        carrier = self.carriers.get(name)
+        if carrier is None:
+            return
+        if not carrier.waiters:
+            carrier.value += 1
+            return
+        waiter = carrier.waiters.pop(0)
+        self.grants_count += 1
+        grant = Grant(f"{self.grants_count}-0", waiter, name, self.grant(name, waiter))
+        self.grants.setdefault(waiter.split("/")[0], []).append(grant)
+
+    def undo(self, waiter: str) -> int:
+        name = self.holds.pop(waiter, None)
+        if name is not None:
+            self.free(name)
+            return 1
+        for carrier in self.carriers.values():
+            if waiter in carrier.waiters:
+                carrier.waiters.remove(waiter)
+                return 1
+        return 0
+
+    def undo_all(self, prefix: str) -> int:
+        waiters = [waiter for carrier in self.carriers.values() for waiter in carrier.waiters]
+        return sum(self.undo(waiter) for waiter in [*waiters, *self.holds] if waiter.startswith(prefix))
+
+
+class FakeCoordinationClient:
+    """One node's way to the fake."""
+
+    def __init__(self, shared: FakeCoordination, node_id: str) -> None:
+        self._shared = shared
+        self.node_id = node_id
+        self._last: tuple[int, Any] = (0, None)
+
+    def _once(self, number: int, do: Callable[[], Any]) -> Any:
+        if self._shared.is_away:
+            raise NotConnected("the fake store is away")
+        if number != self._last[0]:
+            self._last = (number, do())
+        return self._last[1]
+
+    def create(self, number: int, name: str, kind: str, maximum: int, contents: Contents) -> bool:
+        def do() -> bool:
+            if name.split("-", maxsplit=1)[0] in self._shared.ended_jobs:
+                return False
+            value = len(contents.items) if kind == "channel" else contents.tokens
+            self._shared.carriers.setdefault(name, Carrier(kind, value, contents))
+            return True
+
+        return bool(self._once(number, do))
+
+    def exists(self, name: str) -> bool:
+        return name in self._shared.carriers
+
+    def acquire(self, number: int, name: str, waiter: str, waits: bool) -> tuple[int, int]:
+        def do() -> tuple[int, int]:
+            carrier = self._shared.carrier(name)
+            if waiter in carrier.waiters:
+                return WAITING, 0
+            if self._shared.holds.get(waiter) == name:
+                return GRANTED, carrier.token
+            if carrier.value > 0:
+                carrier.value -= 1
+                return GRANTED, self._shared.grant(name, waiter)
+            if waits:
+                carrier.waiters.append(waiter)
+            return (WAITING if waits else REFUSED), 0
+
+        answer: tuple[int, int] = self._once(number, do)
+        return answer
+
+    def get(self, number: int, name: str, waiter: str, waits: bool) -> tuple[int, bytes]:
+        def do() -> tuple[int, bytes]:
+            carrier = self._shared.carrier(name)
+            if waiter in carrier.waiters:
+                return WAITING, b""
+            if self._shared.holds.get(waiter) != name:
+                if carrier.value == 0:
+                    if waits:
+                        carrier.waiters.append(waiter)
+                    return (WAITING if waits else REFUSED), b""
+                carrier.value -= 1
+            self._shared.holds.pop(waiter, None)
+            return GRANTED, carrier.items.pop(0)
+
+        answer: tuple[int, bytes] = self._once(number, do)
+        return answer
+
+    def pop(self, number: int, name: str, waiter: str) -> bytes | None:
+        def do() -> bytes | None:
+            carrier = self._shared.carrier(name)
+            return carrier.items.pop(0) if self._shared.holds.pop(waiter, None) is not None else None
+
+        item: bytes | None = self._once(number, do)
+        return item
+
+    def cancel(self, number: int, name: str, waiter: str) -> bool:
+        is_waiting = name in self._shared.carriers and waiter in self._shared.carriers[name].waiters
+        return bool(self._once(number, lambda: is_waiting and self._shared.undo(waiter)))
+
+    def give_back(self, number: int, name: str, waiter: str) -> bool:
+        def do() -> bool:
+            carrier = self._shared.carriers.get(name)
+            if carrier is not None and carrier.kind == "semaphore":
+                self._shared.free(name)
+                return True
+            return bool(self._shared.undo(waiter))
+
+        return bool(self._once(number, do))
+
+    def release(self, number: int, name: str, maximum: int) -> bool:
+        def do() -> bool:
+            carrier = self._shared.carrier(name)
+            if carrier.value >= maximum:
+                return False
+            for waiter in [waiter for waiter, held in self._shared.holds.items() if held == name]:
+                del self._shared.holds[waiter]
+            self._shared.free(name)
+            return True
+
+        return bool(self._once(number, do))
+
+    def value(self, name: str) -> int:
+        return self._shared.carrier(name).value
+
+    def put(self, number: int, name: str, item: bytes) -> None:
+        self._put(number, name, item, 1 << 60)
+
+    def put_back(self, number: int, name: str, item: bytes) -> None:
+        self._put(number, name, item, 0)
+
+    def _put(self, number: int, name: str, item: bytes, where: int) -> None:
+        def do() -> None:
+            self._shared.carrier(name).items.insert(where, item)
+            self._shared.free(name)
+
+        self._once(number, do)
+
+    def length(self, name: str) -> int:
+        return len(self._shared.carrier(name).items)
+
+    def read_cell(self, name: str, known_version: int) -> tuple[int, bytes] | None:
+        carrier = self._shared.carrier(name)
+        return None if carrier.version == known_version else (carrier.version, carrier.content)
+
+    def write_cell(self, number: int, name: str, content: bytes) -> int:
+        def do() -> int:
+            carrier = self._shared.carrier(name)
+            carrier.content = content
+            carrier.version += 1
+            return carrier.version
+
+        return int(self._once(number, do))
+
+    def end_process(self, number: int, prefix: str) -> int:
+        return int(self._once(number, lambda: self._shared.undo_all(prefix)))
+
+    def end_node(self, number: int, node_id: str, is_forced: bool) -> int:
+        def do() -> int:
+            if node_id in self._shared.living_nodes and not is_forced:
+                return 0
+            count = self._shared.undo_all(f"{node_id}/")
+            for grant in self._shared.grants.pop(node_id, []):
+                carrier = self._shared.carriers.get(grant.name)
+                if carrier is not None and carrier.kind == "semaphore":
+                    self._shared.free(grant.name)
+            return count
+
+        return int(self._once(number, do))
+
+    def delete_job(self, number: int, job_id: str) -> int:
+        def do() -> int:
+            self._shared.ended_jobs.add(job_id)
+            names = [name for name in self._shared.carriers if name.startswith(f"{job_id}-")]
+            for name in names:
+                del self._shared.carriers[name]
+            for waiter in [waiter for waiter, name in self._shared.holds.items() if name in names]:
+                del self._shared.holds[waiter]
+            return len(names)
+
+        return int(self._once(number, do))
+
+    def read_grants(self, after_id: str, *, block_ms: int = 0) -> list[Grant]:
+        after = int(after_id.split("-", maxsplit=1)[0])
+        return [grant for grant in self._shared.grants.get(self.node_id, []) if int(grant.id.split("-")[0]) > after]
+
+    def drop_grants(self, until_id: str) -> None:
+        until = int(until_id.split("-", maxsplit=1)[0])
+        grants = self._shared.grants.get(self.node_id, [])
+        self._shared.grants[self.node_id] = [grant for grant in grants if int(grant.id.split("-")[0]) > until]

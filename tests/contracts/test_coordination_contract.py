@@ -1,0 +1,347 @@
+"""What semaphores, channels and cells in every control store must do; run on the fake and on a real server."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clusterpool.control_store.coordination import (
+    GRANTED,
+    REFUSED,
+    WAITING,
+    CarrierUnknown,
+    CoordinationPort,
+    CoordinationStore,
+)
+from clusterpool.control_store.server import ServerProcess
+from clusterpool.core.cluster_view import NodeRecord
+from clusterpool.core.coordination_events import Contents
+from tests.contracts.fake_coordination import FakeCoordination
+
+Connect = Callable[[str], Any]
+A1, A2, B1, B2 = "na/w1/1", "na/w2/1", "nb/w1/1", "nb/w1/2"
+LOCK, SEMAPHORE, CHANNEL, CELL = "j1-d1-1", "j1-d1-2", "j1-d1-3", "j1-d1-4"
+UNBOUNDED = 2**31 - 1
+
+
+@pytest.fixture(scope="module")
+def server_url(run_of_tests: Any) -> Iterator[str]:
+    folder = Path(tempfile.mkdtemp(prefix="cp-"))
+    server = ServerProcess.start(folder, unix_socket_path=folder / "store.sock")
+    held = run_of_tests.look()
+    run_of_tests.held.append(held)
+    try:
+        server.wait_ready()
+        yield server.url
+    finally:
+        server.stop()
+        run_of_tests.held.remove(held)
+        shutil.rmtree(folder)
+
+
+class Numbered:
+    """Counts the operations for the tests; `again` sends the last one once more, as after a lost answer."""
+
+    QUESTIONS = frozenset({"exists", "value", "length", "read_cell", "read_grants", "drop_grants"})
+
+    def __init__(self, port: CoordinationPort) -> None:
+        self._port = port
+        self._numbers = itertools.count(1)
+        self.again: Callable[[], Any] = lambda: None
+
+    def __getattr__(self, name: str) -> Any:
+        operation = getattr(self._port, name)
+        if name in self.QUESTIONS:
+            return operation
+
+        def call(*arguments: Any) -> Any:
+            number = next(self._numbers)
+            self.again = lambda: operation(number, *arguments)
+            return operation(number, *arguments)
+
+        return call
+
+
+class Stores:
+    """Two nodes' ways to one store."""
+
+    def __init__(self, connect: Connect, enlist: Callable[[str], None], keys: Callable[[], list[str]]) -> None:
+        self.a = Numbered(connect("na"))
+        self.b = Numbered(connect("nb"))
+        self.enlist = enlist  # make this node a living one
+        self.keys = keys  # what of the job j1 is left
+
+
+@pytest.fixture(params=["fake", "real"])
+def stores(request: pytest.FixtureRequest) -> Iterator[Stores]:
+    if request.param == "fake":
+        fake = FakeCoordination()
+        yield Stores(fake.client, fake.living_nodes.add, lambda: [*fake.carriers, *fake.holds])
+        return
+    url = request.getfixturevalue("server_url")
+    cluster_id = f"c{time.monotonic_ns()}"
+    opened: list[CoordinationStore] = []
+
+    def connect(node_id: str) -> CoordinationStore:
+        store = CoordinationStore.connect(url, cluster_id=cluster_id)
+        opened.append(store)
+        store.serve(node_id)
+        return store
+
+    def enlist(node_id: str) -> None:
+        opened[0].register_node(NodeRecord(node_id, "10.0.0.1", 7000, "key", {"CPU": 4.0}))
+
+    def keys() -> list[str]:
+        prefix = opened[0].keys.prefix
+        names = [key.decode().removeprefix(prefix) for key in opened[0]._run("KEYS", f"{prefix}*")]
+        return [name for name in names if name.split(":")[0] in ("carrier", "waiters", "items", "waits", "carriers")]
+
+    yield Stores(connect, enlist, keys)
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture
+def a(stores: Stores) -> Any:
+    """The store as node na has it, with a lock, an empty semaphore, a channel and a cell."""
+    a = stores.a
+    assert a.create(LOCK, "lock", 1, Contents(1))
+    assert a.create(SEMAPHORE, "semaphore", UNBOUNDED, Contents())
+    assert a.create(CHANNEL, "channel", 0, Contents(items=[b"first", b"\x80second\0"]))
+    assert a.create(CELL, "cell", 0, Contents(content=b"\0bytes"))
+    return a
+
+
+@pytest.fixture
+def b(stores: Stores, a: Any) -> Any:
+    """The same store as node nb has it."""
+    return stores.b
+
+
+def grants(store: Any) -> list[tuple[str, str]]:
+    return [(grant.waiter, grant.name) for grant in store.read_grants("0")]
+
+
+# Semaphores
+
+
+def test_a_token_is_taken_and_given_back(a: Any, b: Any) -> None:
+    assert a.value(LOCK) == 1
+    assert a.acquire(LOCK, A1, True) == (GRANTED, 1)
+    assert b.acquire(LOCK, B1, False) == (REFUSED, 0)
+    assert b.value(LOCK) == 0
+    assert a.release(LOCK, 1)
+    assert b.acquire(LOCK, B1, False) == (GRANTED, 2)
+
+
+def test_who_waits_gets_the_token_of_a_release_in_the_order_of_coming(a: Any, b: Any) -> None:
+    assert a.acquire(SEMAPHORE, A1, True) == (WAITING, 0)
+    assert b.acquire(SEMAPHORE, B1, True) == (WAITING, 0)
+    assert a.acquire(SEMAPHORE, A2, True) == (WAITING, 0)
+    for _ in range(4):
+        assert b.release(SEMAPHORE, UNBOUNDED)
+    first, third = a.read_grants("0")
+    (second,) = b.read_grants("0")
+    assert [first.waiter, second.waiter, third.waiter] == [A1, B1, A2]
+    assert [first.token, second.token, third.token] == [1, 2, 3]
+    assert a.value(SEMAPHORE) == 1
+
+
+def test_grants_are_kept_until_they_are_dropped(a: Any, b: Any) -> None:
+    for waiter in (A1, A2):
+        a.acquire(SEMAPHORE, waiter, True)
+        b.release(SEMAPHORE, UNBOUNDED)
+    first, second = a.read_grants("0")
+    assert a.read_grants(first.id) == [second]
+    a.drop_grants(first.id)
+    assert a.read_grants("0") == [second]
+    a.drop_grants(second.id)
+    assert a.read_grants("0") == []
+
+
+def test_a_release_beyond_the_maximum_is_refused(a: Any) -> None:
+    assert not a.release(LOCK, 1)
+    assert a.value(LOCK) == 1
+
+
+@pytest.mark.parametrize("operation", ["release", "acquire", "value", "put", "get", "length", "read_cell"])
+def test_what_was_never_created_is_unknown(a: Any, operation: str) -> None:
+    arguments = {"release": (1,), "acquire": (A1, True), "put": (b"x",), "get": (A1, True), "read_cell": (0,)}
+    with pytest.raises(CarrierUnknown):
+        getattr(a, operation)("j1-d1-99", *arguments.get(operation, ()))
+
+
+def test_creating_again_changes_nothing(a: Any, b: Any) -> None:
+    a.acquire(LOCK, A1, True)
+    assert b.create(LOCK, "lock", 1, Contents(1))
+    assert a.value(LOCK) == 0
+    assert a.exists(LOCK) and not a.exists("j1-d1-99")
+
+
+@pytest.mark.parametrize("name", [SEMAPHORE, LOCK])
+def test_an_operation_that_is_sent_twice_takes_effect_once(a: Any, b: Any, name: str) -> None:
+    a.acquire(LOCK, "na/d1/1", True)
+    assert a.acquire(name, A1, True) == a.again() == (WAITING, 0)
+    assert b.release(name, UNBOUNDED) and b.again()
+    assert grants(a) == [(A1, name)]
+    assert a.value(name) == 0
+    assert b.acquire(name, B1, False) == b.again() == (REFUSED, 0)
+    assert a.release(name, UNBOUNDED) and a.again()
+    assert b.acquire(name, B1, False) == b.again() == (GRANTED, 3 if name == LOCK else 2)
+
+
+def test_a_waiter_that_asks_again_is_not_entered_twice(a: Any, b: Any) -> None:
+    a.acquire(LOCK, "na/d1/1", True)
+    assert a.acquire(LOCK, A1, True) == (WAITING, 0)
+    assert a.acquire(LOCK, A1, True) == (WAITING, 0)
+    b.release(LOCK, 1)
+    assert a.acquire(LOCK, A1, True) == (GRANTED, 2)
+    a.release(LOCK, 1)
+    assert a.value(LOCK) == 1
+
+
+def test_a_cancelled_wait_is_skipped(a: Any, b: Any) -> None:
+    a.acquire(SEMAPHORE, A1, True)
+    b.acquire(SEMAPHORE, B1, True)
+    assert a.cancel(SEMAPHORE, A1)
+    a.release(SEMAPHORE, UNBOUNDED)
+    assert grants(a) == [] and grants(b) == [(B1, SEMAPHORE)]
+
+
+@pytest.mark.parametrize("name", [SEMAPHORE, LOCK, CHANNEL])
+def test_a_grant_that_came_too_late_goes_to_the_next(a: Any, b: Any, name: str) -> None:
+    if name == LOCK:
+        a.acquire(LOCK, "na/d1/1", True)
+    if name == CHANNEL:
+        a.get(CHANNEL, A1, True), a.get(CHANNEL, A1, True)
+    wait = a.get if name == CHANNEL else a.acquire
+    assert wait(name, A2, True)[0] == WAITING
+    assert (b.get if name == CHANNEL else b.acquire)(name, B1, True)[0] == WAITING
+    if name == CHANNEL:
+        a.put(CHANNEL, b"third")
+    else:
+        a.release(name, UNBOUNDED)
+    assert grants(a) == [(A2, name)]
+    assert not a.cancel(name, A2)
+    assert a.give_back(name, A2)
+    assert grants(b) == [(B1, name)]
+
+
+def test_a_lock_given_back_by_one_who_does_not_hold_it_stays_locked(a: Any, b: Any) -> None:
+    a.acquire(LOCK, A1, True)
+    assert not b.give_back(LOCK, B1)
+    assert a.value(LOCK) == 0
+
+
+# Channels
+
+
+def test_items_come_out_in_order_with_those_that_had_been_there(a: Any, b: Any) -> None:
+    b.put(CHANNEL, b"third")
+    assert a.length(CHANNEL) == 3
+    items = [a.get(CHANNEL, A1, False), b.get(CHANNEL, B1, False), a.get(CHANNEL, A1, False)]
+    assert items == [(GRANTED, b"first"), (GRANTED, b"\x80second\0"), (GRANTED, b"third")]
+    assert a.get(CHANNEL, A1, False) == (REFUSED, b"")
+    assert a.length(CHANNEL) == 0
+
+
+def test_who_waits_for_an_item_is_told_and_pops_it(a: Any, b: Any) -> None:
+    a.get(CHANNEL, A1, True), a.get(CHANNEL, A1, True)
+    assert b.get(CHANNEL, B1, True) == (WAITING, b"")
+    a.put(CHANNEL, b"x")
+    # It is reserved: who comes later does not get it.
+    assert a.get(CHANNEL, A2, False) == (REFUSED, b"")
+    assert grants(b) == [(B1, CHANNEL)]
+    assert b.pop(CHANNEL, B1) == b"x"
+    assert b.again() == b"x"
+    assert b.pop(CHANNEL, B1) is None
+
+
+def test_an_item_put_back_is_the_first_again(a: Any) -> None:
+    _, item = a.get(CHANNEL, A1, False)
+    a.put_back(CHANNEL, item)
+    assert a.get(CHANNEL, A1, False) == (GRANTED, b"first")
+
+
+# Cells
+
+
+def test_a_cell_is_read_only_if_it_changed(a: Any, b: Any) -> None:
+    assert b.read_cell(CELL, 0) == (1, b"\0bytes")
+    assert b.read_cell(CELL, 1) is None
+    assert a.write_cell(CELL, b"others") == 2
+    assert b.read_cell(CELL, 1) == (2, b"others")
+
+
+# Ends
+
+
+def test_the_end_of_a_process_gives_back_its_locks_and_ends_its_waits(a: Any, b: Any) -> None:
+    a.acquire(LOCK, A1, True)
+    a.acquire(SEMAPHORE, "na/w1/2", True)
+    b.acquire(LOCK, B1, True)
+    b.acquire(SEMAPHORE, B2, True)
+    assert a.end_process("na/w1/") == 2
+    assert grants(b) == [(B1, LOCK)]
+    a.release(SEMAPHORE, UNBOUNDED)
+    assert grants(b) == [(B1, LOCK), (B2, SEMAPHORE)]
+
+
+def test_the_tokens_of_a_plain_semaphore_are_nobodys(a: Any, b: Any) -> None:
+    # As in the standard library, where any process may release what another one has acquired.
+    a.release(SEMAPHORE, UNBOUNDED)
+    a.acquire(SEMAPHORE, A1, True)
+    assert a.end_process("na/w1/") == 0
+    assert a.value(SEMAPHORE) == 0
+
+
+def test_a_lock_that_another_process_has_released_is_not_given_back_twice(a: Any, b: Any) -> None:
+    a.acquire(LOCK, A1, True)
+    b.release(LOCK, 1)
+    b.acquire(LOCK, B1, True)
+    assert a.end_process("na/w1/") == 0
+    assert b.value(LOCK) == 0
+
+
+def test_the_end_of_a_node_gives_back_all_that_its_processes_had(stores: Stores, a: Any, b: Any) -> None:
+    a.acquire(LOCK, A1, True)
+    a.acquire(SEMAPHORE, A2, True)
+    b.release(SEMAPHORE, UNBOUNDED)  # granted, and never read
+    a.get(CHANNEL, "na/w1/3", True), a.get(CHANNEL, "na/w1/4", True)
+    a.get(CHANNEL, "na/w1/5", True)
+    b.put(CHANNEL, b"reserved")
+    b.acquire(LOCK, B1, True)
+    assert b.end_node("na", False) == 2
+    assert grants(b) == [(B1, LOCK)]
+    assert b.value(SEMAPHORE) == 1
+    assert b.get(CHANNEL, B2, False) == (GRANTED, b"reserved")
+    assert b.end_node("na", False) == 0
+    assert grants(a) == []
+
+
+def test_a_node_that_lives_is_not_ended_by_others(stores: Stores, a: Any, b: Any) -> None:
+    stores.enlist("na")
+    a.acquire(LOCK, A1, True)
+    assert b.end_node("na", False) == 0
+    assert a.value(LOCK) == 0
+    assert a.end_node("na", True) == 1
+    assert a.value(LOCK) == 1
+
+
+def test_the_end_of_a_job_leaves_nothing(stores: Stores, a: Any, b: Any) -> None:
+    a.acquire(LOCK, A1, True)
+    b.acquire(LOCK, B1, True)
+    b.acquire(SEMAPHORE, B2, True)
+    b.create("j2-d1-1", "lock", 1, Contents(1))
+    assert a.delete_job("j1") == 4
+    assert not a.exists(LOCK) and a.exists("j2-d1-1")
+    assert not b.create(LOCK, "lock", 1, Contents(1))
+    assert a.delete_job("j2") == 1
+    assert stores.keys() == []

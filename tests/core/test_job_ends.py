@@ -1,0 +1,31 @@
+"""When a job is over on a node."""
+
+from __future__ import annotations
+
+from clusterpool.core.job_ends import JobEnds
+from clusterpool.core.messages import Address
+
+DRIVER, WORKER, ELSEWHERE = Address("n1", "d1"), Address("n1", "w1"), Address("n2", "d2")
+
+
+def nobody(_: Address) -> bool:
+    return False
+
+
+def test_a_job_is_over_when_its_driver_and_its_last_worker_have_ended() -> None:
+    jobs = JobEnds()
+    jobs.seen(DRIVER, "j1")
+    jobs.process_ended(WORKER)
+    assert jobs.take_over(nobody) == []
+    jobs.process_ended(DRIVER)
+    assert jobs.take_over(lambda driver: driver == DRIVER) == []
+    assert jobs.take_over(nobody) == ["j1"]
+    assert jobs.take_over(nobody) == []
+
+
+def test_the_jobs_of_a_lost_node_are_over() -> None:
+    jobs = JobEnds()
+    jobs.seen(DRIVER, "j1")
+    jobs.seen(ELSEWHERE, "j2")
+    jobs.node_lost("n2")
+    assert jobs.take_over(nobody) == ["j2"]

@@ -1,0 +1,152 @@
+"""The descriptor service on its socket: channels, their draining, what is parked, and bytes that are no request."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from clusterpool.core import descriptor_messages as d
+from tests.node.shells import FakeShell, Nodes
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    made = Nodes(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def shell(nodes: Nodes) -> FakeShell:
+    return nodes.shells["na"]
+
+
+def ask(nodes: Nodes, frame: bytes, fds: list[int] | None = None) -> tuple[d.Answer | None, list[int]]:
+    """What the service answers to `frame`; None when it hangs up."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.connect(str(nodes.shells["na"].paths.folder / "fd.sock"))
+        socket.send_fds(sock, [frame], fds or [])
+        nodes.settle()
+        sock.settimeout(5)
+        answer, received, _, _ = socket.recv_fds(sock, 4096, 4)
+    return (d.decode_answer(answer) if answer else None), list(received)
+
+
+def ends_of(nodes: Nodes, name: str) -> tuple[socket.socket, socket.socket]:
+    answer, (receiving, sending) = ask(nodes, d.encode(d.GetChannel(name)))
+    assert answer == d.Answer(0)
+    return socket.socket(fileno=receiving), socket.socket(fileno=sending)
+
+
+def test_all_who_ask_for_a_channel_get_the_same_one(nodes: Nodes) -> None:
+    receiver, sender = ends_of(nodes, "j1-d1-1")
+    other_receiver, other_sender = ends_of(nodes, "j1-d1-1")
+    with receiver, sender, other_receiver, other_sender:
+        sender.send(b"one")
+        other_sender.send(b"two")
+        assert other_receiver.recv(100) == b"one"
+        assert receiver.recv(100) == b"two"
+
+
+def test_messages_outlive_everybody_who_had_the_channel(nodes: Nodes) -> None:
+    for sock in (ends := ends_of(nodes, "j1-d1-1")):
+        if sock is ends[1]:
+            sock.send(b"kept")
+        sock.close()
+    receiver, sender = ends_of(nodes, "j1-d1-1")
+    with receiver, sender:
+        assert receiver.recv(100) == b"kept"
+
+
+def test_draining_takes_what_is_left_and_shuts_the_channel_for_good(nodes: Nodes, shell: FakeShell) -> None:
+    receiver, sender = ends_of(nodes, "j1-d1-1")
+    with receiver, sender:
+        for number in range(3):
+            sender.send(b"%d" % number)
+        assert receiver.recv(100) == b"0"
+        assert shell.descriptors.drain_channel("j1-d1-1") == [b"1", b"2"]
+        with pytest.raises(BrokenPipeError):
+            sender.send(b"3")
+        assert receiver.recv(100) == b""
+    assert shell.descriptors.drain_channel("j1-d1-1") == []
+
+
+def test_who_asks_after_the_move_finds_a_shut_channel(nodes: Nodes, shell: FakeShell) -> None:
+    assert shell.descriptors.drain_channel("j1-d1-2") == []
+    receiver, sender = ends_of(nodes, "j1-d1-2")
+    with receiver, sender:
+        assert receiver.recv(100) == b""
+        with pytest.raises(BrokenPipeError):
+            sender.send(b"x")
+
+
+def test_a_parked_descriptor_can_be_fetched_once(nodes: Nodes) -> None:
+    reading, writing = os.pipe()
+    answer, _ = ask(nodes, d.encode(d.ParkDescriptor("j1")), [writing])
+    os.close(writing)
+    assert answer is not None
+    assert answer.error_number == 0
+    _, (fetched,) = ask(nodes, d.encode(d.FetchDescriptor("na", answer.name)))
+    os.write(fetched, b"hello")
+    os.close(fetched)
+    assert os.read(reading, 100) == b"hello"
+    assert os.read(reading, 100) == b""  # the node has kept no duplicate
+    os.close(reading)
+    again, fds = ask(nodes, d.encode(d.FetchDescriptor("na", answer.name)))
+    assert again is not None
+    assert (again.error_number, fds) == (errno.ENOENT, [])
+
+
+def test_the_end_of_a_job_closes_what_it_had(nodes: Nodes, shell: FakeShell) -> None:
+    reading, writing = os.pipe()
+    ask(nodes, d.encode(d.ParkDescriptor("j1")), [writing])
+    os.close(writing)
+    receiver, sender = ends_of(nodes, "j1-d1-1")
+    kept_receiver, kept_sender = ends_of(nodes, "j10-d1-1")
+    listener = shell.paths.folder / "l" / "j1.abcdef"
+    listener.touch()
+    sender.close()
+    shell.descriptors.job_ended("j1")
+    with receiver, kept_receiver, kept_sender:
+        assert receiver.recv(100) == b""
+        assert os.read(reading, 100) == b""
+        assert not listener.exists()
+        kept_sender.send(b"of another job")
+        assert kept_receiver.recv(100) == b"of another job"
+    os.close(reading)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"\x80\x04\x95",  # a pickle
+        b"GET / HTTP/1.1\r\n\r\n",
+        bytes(2000),
+        msgspec.msgpack.encode(["NoSuchRequest"]),
+        msgspec.msgpack.encode(["GetChannel", 3]),
+        msgspec.msgpack.encode(["GetChannel", "../node.sock"]),
+        msgspec.msgpack.encode(["ConnectListener", "n1", "../p/w1.sock"]),
+        msgspec.msgpack.encode(["GetChannel", "x" * 101]),
+    ],
+)
+def test_what_is_no_request_is_dropped_and_counted_and_its_descriptor_closed(
+    nodes: Nodes, shell: FakeShell, frame: bytes
+) -> None:
+    reading, writing = os.pipe()
+    assert ask(nodes, frame, [writing]) == (None, [])
+    os.close(writing)
+    assert os.read(reading, 1) == b""
+    os.close(reading)
+    assert shell.descriptors.rejected_frames == 1
+
+
+def test_a_request_to_park_without_a_descriptor_is_refused(nodes: Nodes) -> None:
+    answer, _ = ask(nodes, d.encode(d.ParkDescriptor("j1")))
+    assert answer is not None
+    assert answer.error_number == errno.EBADF
