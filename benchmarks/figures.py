@@ -56,6 +56,8 @@ class Figure:
 POOLS = (OURS, "multiprocessing", "futures", "loky", "ray")
 ARRAY_BYTES = 100_000_000
 QUICK_ARRAY_BYTES = 10_000_000
+# What locks and queues of one host may cost: three times the standard library's.
+THIRD = Speedup("multiprocessing", 0.333)
 
 
 def cpu(of_what: str) -> Metric:
@@ -178,6 +180,30 @@ FIGURES = (
         amount=5_000,
         quick_amount=500,
         divisors={"dask": 5},
+    ),
+    Figure(
+        "lock",
+        (Metric("pair_us", "Lock: acquire and release, nobody else there", "us", (THIRD,)),),
+        (OURS, "multiprocessing"),
+        amount=200_000,
+        quick_amount=20_000,
+    ),
+    Figure(
+        "queue",
+        (
+            Metric("item_us", "Queue: an item from one process to another", "us", (THIRD,)),
+            Metric("round_trip_us", "Queue: an item there and one back", "us", (THIRD,)),
+        ),
+        (OURS, "multiprocessing"),
+        amount=50_000,
+        quick_amount=5_000,
+    ),
+    Figure(
+        "process",
+        (Metric("process_ms", "Process: start and join (for multiprocessing: a fork of the driver)", "ms"),),
+        (OURS, "multiprocessing"),
+        amount=30,
+        quick_amount=5,
     ),
     Figure(
         "idle_worker",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 
 def noop(_item: object = None) -> None:
@@ -14,6 +15,14 @@ def process_id(_item: object = None) -> int:
     """Which worker ran this; the pause lets the other workers get one of these tasks too."""
     time.sleep(0.02)
     return os.getpid()
+
+
+def fill_and_echo(there: Any, here: Any, items: int) -> None:
+    """Puts `items` and a tenth more, then one for each that comes, until None comes."""
+    for number in range(items + items // 10):
+        there.put(number)
+    while here.get() is not None:
+        there.put(0)
 
 
 class Counter:

@@ -15,7 +15,7 @@ import joblib
 from benchmarks.array_work import give_back, new_array, touch
 from benchmarks.contenders import Measure, Sample
 from benchmarks.machine import proportional_set_size_mb, tree_cpu_s
-from benchmarks.work import noop, process_id
+from benchmarks.work import fill_and_echo, noop, process_id
 
 WORKERS = 2
 ARRAY_TASKS = 8
@@ -185,6 +185,50 @@ def time_put_get(put: Callable[[Any], Any], get: Callable[[Any], Any], size_byte
         get_s.append(got_s - stored_s)
         del reference, value
     return {"put_ms": statistics.median(put_s[1:]) * 1e3, "get_ms": statistics.median(get_s[1:]) * 1e3}
+
+
+def primitive_measures(module: Any) -> dict[str, Measure]:
+    """Figures of whatever has the standard `multiprocessing`'s locks, queues and processes."""
+
+    def lock(pairs: int) -> Sample:
+        mutex = module.Lock()
+
+        def run() -> None:
+            for _ in range(pairs):
+                mutex.acquire()
+                mutex.release()
+
+        run()
+        return {"pair_us": timed(run) / pairs * 1e6}
+
+    def queue(items: int) -> Sample:
+        here, there = module.Queue(), module.Queue()
+        process = module.Process(target=fill_and_echo, args=(here, there, items))
+        process.start()
+        for _ in range(items // 10):  # a warm-up
+            here.get()
+        item_us = timed(lambda: [here.get() for _ in range(items)]) / items * 1e6
+
+        def call() -> None:
+            there.put(1)
+            here.get()
+
+        round_trip_us = time_round_trips(call, 500)
+        there.put(None)
+        process.join()
+        return {"item_us": item_us, "round_trip_us": round_trip_us}
+
+    def process(count: int) -> Sample:
+        def run() -> None:
+            child = module.Process(target=noop)
+            child.start()
+            child.join()
+            assert child.exitcode == 0, f"a process that does nothing ended with {child.exitcode}"
+
+        run()
+        return {"process_ms": statistics.median(timed(run) for _ in range(count)) * 1e3}
+
+    return {"lock": lock, "queue": queue, "process": process}
 
 
 def time_fresh_program(program: str) -> Sample:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import clusterpool
+import clusterpool.multiprocessing
 from benchmarks.contenders import Measure, Sample
 from benchmarks.contenders.common import (
     POOL_PROGRAM,
@@ -13,6 +14,7 @@ from benchmarks.contenders.common import (
     executor_measures,
     joblib_measures,
     pool_measures,
+    primitive_measures,
     time_fresh_program,
     time_put_get,
     time_round_trips,
@@ -72,6 +74,7 @@ ON_CLUSTER: dict[str, Measure] = {
     # What the bar is about: the Executor's submit, against Pool.apply_async of the others.
     "submit": executor_measures(_make("Executor"))["submit"],
     **joblib_measures("clusterpool"),
+    **primitive_measures(clusterpool.multiprocessing),
     "actor": actor,
     "put_get": put_get,
 }
