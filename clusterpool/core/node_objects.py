@@ -26,6 +26,8 @@ class NodeObjects:
         self.store = StoreIndex(capacity_bytes)
         self.pulls = TransferTable()
         self.servings = ServingTable()
+        # By object, the nodes that have opened a transfer of it, in order; until it is freed.
+        self._takers: dict[str, dict[str, None]] = {}
         self._wanted: dict[tuple[str, int], m.StoredValue] = {}  # pins not answered yet, by client and request
         self._addresses: dict[str, Address] = {}
         self._now_s = 0.0
@@ -49,10 +51,23 @@ class NodeObjects:
         if isinstance(message, m.UnpinObjects):
             return self._put(s.Unpinned(client, message.object_ids))
         if isinstance(message, m.FreeObjects):
-            return [command for object_id in message.object_ids for command in self._put(s.ObjectFreed(object_id))]
+            return [command for object_id in message.object_ids for command in self._free(object_id)]
         if type(message) in _TRANSFER_MESSAGES:
+            if isinstance(message, t.OpenTransfer) and message.object_id in self.store.objects:
+                self._takers.setdefault(message.object_id, {})[source.node_id] = None
             return self._transfer(t.PeerSpoke(source.node_id, message))
         return None
+
+    def _free(self, object_id: str) -> Commands:
+        """The object goes, here and where a copy was taken to from here, which its owner does not know."""
+        commands = self._put(s.ObjectFreed(object_id))
+        takers = self._takers.pop(object_id, {})
+        return commands + [Send(Address(taker, taker), m.FreeObjects([object_id])) for taker in takers]
+
+    def _free_all(self, prefix: str) -> Commands:
+        names = [object_id for object_id in self.store.objects if object_id.startswith(prefix)]
+        names += [object_id for object_id in self._takers if object_id.startswith(prefix) and object_id not in names]
+        return [command for object_id in names for command in self._free(object_id)]
 
     def _pin(self, client: str, message: m.PinObject) -> Commands:
         stored = message.stored
@@ -92,24 +107,18 @@ class NodeObjects:
         self._now_s = now_s
         for key in [key for key in self._wanted if key[0] == process_id]:
             del self._wanted[key]
-        commands = self._put(s.ClientGone(process_id))
-        prefix = process_id + "."
-        for object_id in [object_id for object_id in self.store.objects if object_id.startswith(prefix)]:
-            commands += self._put(s.ObjectFreed(object_id))
-        return commands
+        return self._put(s.ClientGone(process_id)) + self._free_all(process_id + ".")
 
     def job_ended(self, job_id: str, now_s: float) -> Commands:
         """A job is over: what its channels left here goes, which no process owned."""
         self._now_s = now_s
-        prefix = job_id + "-"
-        commands: Commands = []
-        for object_id in [object_id for object_id in self.store.objects if object_id.startswith(prefix)]:
-            commands += self._put(s.ObjectFreed(object_id))
-        return commands
+        return self._free_all(job_id + "-")
 
     def node_lost(self, node_id: str, now_s: float) -> Commands:
         """Another node is gone."""
         self._now_s = now_s
+        for takers in self._takers.values():
+            takers.pop(node_id, None)
         return self._transfer(t.PeerLost(node_id))
 
     def time_passed(self, now_s: float) -> Commands:

@@ -200,3 +200,20 @@ def test_nothing_of_a_driver_stays_on_any_node(three_nodes: Cluster, tmp_path: P
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     clusters.wait_for(lambda: not any(workers().values()), within_s=5, what="the workers of the killed driver end")
+
+
+def test_copies_on_other_nodes_go_when_nobody_wants_the_value_any_more(three_nodes: Cluster, driver: None) -> None:
+    def used_bytes() -> dict[str, int]:
+        return {node["node_id"]: node["store_used_bytes"] for node in clusterpool.nodes()}
+
+    before = used_bytes()
+    array = large_array(3.0)
+    reference = clusterpool.put(array)
+    total = clusterpool.remote(sum_of).options(scheduling=f"node:{three_nodes.second}", num_cpus=0)
+    assert clusterpool.get(total.remote(reference), timeout=30)[1] == three_nodes.second
+    del reference
+    clusters.wait_for(
+        lambda: all(used <= before[node_id] for node_id, used in used_bytes().items()),
+        within_s=10,
+        what="the copies are gone",
+    )

@@ -7,6 +7,7 @@ import pytest
 
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
+from clusterpool.core import transfer_messages as t
 from clusterpool.core.cluster_view import NodeRecord
 from clusterpool.core.messages import Address, StoredValue, WorkerKind
 from clusterpool.core.node import NodeMachine
@@ -15,6 +16,7 @@ from tests.core.machines import DRIVER, JOB, NODE, T
 W1 = Address("n1", "w1")
 REMOTE = Address("n2", "d9")
 NOW_S = 100.0
+TRANSFERS = itertools.count(1)
 
 
 class Node:
@@ -173,6 +175,25 @@ def test_an_object_is_created_sealed_pinned_and_freed(node: Node) -> None:
     node.hear(W1, m.UnpinObjects(["d1.1"]))
     node.hear(DRIVER, m.FreeObjects(["d1.1"]))
     assert node.machine.load().arena_used_bytes == 0
+
+
+def test_what_is_freed_here_is_freed_where_a_copy_was_taken_to(node: Node) -> None:
+    reserved(node, node.hear(DRIVER, m.CreateObject(1, "d1.1", 4096)))
+    node.hear(DRIVER, m.SealObject("d1.1"))
+    for taker in ("n2", "n3", "n2"):
+        node.hear(Address(taker, taker), t.OpenTransfer(next(TRANSFERS), "d1.1"))
+    node.machine.objects.node_lost("n3", NOW_S)
+    freed = node.hear(DRIVER, m.FreeObjects(["d1.1"]))
+    frees = [c.destination.node_id for c in of_type(freed, e.Send) if isinstance(c.message, m.FreeObjects)]
+    assert frees == ["n2"]
+    assert not sent(node.hear(DRIVER, m.FreeObjects(["d1.1"])), m.FreeObjects), "said once"
+
+
+def test_copies_elsewhere_go_with_the_process_that_owned_the_object(node: Node) -> None:
+    reserved(node, node.hear(DRIVER, m.CreateObject(1, "d1.1", 4096)))
+    node.hear(DRIVER, m.SealObject("d1.1"))
+    node.hear(Address("n2", "n2"), t.OpenTransfer(next(TRANSFERS), "d1.1"))
+    assert sent(node.handle(e.ProcessLeft(DRIVER)), m.FreeObjects, Address("n2", "n2"))
 
 
 def test_an_object_that_is_nowhere_is_refused(node: Node) -> None:
