@@ -14,27 +14,37 @@ MARK = "COMPAT_TESTS_PROCESS"
 # would be reported as left behind.
 _LEAVE_WITHIN_S = 2.0
 _POLL_S = 0.05
+_COMMAND_MAX = 120
 
 
-def end_all(session: int, mark: str, *, at_once: bool) -> int:
+def end_all(session: int, mark: str, *, at_once: bool) -> list[str]:
     """Kill what is alive of the session and of the mark. `at_once`: without waiting for it to end by itself.
 
-    Returns: how many processes had to be killed.
+    Returns: the command lines of the processes that had to be killed.
     """
     if not at_once:
         deadline_s = time.monotonic() + _LEAVE_WITHIN_S
         while _alive(session, mark) and time.monotonic() < deadline_s:
             time.sleep(_POLL_S)
-    killed: set[int] = set()
+    killed: dict[int, str] = {}
     # Again until nothing is found: a process may have started another while it was looked for.
     while pids := _alive(session, mark):
+        has_new = not pids <= set(killed)
         for pid in pids:
+            killed.setdefault(pid, _command_of(pid))
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        if pids <= killed:
+        if not has_new:
             time.sleep(_POLL_S)
-        killed |= pids
-    return len(killed)
+    return list(killed.values())
+
+
+def _command_of(pid: int) -> str:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return "?"
+    return " ".join(words.split())[:_COMMAND_MAX]
 
 
 def _alive(session: int, mark: str) -> set[int]:

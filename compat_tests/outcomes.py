@@ -40,8 +40,8 @@ class ClassOutcome:
     class_name: str
     tests: list[TestOutcome] = field(default_factory=list)
     seconds: float = 0.0
-    # Processes that were alive after the class's process had ended, and had to be killed.
-    leftovers: int = 0
+    # Command lines of processes that were alive after the class's process had ended, and had to be killed.
+    leftovers: list[str] = field(default_factory=list)
     # Tests that failed first and passed when they were run again.
     unsteady: list[str] = field(default_factory=list)
 

@@ -155,8 +155,7 @@ def class_lines(outcome: ClassOutcome, expected: frozenset[str], width: int) -> 
             word = "HUNG  " if test.outcome == HUNG else "FAILED"
             lines.append(f"    {word} {test.name}: {test.cause[:300]}")
     lines += [f"    unsteady: {outcome.class_name}.{test} passed when it was run again" for test in outcome.unsteady]
-    if outcome.leftovers:
-        lines.append(f"    left {outcome.leftovers} processes behind, which were killed")
+    lines += [f"    left behind, and killed: {command}" for command in outcome.leftovers]
     return lines
 
 

@@ -137,7 +137,7 @@ class Supervisor:
                 has_ended = process.poll() is not None
                 killed = leftovers.end_all(process.pid, mark, at_once=not has_ended)
                 # What a process that had to be killed has started is no fault of the tests.
-                outcome.leftovers += killed if has_ended else 0
+                outcome.leftovers += killed if has_ended else []
                 process.wait()
                 os.close(reading)
         return self._conclude(ending, attempt, outcome, folder, is_late=time.monotonic() > deadline_s)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
 from clusterpool.client import api
+from clusterpool.config import PATCHING_SETUP, WORKER_SETUP_VARIABLE
 
 
 def set_up_worker(initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
@@ -30,8 +32,13 @@ def set_up_pool_worker(initializer: Callable[..., object] | None, initargs: tupl
 
     The standard pool loses the worker of a task that calls `sys.exit()`, and its caller waits for ever; to run
     the task again in other workers would only end these too.
+
+    In a program that runs unchanged (`clusterpool run --patch`) a result that the standard pool could not give is an
+    error as there; one that imports our module may return lambdas.
     """
     if api.in_worker():
-        api.runtime().returns_exits = True
+        runtime = api.runtime()
+        runtime.returns_exits = True
+        runtime.refuses_unnamed_results = os.environ.get(WORKER_SETUP_VARIABLE) == PATCHING_SETUP
     if initializer is not None:
         initializer(*initargs)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import os
-import runpy
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import NoReturn
 
 from clusterpool.cli.failures import ExitCode
@@ -37,14 +38,28 @@ def run_patched(script: Path, arguments: Sequence[str], environment: Mapping[str
         sys.path.insert(0, folder)
     else:
         sys.path[0] = folder
+    path = os.path.abspath(script)  # noqa: PTH100  # `resolve` would follow links, which Python does not
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        _run_as_main(path)
     except SystemExit:
         raise
     except BaseException as exc:
-        _show(exc, str(script))
+        _show(exc, path)
         return ExitCode.INTERRUPTED if isinstance(exc, KeyboardInterrupt) else ExitCode.FAILED
     return ExitCode.OK
+
+
+def _run_as_main(path: str) -> None:
+    """Run the file as the module `__main__`, for good: threads and exit handlers may need that after the last line.
+
+    (`runpy.run_path` takes it away again, and knows a script by the relative path that it was given.)
+    """
+    loader = SourceFileLoader("__main__", path)
+    code = loader.source_to_code(loader.get_data(path), path)
+    module = ModuleType("__main__")
+    vars(module).update(__annotations__={}, __builtins__=builtins, __cached__=None, __file__=path, __loader__=loader)
+    sys.modules["__main__"] = module
+    exec(code, vars(module))
 
 
 def _show(exc: BaseException, script: str) -> None:
@@ -53,7 +68,8 @@ def _show(exc: BaseException, script: str) -> None:
     while frames is not None and frames.tb_frame.f_code.co_filename != script:
         frames = frames.tb_next
     hook = sys.excepthook
-    shown: TracebackType | None = frames or exc.__traceback__  # a syntax error has no frame of the script's
+    # A syntax error has no frame of the script's.
+    shown: TracebackType | None = frames if isinstance(exc, SyntaxError) else frames or exc.__traceback__
     try:
         hook(type(exc), exc.with_traceback(shown), shown)
     except Exception:

@@ -15,6 +15,7 @@ import ctypes
 import mmap
 import os
 import struct
+import threading
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,7 +167,7 @@ class Cell:
         size_bytes = _file_bytes(self.size_bytes)
         # It appears whole, and at once: afterwards only those who hold the guard write to it, and this process does
         # not hold it.
-        part = path.with_name(f"{path.name}.{os.getpid()}")
+        part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(fd, 0, size_bytes)
@@ -206,6 +207,10 @@ def _unpickled(name: str, home: str, size_bytes: int, arena_path: str, guard: Se
             made._adopt(coordination)
     if guard is not None:
         made.guard_by(guard)
+        if guard._is_mine():
+            # Else its release would store what this host had long before as the newest.
+            made.refresh()
+            made._before = None  # an object of ours that has gone may have changed them since
     return _known.setdefault(name, made)
 
 

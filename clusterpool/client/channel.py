@@ -14,6 +14,7 @@ process; the message says where. Whoever loads it frees it.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -24,7 +25,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from time import monotonic
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -53,6 +54,10 @@ _SLICE = struct.pack("ll", int(SLICE_S), 0)
 # At a driver's end, for how long nothing may be taken from what it has put before it goes on: its job ends with it, so
 # nobody can read later, and whoever reads now does so within this time.
 DRIVER_PATIENCE_S = 1.0
+# What a putter gets once the channel has moved, and when the host is short of memory, which passes.
+_SHUT = frozenset({errno.EPIPE, errno.ECONNRESET})
+_NO_MEMORY = frozenset({errno.ENOBUFS, errno.ENOMEM})
+_NO_MEMORY_RETRY_S = 0.1
 # The page's counter never has this value: the first use asks whether the channel has moved before we knew of it.
 _NEVER = -1
 
@@ -174,7 +179,12 @@ class Channel:
             except BlockingIOError:
                 self._enqueue(message)
                 return
-            except OSError:
+            except OSError as exc:
+                if exc.errno in _NO_MEMORY:
+                    self._enqueue(message)
+                    return
+                if exc.errno not in _SHUT:
+                    raise
                 self._become_fat()
         if self._waiting:
             self._enqueue(message)
@@ -228,7 +238,10 @@ class Channel:
                 return True
             except BlockingIOError:
                 return False
-            except OSError:
+            except OSError as exc:
+                if exc.errno in _NO_MEMORY:
+                    sleep(_NO_MEMORY_RETRY_S)
+                    return False
                 self._become_fat()
         self._coordination.put(self.name, message)
         return True
@@ -441,6 +454,9 @@ def known(name: str, home: str) -> Channel:
 
 def table_of(runtime: Runtime) -> ChannelTable:
     """The channels of this process."""
+    channels = runtime.channels
+    if channels is not None:
+        return channels  # whoever leaves the cluster has the lock, and may wait for the thread that unpickles here
     with current.lock:
         if runtime.channels is None:
             from clusterpool.client import descriptors

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -59,6 +60,8 @@ class ChildProcess:
         self.sentinel = os.eventfd(0, os.EFD_CLOEXEC)
         self._close_sentinel = weakref.finalize(self, os.close, self.sentinel)
         self._close_sentinel.atexit = False
+        # Who sees the exit code may close it at once, and its number may be another file's a moment later.
+        self._sentinel_lock = threading.Lock()
         self._number = next(runtime.set_numbers)
         client.deliveries.set_sinks[self._number] = self
         client.on_interrupt = partial(_interrupt_children, client)
@@ -96,7 +99,8 @@ class ChildProcess:
 
     def close(self) -> None:
         """Close the sentinel."""
-        self._close_sentinel()
+        with self._sentinel_lock:
+            self._close_sentinel()
 
     def set_event(self, command: e.Command) -> None:
         """News of the child, from the client's loop."""
@@ -109,9 +113,10 @@ class ChildProcess:
             self._failure = make_error(command.kind, command.text)
             self._forget()
         elif isinstance(command, e.ChildEnded):
-            self.returncode = command.exit_code
-            if self._close_sentinel.alive:
-                os.eventfd_write(self.sentinel, 1)
+            with self._sentinel_lock:
+                self.returncode = command.exit_code
+                if self._close_sentinel.alive:
+                    os.eventfd_write(self.sentinel, 1)
             self._forget()
 
     def _forget(self) -> None:

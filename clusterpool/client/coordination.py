@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # In the node's folder; `node/coordination.py` makes it.
 MOVED_PAGE = "moved"
 _PAGE_BYTES = 8
+# Names that have not moved are remembered to save questions; so many are some 200 KB.
+_UNMOVED_MAX = 1000
 
 
 class Coordination:
@@ -53,8 +55,9 @@ class Coordination:
     def page(self) -> memoryview:
         """The moved page, 8 bytes: `page.cast("Q")[0]` grows before anything of this node moves."""
         if self._page is None:
-            self._page = _map_page(self._client)
-            self._counter = self._page.cast("Q")
+            page = _map_page(self._client)
+            self._counter = page.cast("Q")  # first: another thread may come in between
+            self._page = page
         return self._page
 
     def is_moved(self, name: str) -> bool:
@@ -74,6 +77,8 @@ class Coordination:
             self._unmoved.pop(name, None)
             self._moved.add(name)
         else:
+            if len(self._unmoved) >= _UNMOVED_MAX:
+                self._unmoved.clear()  # a long-running program makes any number of them
             self._unmoved[name] = counter
         return is_moved
 
@@ -163,6 +168,7 @@ class Coordination:
     # --- requests
 
     def _ask(self, make: Callable[[int], Message]) -> c.CoordinationDone:
+        self._client.check_open()  # a fork of this process has copies of its locks, perhaps locked ones
         return self._checked(self._client.request(make))
 
     def _wait(
@@ -173,6 +179,7 @@ class Coordination:
     ) -> c.CoordinationDone:
         """Ask for something that may take long; `give_back` undoes what came after we had gone."""
         client = self._client
+        client.check_open()
         pending = _Pending(make, give_back)
         try:
             client.request_nowait(pending.make, pending.answered)

@@ -36,6 +36,7 @@ class Runtime:
         self.after_shutdown: list[Callable[[], None]] = []
         self.set_numbers = itertools.count(1)
         self.returns_exits = False  # in a worker: a task's SystemExit is its result and does not end the worker
+        self.refuses_unnamed_results = False  # in a worker: a lambda as a result is an error, as in the standard Pool
         self._task_sets: dict[Any, int] = {}
         self._lock = threading.Lock()
         self._coordination: Coordination | None = None

@@ -156,7 +156,10 @@ POP = Script(
     _LIBRARY
     + _KNOWN
     + """
-if redis.call('HDEL', waits(ARGV[4]), ARGV[4]) == 0 then return done(0) end
+local state = redis.call('HGET', waits(ARGV[4]), ARGV[4])
+-- It may wait again, since what was reserved for it was given back.
+if not state or string.sub(state, 1, 1) == 'w' then return done(0) end
+redis.call('HDEL', waits(ARGV[4]), ARGV[4])
 return done(1, redis.call('LPOP', items(NAME)))
 """
 )

@@ -362,7 +362,9 @@ class CoordinationMachine:
         def on_created(is_created: Any, kind: str, text: str) -> Commands:
             move.is_creating = False
             if not kind and not is_created:
-                kind, text = "ObjectLost", f"{name} cannot be used any more: its job has ended"
+                text = f"{name} cannot be used any more: its job has ended"
+                self._moves.pop(name, None)  # who asked came too late: nobody will end the job once more
+                return [*self._tell(name, move, "ObjectLost", text), e.RemoveCarriers([name])]
             move.is_done = not kind
             if move.is_done:
                 move.drained = None  # a channel's items may be large

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import itertools
 import os
 import signal
@@ -109,7 +110,18 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
         Raises:
             TimeoutError: at `next`, when the value is not there in time.
         """
+        if buffersize is None and chunksize >= 1 and self._has_other_submit():
+            chunks = _chunks(zip(*iterables, strict=False), chunksize)
+            results = super().map(functools.partial(_run_chunk, fn), chunks, timeout=timeout)
+            return itertools.chain.from_iterable(results)
         return self._map(fn, iterables, timeout, chunksize, buffersize)
+
+    def _has_other_submit(self) -> bool:
+        """Whether a subclass or a caller has replaced `submit`, which the standard `map` calls for each chunk.
+
+        tqdm's `process_map` does, and counts by the futures.
+        """
+        return getattr(self.submit, "__func__", None) is not ProcessPoolExecutor.submit
 
     def _map(
         self,
@@ -281,6 +293,10 @@ def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
     if size == 1:
         return ([item] for item in items)
     return iter(lambda: list(itertools.islice(items, size)), [])
+
+
+def _run_chunk(fn: Callable[..., T], items: Sequence[tuple[Any, ...]]) -> list[T]:
+    return [fn(*item) for item in items]
 
 
 def _keeping(executor: ProcessPoolExecutor, values: Iterator[T]) -> Iterator[T]:

@@ -39,6 +39,7 @@ from clusterpool.errors import TaskCancelled, WorkerSetupFailed
 from clusterpool.multiprocessing.imap import IMapIterator, IMapUnorderedIterator
 from clusterpool.multiprocessing.results import ApplyResult, Callback, MapResult
 from clusterpool.multiprocessing.workers import PoolWorker, WorkerTable
+from clusterpool.serialization.exceptions import RemoteTraceback  # noqa: F401 (a name of the standard module, too)
 
 __all__ = ["Pool", "ThreadPool"]  # noqa: F822 (ThreadPool comes through __getattr__)
 

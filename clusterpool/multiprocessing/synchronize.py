@@ -23,11 +23,16 @@ class SemLock(_standard.SemLock):
     """What the four that follow have in common; `_semlock` is the carrier, with the methods of C's SemLock."""
 
     _semlock: _Carrier
-    _make_methods: Any
+    acquire: Any
+    release: Any
 
     def __init__(self, kind: int, value: int, maxvalue: int, *, ctx: Any = None, is_lock: bool = False) -> None:
         self._semlock = _Carrier(value, maxvalue, kind=kind, is_lock=is_lock)
         self._make_methods()
+
+    def _make_methods(self) -> None:
+        self.acquire = self._semlock.make_acquire()
+        self.release = self._semlock.release
 
     def __enter__(self) -> bool:
         return self._semlock.acquire()

@@ -209,8 +209,9 @@ class _StoreCalls:
                 grants = store.read_grants(last_id, block_ms=_BLOCK_MS)
                 if server_run and store.server_run != server_run:
                     # Its clock, which names the grants, may be behind; and it may have forgotten who waits.
-                    last_id = "0"
+                    last_id, server_run = "0", store.server_run
                     self._shell.post(e.StoreChanged())
+                    continue  # those that we have are not all: the others would be dropped unread
                 server_run = store.server_run
                 for grant in grants:
                     self._shell.post(e.GrantRead(grant.waiter, grant.name, grant.token))

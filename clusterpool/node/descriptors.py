@@ -17,6 +17,7 @@ import logging
 import os
 import resource
 import socket
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 # Asked for; the kernel grants twice what net.core.wmem_max allows. How deep a channel is before its putters wait.
 CHANNEL_BYTES = 4 * 1024 * 1024
 NOT_PARKED = "the descriptor was fetched before, or its job has ended"
+# For how long a getter may be between its look at the moved page and its `recv`. If it took something while the channel
+# is drained, what lies before that would come after it.
+IN_FLIGHT_S = 0.005
 _DRAIN_BYTES = 16 * 1024 * 1024  # more than any one message of a channel
 
 
@@ -98,6 +102,8 @@ class Descriptors:
         # After this no message can come in, also of those who are sending at this moment.
         with contextlib.suppress(OSError):
             sender.shutdown(socket.SHUT_WR)
+        # The page says that it moves: nobody begins to receive, and those who had begun take what is first.
+        time.sleep(IN_FLIGHT_S)
         messages: list[bytes] = []
         while True:
             try:

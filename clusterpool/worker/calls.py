@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
+from pickle import PicklingError
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from clusterpool import ids
@@ -17,6 +19,8 @@ from clusterpool.worker.interrupts import Interrupted, Key
 
 if TYPE_CHECKING:
     from clusterpool.worker.task_runner import TaskRunner
+
+_CHUNKS = (TaskKind.MAP, TaskKind.STARMAP)
 
 
 class CallRunner:
@@ -78,6 +82,8 @@ class CallRunner:
         if value is None:
             return TaskResult(spec.number, TaskStatus.OK, NONE_PAYLOAD)
         try:
+            if self._runner.runtime.refuses_unnamed_results:
+                _refuse_unnamed(value if spec.kind in _CHUNKS else [value])
             serialized = dumps_value(value)
         except Exception as exc:
             return self.error(spec, unpicklable_result(value, exc))
@@ -141,6 +147,14 @@ class CallRunner:
         instance = _call(cls, args, kwargs)
         runner.actor = ActorRunner(runner, instance, concurrency=spec.extras.concurrency)
         return TaskResult(spec.number, TaskStatus.OK, NONE_PAYLOAD)
+
+
+def _refuse_unnamed(values: Iterable[Any]) -> None:
+    """Raises: PicklingError, the standard pickler's, for a function that cannot be imported by its name."""
+    for value in values:
+        if type(value) is FunctionType and "<" in value.__qualname__:
+            name = value.__qualname__
+            raise PicklingError(f"Can't pickle {value!r}: attribute lookup {name} on {value.__module__} failed")
 
 
 def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

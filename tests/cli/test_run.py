@@ -58,6 +58,33 @@ def test_a_traceback_of_the_script_has_no_frame_of_ours(tmp_path: Path) -> None:
     assert "clusterpool" not in done.stderr.replace(str(tmp_path), "")
 
 
+@PATCHED
+def test_a_script_given_by_a_relative_path_knows_its_whole_path(tmp_path: Path, options: tuple[str, ...]) -> None:
+    (tmp_path / "script.py").write_text("import os, sys\nos.chdir('/')\nprint(sys.argv, __file__)\n1 / 0\n")
+    done = clusterpool_command("run", *options, "--address", "local", "script.py", "x", cwd=tmp_path)
+    assert done.stdout == f"['script.py', 'x'] {tmp_path / 'script.py'}\n"
+    assert f'File "{tmp_path / "script.py"}", line 4' in done.stderr and "1 / 0" in done.stderr
+
+
+def test_the_script_stays_main_until_its_last_thread_and_exit_handler_have_ended(tmp_path: Path) -> None:
+    text = """
+        import atexit, sys, threading
+        def is_main(): return sys.modules["__main__"].__dict__ is globals() and is_main.__module__ == "__main__"
+        def later(): threading.main_thread().join(); print(is_main())
+        threading.Thread(target=later).start()
+        atexit.register(lambda: print(is_main()))
+    """
+    assert run(tmp_path, text, "--patch").stdout == "True\nTrue\n"
+
+
+def test_a_syntax_error_is_shown_as_python_shows_it(tmp_path: Path) -> None:
+    done = run(tmp_path, "1 +\n", "--patch")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert (
+        done.stderr == subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True).stderr
+    )
+
+
 def test_an_error_of_ours_that_the_script_lets_pass_is_the_script_s(tmp_path: Path) -> None:
     done = run(tmp_path, "from clusterpool.errors import GetTimeout\nraise GetTimeout('late')\n", "--patch")
     assert done.returncode == 1
@@ -104,6 +131,24 @@ def test_pools_of_the_standard_library_run_on_the_cluster(tmp_path: Path) -> Non
         "[True, True, True]",
         "[True, True]",
     ]
+
+
+@pytest.mark.parametrize(
+    "call", ["apply_async(make, (1,))", "map_async(make, range(4))", "starmap_async(make, [(1,)])"]
+)
+def test_a_result_that_the_standard_pool_could_not_give_is_its_error(tmp_path: Path, call: str) -> None:
+    text = f"""
+        from multiprocessing import Pool
+        from multiprocessing.pool import MaybeEncodingError
+        def make(number): return lambda: number
+        with Pool(1) as pool:
+            try:
+                print([function() for function in pool.{call}.get(30)])
+            except MaybeEncodingError as exc:
+                print("MaybeEncodingError" if "<lambda>" in exc.exc else exc)
+            print(pool.apply(abs, (-1,)))
+    """
+    assert run(tmp_path, text, "--patch").stdout == "MaybeEncodingError\n1\n"
 
 
 def test_processes_queues_locks_and_managers_are_the_cluster_s(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import pickle
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,6 +170,70 @@ def test_what_the_holder_wrote_while_it_moved_is_not_lost(places: tuple[Place, P
     guard.release()
     with there.guard:
         assert content(there) == b"1111"
+
+
+def test_ctrl_c_while_the_bytes_are_stored_does_not_keep_the_lock(
+    places: tuple[Place, Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, _ = places
+    made, guard = guarded()
+    home.move(made)
+    write_cell = home.coordination.write_cell
+
+    def interrupted(name: str, content: bytes) -> int:
+        write_cell(name, content)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(home.coordination, "write_cell", interrupted)
+    guard.acquire()
+    write(made, b"mine")
+    with pytest.raises(KeyboardInterrupt):
+        guard.release()
+    assert home.coordination.store.tokens[guard.name] == 1
+    assert guard._count() == 0
+
+
+def test_who_gets_the_cell_while_it_holds_the_lock_does_not_undo_what_others_wrote(places: tuple[Place, Place]) -> None:
+    home, elsewhere = places
+    made, guard = guarded()
+    pickled, pickled_guard = pickle.dumps(made), pickle.dumps(guard)
+    home.move(made)
+    elsewhere.enter()
+    pickle.loads(pickled)  # now that host has a file of it, and this process no object
+    home.enter()
+    with guard:
+        write(made, b"home")
+    elsewhere.enter()
+    found = pickle.loads(pickled_guard)
+    with found:
+        copy = pickle.loads(pickled)
+        assert content(copy) == b"home"
+    home.enter()
+    with guard:
+        assert content(made) == b"home"
+
+
+def test_two_threads_may_unpickle_it_at_once(places: tuple[Place, Place], monkeypatch: pytest.MonkeyPatch) -> None:
+    home, elsewhere = places
+    made, _ = guarded()
+    pickled = pickle.dumps(made)
+    home.move(made)
+    elsewhere.enter()
+    link = os.link
+    copies: list[Any] = []
+
+    def link_second(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "link", link)
+        thread = threading.Thread(target=lambda: copies.append(pickle.loads(pickled)))
+        thread.start()
+        thread.join(10)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_second)
+    first = pickle.loads(pickled)
+    (second,) = copies
+    write(first, b"same")
+    assert content(second) == b"same"
 
 
 def test_processes_of_another_node_share_one_file(places: tuple[Place, Place], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import pickle
 import signal
+import socket
 import struct
 import sys
 import threading
@@ -89,6 +91,30 @@ def test_what_one_thread_puts_comes_in_order_though_the_socket_is_full(table: Ch
         channel.put(payload(number))
     assert get_all(channel, MANY) == list(range(MANY))
     assert channel.get(0.0) is None
+
+
+class NoMemory:
+    """A sending end of a host that is short of memory, for `failures` times."""
+
+    def __init__(self, sender: socket.socket, failures: int) -> None:
+        self._sender = sender
+        self._failures = failures
+
+    def send(self, message: bytes, flags: int) -> int:
+        if self._failures:
+            self._failures -= 1
+            raise OSError(errno.ENOBUFS, "no buffer space")
+        return self._sender.send(message, flags)
+
+
+def test_a_host_without_memory_for_a_message_is_no_move(table: ChannelTable) -> None:
+    channel: Any = table.create()
+    channel.put(payload(0))
+    channel._sender = NoMemory(channel._sender, 2)
+    for number in range(1, 4):
+        channel.put(payload(number))
+    assert get_all(channel, 4) == [0, 1, 2, 3]
+    assert not channel.is_fat
 
 
 def test_nothing_is_left_waiting_when_the_socket_has_room(table: ChannelTable) -> None:

@@ -214,6 +214,26 @@ def test_a_recursive_lock_that_moves_while_it_is_held_twice(home: FakeCoordinati
     assert home.store.tokens[made.name] == 1
 
 
+def test_ctrl_c_at_a_release_does_not_make_its_thread_believe_that_it_holds_the_lock(
+    home: FakeCoordination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Semaphore(1, 1, kind=RECURSIVE_MUTEX, is_lock=True)
+    home.move_semaphore(made.name)
+    assert made.acquire()
+    release = home.release
+
+    def interrupted(name: str, maximum: int) -> None:
+        release(name, maximum)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(home, "release", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made.release()
+    monkeypatch.undo()
+    home.store.tokens[made.name] -= 1  # another process has it now
+    assert not made.acquire(False)
+
+
 def test_a_try_asks_the_store_once(home: FakeCoordination) -> None:
     made = lock()
     home.move_semaphore(made.name)

@@ -159,7 +159,8 @@ def test_fixtures_and_forks(run, class_name: str, tests: list[str], expected: di
 def test_processes_of_a_class_are_ended_in_whichever_session_they_are(run) -> None:
     outcome = run("TestLeavesProcesses", ["test_in_the_session", "test_in_a_session_of_its_own"])
     assert set(outcomes(outcome).values()) == {PASSED}
-    assert outcome.leftovers == 2
+    assert len(outcome.leftovers) == 2
+    assert all("sleep(300)" in command for command in outcome.leftovers)
     assert [pid for pid in os.listdir("/proc") if pid.isdigit() and is_of_a_class(pid)] == []
 
 

@@ -264,6 +264,20 @@ def test_who_waits_for_an_item_is_told_and_pops_it(a: Any, b: Any) -> None:
     assert b.pop(CHANNEL, B1) is None
 
 
+def test_who_waits_again_cannot_pop_what_was_given_back(a: Any, b: Any) -> None:
+    a.get(CHANNEL, A1, True), a.get(CHANNEL, A1, True)
+    b.get(CHANNEL, B1, True)
+    a.put(CHANNEL, b"x")
+    assert b.end_node("nb", True) == 1
+    assert a.get(CHANNEL, A1, True) == (GRANTED, b"x")
+    assert b.get(CHANNEL, B1, True) == (WAITING, b"")
+    assert b.pop(CHANNEL, B1) is None
+    a.put(CHANNEL, b"y"), a.put(CHANNEL, b"z")
+    assert b.pop(CHANNEL, B1) == b"y"
+    assert a.get(CHANNEL, A1, True) == (GRANTED, b"z")
+    assert a.length(CHANNEL) == 0
+
+
 def test_an_item_put_back_is_the_first_again(a: Any) -> None:
     _, item = a.get(CHANNEL, A1, False)
     a.put_back(CHANNEL, item)

@@ -254,8 +254,11 @@ def test_a_carrier_that_is_not_there_is_lost(node: Node) -> None:
 
 def test_a_job_that_has_ended_moves_nothing(node: Node) -> None:
     node.hear(OTHER_NODE, c.MoveCarrier(LOCK, "lock", 1))
-    (message,) = sent(node.answer(drained(node), False), c.CarrierMoved, OTHER_NODE)
+    commands = node.answer(drained(node), False)
+    (message,) = sent(commands, c.CarrierMoved, OTHER_NODE)
     assert message.error_kind == "ObjectLost"
+    # Its end has been: nobody else removes the shut channel, say, that was made when it was drained.
+    assert of_type(commands, e.RemoveCarriers) == [e.RemoveCarriers([LOCK])]
 
 
 # --- adopting, elsewhere

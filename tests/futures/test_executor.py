@@ -168,6 +168,23 @@ def test_map(executor):
         next(values)
 
 
+@pytest.mark.parametrize("chunksize", [1, 4])
+def test_map_calls_a_submit_that_a_program_has_put_in_place_of_ours(chunksize):
+    # As tqdm's process_map does, to count what is done.
+    done = []
+    with ProcessPoolExecutor(2) as executor:
+        submit = executor.submit
+
+        def counting_submit(*args):
+            future = submit(*args)
+            future.add_done_callback(done.append)
+            return future
+
+        executor.submit = counting_submit
+        assert list(executor.map(operator.add, range(10), range(10), chunksize=chunksize)) == list(range(0, 20, 2))
+    assert len(done) == -(-10 // chunksize)
+
+
 def test_map_timeout(executor):
     with pytest.raises(concurrent.futures.TimeoutError):
         list(executor.map(sleep_and_pid, [0, 1.5], timeout=0.3))

@@ -265,6 +265,10 @@ def test_proxies_of_a_manager_may_be_arguments(pool: Any) -> None:
 # --- 17: functions from anywhere
 
 
+def test_functions_may_be_results(pool: Any) -> None:
+    assert [function(5) for function in pool.map(lambda x: lambda y: x + y, range(3))] == [5, 6, 7]
+
+
 def test_lambdas_closures_and_bound_methods(pool: Any) -> None:
     offset = 10
     assert pool.map(lambda x: x + offset, range(3)) == [10, 11, 12]

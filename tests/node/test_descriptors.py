@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import msgspec
 import pytest
 
 from clusterpool.core import descriptor_messages as d
+from clusterpool.node import descriptors
 from tests.node.shells import FakeShell, Nodes
 
 
@@ -75,6 +78,29 @@ def test_draining_takes_what_is_left_and_shuts_the_channel_for_good(nodes: Nodes
             sender.send(b"3")
         assert receiver.recv(100) == b""
     assert shell.descriptors.drain_channel("j1-d1-1") == []
+
+
+def test_who_was_about_to_receive_gets_the_first_message_and_not_one_of_those_that_are_drained(
+    nodes: Nodes, shell: FakeShell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(descriptors, "IN_FLIGHT_S", 0.5)
+    receiver, sender = ends_of(nodes, "j1-d1-1")
+    with receiver, sender:
+        for number in range(100):
+            sender.send(b"%d" % number)
+        received: list[bytes] = []
+
+        def receive_once_it_is_shut() -> None:
+            poller = select.poll()
+            poller.register(receiver, select.POLLRDHUP)
+            poller.poll(10_000)
+            received.append(receiver.recv(100))
+
+        thread = threading.Thread(target=receive_once_it_is_shut, daemon=True)
+        thread.start()
+        drained = shell.descriptors.drain_channel("j1-d1-1")
+        thread.join(10)
+    assert received + drained == [b"%d" % number for number in range(100)]
 
 
 def test_who_asks_after_the_move_finds_a_shut_channel(nodes: Nodes, shell: FakeShell) -> None:
