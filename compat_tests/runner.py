@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -17,6 +20,7 @@ from compat_tests.suites import Suite
 from compat_tests.supervisor import Limits, Supervisor
 
 Print = Callable[[str], None]
+_SWEEP_LIMIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ def run_suite(request: Request, say: Print, baseline: frozenset[str] | None) -> 
                 outcome = classes[running[future]] = future.result()
                 for line in class_lines(outcome, expected, width):
                     say(line)
+        if request.subject.is_ours:
+            _sweep(folder)
     in_order = [classes[class_id] for class_id in chosen]
     outcomes = [test for one in in_order for test in one.tests]
     not_counted = expectations.not_counted_among(names)
@@ -103,6 +109,13 @@ def run_suite(request: Request, say: Print, baseline: frozenset[str] | None) -> 
         None if baseline is None else share_of(outcomes, baseline, not_counted),
         {one.class_name: share_of(one.tests, baseline or frozenset(), not_counted) for one in in_order},
     )
+
+
+def _sweep(folder: str) -> None:
+    """What was killed could not remove its shared memory; the next start would, if it knew of this folder."""
+    environment = {**os.environ, "CLUSTERPOOL_TMPDIR": folder}
+    code = "from clusterpool.processes.sweep import sweep_stale_sessions; sweep_stale_sessions()"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=False, timeout=_SWEEP_LIMIT_S)
 
 
 def _run_class(

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from clusterpool.calls import waiting
-
 
 class CallbackThread:
     """Runs callables one after another in a thread that starts with the first of them.
@@ -39,14 +37,14 @@ class CallbackThread:
                 self._calls.put(None)
                 self._thread = None
 
-    def join(self) -> None:
-        """Wait until the calls queued so far have run; at once from within a callback."""
+    def join(self, timeout_s: float | None = None) -> None:
+        """Wait, `timeout_s` at the most, until the calls queued so far have run; at once from within a callback."""
         thread = self._thread
         if thread is None or thread is threading.current_thread():
             return
         are_done = threading.Event()
         self._calls.put(are_done.set)
-        are_done.wait()
+        are_done.wait(timeout_s)
 
     def _start(self) -> None:
         with self._lock:
@@ -68,6 +66,8 @@ def report_callback_error() -> None:
 
 
 def _run_calls(calls: queue.SimpleQueue[Callable[[], Any] | None]) -> None:
+    from clusterpool.calls import waiting  # late, because it loads the client
+
     # Callbacks that come one upon another (joblib's, each of which submits the next batch) are fetched by this thread
     # itself, for it turns the client's loop in between: a hop from thread to thread costs more than a tiny callback.
     ended_s, is_busy = 0.0, False

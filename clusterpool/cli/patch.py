@@ -106,9 +106,9 @@ def _on_standard(method: Callable[..., Any]) -> Callable[..., Any]:
 def _use_joblib_backend() -> None:
     from joblib.parallel import register_parallel_backend
 
-    from clusterpool.joblib.hook import NAME, make_backend
+    from clusterpool.joblib.hook import NAME, backend_class
 
-    register_parallel_backend(NAME, make_backend, make_default=True)
+    register_parallel_backend(NAME, backend_class(), make_default=True)
 
 
 _swap_lock = threading.RLock()

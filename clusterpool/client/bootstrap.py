@@ -189,8 +189,13 @@ _print_lock = threading.Lock()
 
 
 def print_lines(message: m.LogLines) -> None:
-    """Show what a worker printed, with a prefix that says which worker it was."""
+    """Show what a worker printed, with a prefix that says which worker it was.
+
+    Without one where an unchanged program runs (`clusterpool run --patch`): its output is what it would be otherwise.
+    """
     prefix = f"({message.name or 'task'} pid={message.pid}, node={message.node_id}) "
+    if os.environ.get(config.WORKER_SETUP_VARIABLE) == config.PATCHING_SETUP:
+        prefix = ""
     stream = sys.stdout if message.stream == 1 else sys.stderr
     if stream is None:
         return

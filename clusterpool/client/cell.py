@@ -20,7 +20,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clusterpool.client import api, current
+from clusterpool.client import api, current, host_bound
 from clusterpool.errors import ObjectLost
 from clusterpool.processes.thin_files import cell_path
 
@@ -135,6 +135,8 @@ class Cell:
         # From here on others may use it when this process no longer does: it lives as long as its job.
         if self._finalizer is not None:
             self._finalizer.detach()
+        if self.guard is None:
+            host_bound.keep_child_on(self.home)
         return _unpickled, (self.name, self.home, self.size_bytes, self._arena_path, self.guard)
 
     def _open_at_home(self) -> bool:

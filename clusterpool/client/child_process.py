@@ -32,7 +32,8 @@ class ChildProcess:
 
     It holds no CPU, is never replaced, and is not tried again. When this process dies, it goes on until the job ends.
     `name`: for people. `on_loaded`: called once when the child has its arguments (or never will), by whichever thread
-    turns the client's loop; until then the caller keeps alive what they refer to. `node_id`: where it must run.
+    turns the client's loop; until then the caller keeps alive what they refer to. `find_node_id`: where it must run;
+    asked when the arguments have been pickled.
 
     Raises: what pickle raises; StartFailed, TaskInfeasible when no worker could be started; NotConnected.
     """
@@ -44,7 +45,7 @@ class ChildProcess:
         *,
         name: str,
         on_loaded: Callable[[], None],
-        node_id: str | None = None,
+        find_node_id: Callable[[], str | None] = lambda: None,
     ) -> None:
         runtime = api.runtime()
         self._client = client = runtime.client
@@ -65,6 +66,7 @@ class ChildProcess:
         self._number = next(runtime.set_numbers)
         client.deliveries.set_sinks[self._number] = self
         client.on_interrupt = partial(_interrupt_children, client)
+        node_id = find_node_id()
         # Each node has 1 of the resource that bears its name; of so little of it there is always enough.
         resources = {} if node_id is None else {f"node:{node_id}": NODE_SHARE}
         demand = WorkerDemand(WorkerKind.GROUP, resources, name, outlives_owner=True)

@@ -90,13 +90,15 @@ class Runtime:
             try:
                 value = loads(payload)
             except BaseException as exc:
-                task.sink.task_done(task.index, None, exc, worker)
+                _load_failed(task, exc, worker)
             else:
                 task.sink.task_done(task.index, value, None, worker)
                 if result.extras is not None and result.extras.value is not None:
                     self._drop(result.extras.value.references)
         elif status == TaskStatus.ERROR:
             task.sink.task_done(task.index, None, load_exception(result.payload), worker)
+        elif status == TaskStatus.UNLOADABLE:
+            _load_failed(task, load_exception(result.payload), worker)
         elif status == TaskStatus.STORED:
             self._load_stored(task, result, worker)
         elif status == TaskStatus.CANCELLED:
@@ -147,3 +149,12 @@ class Runtime:
         client.close()
         for function in self.after_shutdown:
             function()
+
+
+def _load_failed(task: Task, error: BaseException, worker: GroupWorker | None) -> None:
+    """The call could not be unpickled in its worker, or its result here; some sinks tell that from the call's error."""
+    load_failed = getattr(task.sink, "load_failed", None)
+    if load_failed is None:
+        task.sink.task_done(task.index, None, error, worker)
+    else:
+        load_failed(task.index, error, worker)

@@ -26,7 +26,11 @@ _SLICE_TASKS = 500
 
 
 class TaskSink(Protocol):
-    """Takes the results of tasks."""
+    """Takes the results of tasks.
+
+    A sink that also has `load_failed(index, error, worker)` is called by that, instead of by `task_done`, when the call
+    could not be unpickled in the worker, or its result here.
+    """
 
     def task_done(self, index: int, value: Any, error: BaseException | None, worker: GroupWorker | None) -> None:
         """Called once for each task, by whichever thread turns the client's loop; must not block.

@@ -203,7 +203,7 @@ class OwnerActors:
             commands.append(e.Send(self._owner.node, m.ActorChanged(channel.actor)))
             commands.append(e.ActorMoved(channel.actor))
             return commands + self.send_ready(channel)
-        error = result.payload if result.status == TaskStatus.ERROR else b""
+        error = result.payload if result.status in (TaskStatus.ERROR, TaskStatus.UNLOADABLE) else b""
         address = channel.actor.address
         commands += self._died(channel, "its constructor raised an exception", error)
         if address is not None:

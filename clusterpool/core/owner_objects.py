@@ -363,7 +363,7 @@ class OwnerObjects:
 def _value_of_result(result: m.TaskResult) -> ValuePart:
     if result.status == TaskStatus.OK:
         return ValuePart(payload=result.payload)
-    if result.status == TaskStatus.ERROR:
+    if result.status in (TaskStatus.ERROR, TaskStatus.UNLOADABLE):
         return ValuePart(error=result.payload)
     if result.status == TaskStatus.CANCELLED:
         return ValuePart(lost_kind="cancelled", lost="the task was cancelled")

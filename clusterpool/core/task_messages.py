@@ -44,6 +44,7 @@ class TaskStatus(IntEnum):
     MULTIPLE = 5  # several return values, each in the extras
     STREAM_END = 6  # a generator ended after `payload` (an integer in decimal digits) items
     RETURNED = 7  # never started: taken back, or the worker was about to retire
+    UNLOADABLE = 8  # as ERROR, but of unpickling the function or the arguments: the user's call was never made
 
 
 class WorkerKind(IntEnum):

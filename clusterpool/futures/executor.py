@@ -23,6 +23,9 @@ T = TypeVar("T")
 # How long reading `_processes` waits for workers that are being started: they take milliseconds, a loaded
 # machine a second; a worker that cannot start must not hang the reader.
 _WORKERS_READY_S = 10.0
+# How long the end of a `map` waits for the callbacks of its futures: they count and draw, in microseconds. One that
+# blocks would else hold the program for ever, which the standard library's do not.
+_CALLBACKS_END_S = 1.0
 
 
 class ProcessPoolExecutor(concurrent.futures.Executor):
@@ -112,8 +115,7 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
         """
         if buffersize is None and chunksize >= 1 and self._has_other_submit():
             chunks = _chunks(zip(*iterables, strict=False), chunksize)
-            results = super().map(functools.partial(_run_chunk, fn), chunks, timeout=timeout)
-            return itertools.chain.from_iterable(results)
+            return _with_callbacks(super().map(functools.partial(_run_chunk, fn), chunks, timeout=timeout), self._pool)
         return self._map(fn, iterables, timeout, chunksize, buffersize)
 
     def _has_other_submit(self) -> bool:
@@ -194,11 +196,12 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
     def terminate_workers(self) -> None:
         """Send SIGTERM to the workers; running calls end as broken, waiting ones are cancelled."""
         group = self._pool.group
-        workers = [] if group is None or self._pool.is_closed else group.workers()
+        is_open = group is not None and not self._pool.is_closed
+        workers = group.workers() if group is not None and is_open else []
         self.shutdown(wait=False, cancel_futures=True)
         here = socket.gethostname()
-        if any(worker.host != here for worker in workers):
-            # A signal does not reach another machine, the engine does: there the workers are killed.
+        if any(worker.host != here for worker in workers) or (is_open and len(workers) < self._max_workers):
+            # A signal does not reach another machine, nor one that is just being started; the engine does.
             self._pool.break_pool("its workers were ended by terminate_workers()", RuntimeError("terminated"))
         for worker in workers:
             try:
@@ -297,6 +300,12 @@ def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
 
 def _run_chunk(fn: Callable[..., T], items: Sequence[tuple[Any, ...]]) -> list[T]:
     return [fn(*item) for item in items]
+
+
+def _with_callbacks(results: Iterator[list[T]], pool: PoolState) -> Iterator[T]:
+    yield from itertools.chain.from_iterable(results)
+    # There, callbacks have nearly always run when their future's result is taken: a bar shows all that is done.
+    pool.wait_callbacks(_CALLBACKS_END_S)
 
 
 def _keeping(executor: ProcessPoolExecutor, values: Iterator[T]) -> Iterator[T]:

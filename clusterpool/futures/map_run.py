@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clusterpool.calls import engine
-from clusterpool.futures.pool_state import PoolState
+from clusterpool.futures.pool_state import PoolState, load_error
 
 if TYPE_CHECKING:
     from clusterpool.client.worker_group import GroupWorker
@@ -60,6 +60,10 @@ class MapRun:
         if error is not None:
             error = self._pool.translated(error)
         self._outcome_by_index[index] = (value, error)
+
+    def load_failed(self, index: int, error: BaseException, worker: GroupWorker | None) -> None:
+        """Called by the group."""
+        self.task_done(index, None, load_error(error), worker)
 
     def fail(self, error: BaseException) -> None:
         """End with `error` where there is no result yet."""

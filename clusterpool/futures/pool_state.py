@@ -58,6 +58,9 @@ class TaskFuture(LeanFuture[Any]):
             self.finish(value, error)
         pool.pending.discard(self)
 
+    def load_failed(self, index: int, error: BaseException, worker: GroupWorker | None) -> None:
+        self.task_done(index, None, load_error(error), worker)
+
     def _run_callbacks(self) -> None:
         if "_done_callbacks" in self.__dict__:
             self._handle.run_callbacks(self)
@@ -131,6 +134,10 @@ class PoolState:
 
         self._callbacks.run(run)
 
+    def wait_callbacks(self, timeout_s: float) -> None:
+        """Wait until the callbacks of all futures that are done have run."""
+        self._callbacks.join(timeout_s)
+
     def translated(self, error: BaseException) -> BaseException:
         """What the standard library promises in place of the engine's errors; others unchanged."""
         if isinstance(error, errors.TaskCancelled):
@@ -192,7 +199,12 @@ class PoolState:
             group.close()
 
     def cancel_pending(self) -> None:
-        for future in list(self.pending):
+        """Cancel what no worker has, nor was about to have: there, as many calls are in a queue of the workers' own."""
+        waiting = sorted(
+            (future for future in list(self.pending) if not future.running()), key=lambda future: future._task_number
+        )
+        idle = 0 if self.group is None else self.group.size - (len(self.pending) - len(waiting))
+        for future in waiting[max(0, idle) :]:
             future.cancel()
         with self._lock:
             runs = list(self.runs)
@@ -222,6 +234,17 @@ class PoolState:
     def is_finished(self) -> bool:
         """Whether the executor was shut down and all of its calls are done: a death then is no failure."""
         return self.is_closed and not self.pending and self.group is not None and not self.group.pending()
+
+
+def load_error(error: BaseException) -> BaseException:
+    """What a call or a result that cannot be unpickled is to its caller: there, the pool would be broken."""
+    if isinstance(error, errors.VersionMismatch):
+        return error
+    return _broken_process_pool(
+        f"The call could not be unpickled in a worker, or its result here: {type(error).__name__}: {error}. "
+        "Only this call fails; the executor goes on.",
+        error,
+    )
 
 
 def _sentence(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
-from joblib.parallel import AutoBatchingMixin, ParallelBackendBase
+from joblib.parallel import AutoBatchingMixin, FallbackToBackend, ParallelBackendBase, SequentialBackend
 
 from clusterpool import errors
 from clusterpool.calls import engine
@@ -165,15 +165,16 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
     ) -> int:
         """Take a group of workers; the options for memory-mapped files are needless here."""
         size = self.effective_n_jobs(n_jobs)
+        if size == 1:
+            # As loky does: joblib then says that a timeout has no meaning, and whatever else goes with one job.
+            raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
         self.parallel = parallel
         if idle_worker_timeout is None:
             idle_worker_timeout = self._options["idle_worker_timeout"]
         self._idle_timeout_s = _IDLE_TIMEOUT_S if idle_worker_timeout is None else idle_worker_timeout
         with self._lock:
             self._users += 1
-            # One job joblib runs itself, in this process.
-            if size > 1:
-                self._take_group(size)
+            self._take_group(size)
         return size
 
     def _take_group(self, size: int) -> None:

@@ -21,7 +21,7 @@ def register() -> None:
     """Make `joblib.parallel_config(backend="clusterpool")` work; imports joblib."""
     from joblib.parallel import register_parallel_backend
 
-    register_parallel_backend(NAME, make_backend)
+    register_parallel_backend(NAME, backend_class())
 
 
 def install() -> None:
@@ -32,12 +32,11 @@ def install() -> None:
         sys.meta_path.insert(0, _RegisteringFinder())
 
 
-def make_backend(**options: Any) -> Any:
-    """The factory that joblib is given under the name "clusterpool"."""
-    # joblib takes any callable for a factory; ours imports the backend when the first one is wanted.
+def backend_class() -> type[Any]:
+    """What joblib is given under the name "clusterpool": the class, for programs that look it up and compare."""
     from clusterpool.joblib.backend import ClusterpoolBackend
 
-    return ClusterpoolBackend(**options)
+    return ClusterpoolBackend
 
 
 class _RegisteringFinder(MetaPathFinder):
@@ -74,7 +73,7 @@ class _RegisteringLoader(Loader):
         sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _RegisteringFinder)]
         # A joblib too old to have it leaves its user with joblib's own message about an unknown backend.
         if hasattr(module, "register_parallel_backend"):
-            module.register_parallel_backend(NAME, make_backend)
+            module.register_parallel_backend(NAME, backend_class())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)

@@ -26,6 +26,7 @@ class Popen:
     def __init__(self, process_obj: process.BaseProcess) -> None:
         util._flush_std_streams()  # type: ignore[attr-defined]
         attributes = vars(process_obj)
+        self._node_id: str | None = attributes.get("_node_id")
         # `start` drops them when we return. What they refer to (a manager's object, say) must live until the child has
         # its own references.
         held = [attributes[name] for name in ("_target", "_args", "_kwargs")]
@@ -34,7 +35,8 @@ class Popen:
         try:
             self._child = ChildProcess(
                 run_process, (_Preparation(_facts(process_obj)), process_obj),
-                name=process_obj.name, on_loaded=held.clear, node_id=attributes.get("_node_id"),
+                name=process_obj.name, on_loaded=held.clear,
+                find_node_id=lambda: self._node_id,
             )  # fmt: skip
         finally:
             standard_context.set_spawning_popen(None)
@@ -64,7 +66,10 @@ class Popen:
     def close(self) -> None:
         self._child.close()
 
-    # --- for `multiprocessing.reduction`, while the process is pickled
+    # --- while the process is pickled: for what cannot leave its host, and for `multiprocessing.reduction`
+
+    def keep_on(self, node_id: str) -> None:
+        self._node_id = node_id
 
     def duplicate_for_child(self, fd: int) -> Ticket:
         return descriptors.park(fd)

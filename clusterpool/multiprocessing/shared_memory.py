@@ -19,7 +19,7 @@ from multiprocessing import shared_memory as _standard
 from pathlib import Path
 from typing import Any
 
-from clusterpool.client import api, current
+from clusterpool.client import api, current, host_bound
 from clusterpool.processes.named_segments import record_segment
 
 __all__ = ["ShareableList", "SharedMemory"]
@@ -106,7 +106,7 @@ class SharedMemory(_standard.SharedMemory):
             self._record = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _attach, (self.__class__, self.name, _here())
+        return _bound_to_here(self.__class__, self.name)
 
 
 def _with_our_segments(function: Any) -> Callable[..., None]:
@@ -124,7 +124,14 @@ class ShareableList(_standard.ShareableList[Any]):
     __init__ = _with_our_segments(_standard.ShareableList.__init__)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _attach, (self.__class__, self.shm.name, _here())
+        return _bound_to_here(self.__class__, self.shm.name)
+
+
+def _bound_to_here(kind: Any, name: str) -> tuple[Any, ...]:
+    home = _here()
+    if home:
+        host_bound.keep_child_on(home)
+    return _attach, (kind, name, home)
 
 
 def _attach(kind: Any, name: str, home: str) -> Any:

@@ -19,6 +19,7 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from clusterpool.core import coordination_events as e
@@ -119,11 +120,16 @@ def drain_semaphore(node_id: str, name: str) -> int:
 
 
 class _StoreCalls:
-    """Calls the control store in a thread, in order, and reads this node's grants in another."""
+    """Calls the control store in a thread, in order, and reads this node's grants in another.
+
+    While the store is away, calls that somebody waits for fail, each after _PATIENCE_S. The others, which give back
+    what a dead process held, say, are made when it is there again: nobody would make them later.
+    """
 
     def __init__(self, shell: NodeShell) -> None:
         self._shell = shell
-        self._queue: queue.SimpleQueue[e.CallCoordination | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[e.CallCoordination, float] | None] = queue.SimpleQueue()
+        self._taken: deque[tuple[e.CallCoordination, float] | None] = deque()  # out of the queue, not made
         self._numbers = itertools.count(1)
         self._store: Any = None
         self._is_started = False
@@ -140,7 +146,7 @@ class _StoreCalls:
             self._shell.store.start()
             self._thread.start()
             self._reader.start()
-        self._queue.put(call)
+        self._queue.put((call, time.monotonic() + _PATIENCE_S))
 
     def stop(self) -> None:
         """Finish what is queued, and leave nothing in the store that others might wait for."""
@@ -148,22 +154,21 @@ class _StoreCalls:
         if not self._is_started:
             return
         if not self._shell.config.is_embedded:
-            self._queue.put(e.CallCoordination(0, "end_node", (self._shell.node_id, True)))
+            self._queue.put((e.CallCoordination(0, "end_node", (self._shell.node_id, True)), 0.0))
         self._queue.put(None)
         self._thread.join(5.0)
 
     # --- the calling thread
 
     def _main(self) -> None:
-        while (call := self._queue.get()) is not None:
-            self._carry_out(call)
+        while (taken := self._taken.popleft() if self._taken else self._queue.get()) is not None:
+            self._carry_out(*taken)
         if self._store is not None:
             with contextlib.suppress(Exception):
                 self._store.close()
 
-    def _carry_out(self, call: e.CallCoordination) -> None:
+    def _carry_out(self, call: e.CallCoordination, deadline_s: float) -> None:
         numbers = () if call.operation in _QUESTIONS else (next(self._numbers),)
-        deadline_s = time.monotonic() + _PATIENCE_S
         while True:
             try:
                 if self._store is None:
@@ -171,8 +176,9 @@ class _StoreCalls:
                 value = getattr(self._store, call.operation)(*numbers, *call.arguments)
             except NotConnected as exc:
                 # The same number again: if it took effect the first time, it does not the second.
-                if time.monotonic() < deadline_s and not self._is_stopping:
+                if not self._is_stopping and (not call.tag or time.monotonic() < deadline_s):
                     time.sleep(_RETRY_S)
+                    self._fail_overdue(exc)
                     continue
                 self._failed(call, exc)
             except Exception as exc:
@@ -183,6 +189,19 @@ class _StoreCalls:
                 if call.tag:
                     self._shell.post(e.OperationAnswered(call.tag, value))
             return
+
+    def _fail_overdue(self, exc: NotConnected) -> None:
+        """Of the calls behind the one that is tried."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._taken.append(self._queue.get_nowait())
+        now_s = time.monotonic()
+        for _ in range(len(self._taken)):
+            taken = self._taken.popleft()
+            if taken is not None and taken[0].tag and taken[1] < now_s:
+                self._failed(taken[0], exc)
+            else:
+                self._taken.append(taken)
 
     def _failed(self, call: e.CallCoordination, exc: Exception) -> None:
         if call.tag:

@@ -27,6 +27,7 @@ import cloudpickle
 
 from clusterpool import errors
 from clusterpool.serialization import left_behind, references
+from clusterpool.serialization.ctypes_classes import reduce_ctypes_class, settable_attributes, without_layout
 from clusterpool.serialization.definitions import Definition, definitions, load_definition, place_by_value
 from clusterpool.serialization.namespaces import namespaces
 from clusterpool.serialization.versions import (
@@ -144,6 +145,9 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
         if reduction is NotImplemented:
             _remember_stable(cls)
             return NotImplemented
+        of_ctypes = reduce_ctypes_class(cls)
+        if of_ctypes is not NotImplemented:
+            return of_ctypes
         if not is_class_reduction(reduction):  # type(None) and its like too
             return reduction
         make, arguments, state, _, _, setter = reduction
@@ -151,7 +155,8 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
             # cloudpickle leaves them out, and then instances pickle in a form that the real class rejects.
             # (A tuple's are always empty, and `typing.NamedTuple` makes them itself.)
             arguments[3].setdefault("__slots__", vars(cls)["__slots__"])
-        attributes = state[0]
+        attributes = settable_attributes(cls, state[0])
+        state = (attributes, *state[1:])
         self.met += [(f"the attribute {name!r} of {cls.__qualname__}", value) for name, value in attributes.items()]
         if self._replaced:
             state = ({name: self._instead(value) for name, value in attributes.items()}, *state[1:])
@@ -277,7 +282,7 @@ def set_class_state(cls: type, filled: Reduction) -> None:
     if known is not None:
         changed = versions.changed_attributes(cls)
         attributes = {name: value for name, value in state[0].items() if name not in changed}
-        state = (attributes, *state[1:])
+        state = (without_layout(cls, attributes), *state[1:])
     setter(cls, state)
     versions.class_arrived(cls, token, changed)
     _apply_export(cls, export)

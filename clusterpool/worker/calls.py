@@ -33,18 +33,21 @@ class CallRunner:
         """Run a task in this thread. User errors become ERROR results; SystemExit ends the process."""
         runner = self._runner
         extras = spec.extras
+        is_loaded = False
         try:
             if spec.kind == TaskKind.CREATE_ACTOR:
                 return self._create_actor(owner, spec)
-            return self.returned(owner, spec, self.call_of(owner, spec)())
+            call = self.call_of(owner, spec)
+            is_loaded = True
+            return self.returned(owner, spec, call())
         except Interrupted:
             return TaskResult(spec.number, TaskStatus.CANCELLED, b"")
         except (Exception, KeyboardInterrupt) as exc:
-            return self.error(spec, exc)
+            return self.error(spec, exc, is_loaded=is_loaded)
         except BaseException as exc:
             if not runner.runtime.returns_exits:
                 raise
-            return self.error(spec, exc)
+            return self.error(spec, exc, is_loaded=is_loaded)
         finally:
             if extras is not None:
                 runner.drop_references(spec)
@@ -96,10 +99,11 @@ class CallRunner:
         part = runner.runtime.values.part_of(serialized, ids.object_id(owner.process_id, spec.number), references)
         return TaskResult(spec.number, TaskStatus.STORED, b"", ResultExtras(part))
 
-    def error(self, spec: TaskSpec, exc: BaseException) -> TaskResult:
-        """An ERROR result."""
+    def error(self, spec: TaskSpec, exc: BaseException, *, is_loaded: bool = True) -> TaskResult:
+        """An ERROR result; UNLOADABLE when the call could not even be made."""
         name = spec.extras.name if spec.extras is not None else ""
-        return TaskResult(spec.number, TaskStatus.ERROR, self._runner.dump(exc, name))
+        status = TaskStatus.ERROR if is_loaded else TaskStatus.UNLOADABLE
+        return TaskResult(spec.number, status, self._runner.dump(exc, name))
 
     def _several(self, owner: Address, spec: TaskSpec, value: Any, returns: int) -> TaskResult:
         values = list(value) if returns else []

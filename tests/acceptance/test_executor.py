@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,41 @@ def test_workers_end_after_their_number_of_tasks() -> None:
     assert pids[0] == pids[1] != pids[2] == pids[3]
 
 
+def fail_to_load(kind: type[BaseException]) -> None:
+    raise kind("cannot be loaded")
+
+
+class Unloadable:
+    def __init__(self, kind: type[BaseException] = ValueError) -> None:
+        self.kind = kind
+
+    def __reduce__(self) -> Any:
+        return fail_to_load, (self.kind,)
+
+
+@pytest.mark.parametrize("kind", [ValueError, SystemExit])
+@pytest.mark.parametrize(("function", "arguments"), [(echo, (Unloadable,)), (Unloadable, ())])
+def test_what_cannot_be_unpickled_breaks_its_own_call_and_no_other(
+    executor: ProcessPoolExecutor, function: Any, arguments: tuple[Any, ...], kind: type[BaseException]
+) -> None:
+    future = executor.submit(function, *(make(kind) for make in arguments or [lambda kind: kind]))
+    with pytest.raises(BrokenProcessPool, match="cannot be loaded") as caught:
+        future.result(20)
+    assert isinstance(caught.value.__cause__, kind)
+    with pytest.raises(BrokenProcessPool, match="cannot be loaded"):
+        list(executor.map(lambda _: Unloadable(kind), range(3)))
+    assert executor.submit(abs, -1).result(20) == 1
+
+
+def test_shutdown_lets_those_finish_that_a_worker_was_about_to_take() -> None:
+    executor = ProcessPoolExecutor(2)
+    futures = [executor.submit(pow, number, 2) for number in range(30)]
+    executor.shutdown(cancel_futures=True)
+    finished = [future for future in futures if not future.cancelled()]
+    assert len(finished) >= 2
+    assert [future.result(0) for future in finished] == [number**2 for number in range(len(finished))]
+
+
 @pytest.mark.parametrize("name", ["terminate_workers", "kill_workers"])
 def test_workers_can_be_ended_at_once(name: str) -> None:
     executor = ProcessPoolExecutor(2)
@@ -95,7 +131,7 @@ def test_workers_can_be_ended_at_once(name: str) -> None:
     while not future.running():
         time.sleep(0.001)
     getattr(executor, name)()
-    with pytest.raises(concurrent.futures.process.BrokenProcessPool):
+    with pytest.raises(BrokenProcessPool):
         future.result(20)
 
 

@@ -151,6 +151,15 @@ def test_a_result_that_the_standard_pool_could_not_give_is_its_error(tmp_path: P
     assert run(tmp_path, text, "--patch").stdout == "MaybeEncodingError\n1\n"
 
 
+def test_what_the_workers_of_an_unchanged_program_print_has_no_prefix(tmp_path: Path) -> None:
+    text = """
+        from multiprocessing import Pool
+        with Pool(1) as pool:
+            pool.apply(print, ("from a worker",))
+    """
+    assert run(tmp_path, text, "--patch").stdout == "from a worker\n"
+
+
 def test_processes_queues_locks_and_managers_are_the_cluster_s(tmp_path: Path) -> None:
     done = run(
         tmp_path,

@@ -7,6 +7,7 @@ import signal
 import time
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,3 +88,35 @@ def test_orphans_on_any_node_see_the_end_of_their_parent(three_nodes: Cluster, d
     facts = [path.read_text().split() for path in paths]
     assert {node for node, _ in facts} == three_nodes.node_ids
     assert {is_alive for _, is_alive in facts} == {"False"}
+
+
+def fill(raw: Any, array: Any, segment: Any, node_ids: Any) -> None:
+    raw.value = array[1] = segment.buf[0] = 7
+    node_ids.put(os.environ["CLUSTERPOOL_NODE_ID"])
+
+
+def fill_from_child(node_ids: Any) -> None:
+    segment = mp.shared_memory.SharedMemory(create=True, size=1)
+    raw, array = mp.RawValue("i"), mp.Array("i", 3, lock=False)
+    for _ in range(4):
+        raw.value = array[1] = segment.buf[0] = 0
+        process = mp.Process(target=fill, args=(raw, array, segment, node_ids))
+        process.start()
+        process.join()
+        assert (raw.value, array[1], segment.buf[0]) == (7, 7, 7)
+    segment.close()
+    segment.unlink()
+    node_ids.put(os.environ["CLUSTERPOOL_NODE_ID"])
+
+
+def test_processes_that_are_given_memory_of_a_host_run_on_it(three_nodes: Cluster, driver: None) -> None:
+    queues = [mp.Queue() for _ in range(4)]
+    processes = [mp.Process(target=fill_from_child, args=(queue,)) for queue in queues]
+    for process in processes:
+        process.start()
+    ran_on = [{queue.get(timeout=WAIT_S) for _ in range(5)} for queue in queues]
+    for process in processes:
+        process.join(WAIT_S)
+    assert [process.exitcode for process in processes] == [0, 0, 0, 0]
+    assert [len(nodes) for nodes in ran_on] == [1, 1, 1, 1]
+    assert len(set.union(*ran_on)) > 1, "all were started on one node, which shows nothing"

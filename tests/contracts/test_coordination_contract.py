@@ -272,6 +272,7 @@ def test_who_waits_again_cannot_pop_what_was_given_back(a: Any, b: Any) -> None:
     assert a.get(CHANNEL, A1, True) == (GRANTED, b"x")
     assert b.get(CHANNEL, B1, True) == (WAITING, b"")
     assert b.pop(CHANNEL, B1) is None
+    assert b.get(CHANNEL, B1, True) == (WAITING, b"")
     a.put(CHANNEL, b"y"), a.put(CHANNEL, b"z")
     assert b.pop(CHANNEL, B1) == b"y"
     assert a.get(CHANNEL, A1, True) == (GRANTED, b"z")

@@ -409,3 +409,38 @@ assert first.call(task) == ("loaded", 2)
 assert task() == (None, 1)
 """
     )
+
+
+def test_structures_unions_arrays_and_pointers_of_main_arrive(script: ScriptRunner) -> None:
+    script.run(
+        """
+import ctypes
+class Point(ctypes.Structure):
+    _fields_ = [("x", ctypes.c_double), ("y", ctypes.c_double)]
+    def norm(self):
+        return (self.x**2 + self.y**2) ** 0.5
+class Number(ctypes.Union):
+    _fields_ = [("whole", ctypes.c_int), ("parts", ctypes.c_byte * 4)]
+class Link(ctypes.Structure):
+    pass
+Link._fields_ = [("next", ctypes.POINTER(Link)), ("value", ctypes.c_int)]
+class Packed(ctypes.BigEndianStructure):
+    _pack_ = 1
+    _fields_ = [("a", ctypes.c_byte), ("b", ctypes.c_uint32)]
+class Named(ctypes.Structure):
+    _anonymous_ = ("number",)
+    _fields_ = [("number", Number), ("points", Point * 2)]
+def facts(point):
+    point.x *= 2
+    link = Link(None, 7)
+    first = Link(ctypes.pointer(link), 1)
+    named = Named(number=Number(whole=513), points=(Point(1, 2), Point(3, 4)))
+    packed = bytes(Packed(1, 2))
+    return point, point.norm(), first.next[0].value, list(named.parts), named.points[1].y, packed, ctypes.sizeof(Packed)
+point, norm, value, parts, y, packed, size = worker.call(facts, Point(1.5, 4))
+assert type(point) is Point and (point.x, norm) == (3.0, 5.0)
+assert (value, parts, y, packed, size) == (7, [1, 2, 0, 0], 4.0, b"\\x01\\0\\0\\0\\x02", 5)
+Point.norm = lambda self: "new"
+assert worker.call(facts, Point(1.5, 4))[1] == "new"
+"""
+    )

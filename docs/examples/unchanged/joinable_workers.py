@@ -1,4 +1,4 @@
-"""Workers fed by a JoinableQueue, in the style of the documentation's; then a Pipe, a Barrier, a Condition, an Array."""
+"""Workers fed by a JoinableQueue, in the style of the documentation's; then a Pipe, a Barrier, a Condition."""
 
 from multiprocessing import Array, Barrier, Condition, JoinableQueue, Pipe, Process, Queue, Semaphore, Value
 

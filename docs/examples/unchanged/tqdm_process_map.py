@@ -1,6 +1,5 @@
 """`tqdm.contrib.concurrent.process_map`: an executor with a progress bar, whose lock its workers share."""
 
-import multiprocessing
 import sys
 
 from tqdm import tqdm
@@ -26,9 +25,7 @@ def collatz_steps_aloud(start: int) -> int:
 def main() -> None:
     steps = process_map(collatz_steps, range(1, 2001), max_workers=2, chunksize=50)
     print("longest below 2001:", max(steps), "steps from", steps.index(max(steps)) + 1)
-    # The context of the bar's own lock: the standard library refuses to mix them.
-    context = multiprocessing.get_context()
-    print(process_map(collatz_steps_aloud, [27, 97, 871], max_workers=2, mp_context=context))
+    print(process_map(collatz_steps_aloud, [27, 97, 871], max_workers=2))
 
 
 if __name__ == "__main__":
