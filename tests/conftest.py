@@ -215,8 +215,10 @@ def is_mapped_by_a_legitimate_process(segment: str, leaked_pids: set[int]) -> bo
             if path in Path(f"/proc/{name}/maps").read_text():
                 return True
             # A node may have the file open without having mapped it.
-            if any(os.readlink(link) == path for link in Path(f"/proc/{name}/fd").iterdir()):
-                return True
+            for link in Path(f"/proc/{name}/fd").iterdir():
+                with contextlib.suppress(OSError):  # closed meanwhile; the others still count
+                    if os.readlink(link) == path:
+                        return True
     return False
 
 

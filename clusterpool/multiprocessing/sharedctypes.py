@@ -77,6 +77,8 @@ def synchronized(obj: Any, lock: Any = None, ctx: Any = None) -> Any:
 
 
 class SynchronizedBase(_standard.SynchronizedBase):  # type: ignore[type-arg]
+    """A ctypes object with a lock; `get_lock()` must be held for what is done to `get_obj()`."""
+
     _obj: Any
     _lock: Any
 
@@ -92,15 +94,15 @@ class SynchronizedBase(_standard.SynchronizedBase):  # type: ignore[type-arg]
 
 
 class Synchronized(SynchronizedBase, _standard.Synchronized):  # type: ignore[type-arg]
-    pass
+    """A number, by its `value`."""
 
 
 class SynchronizedArray(SynchronizedBase, _standard.SynchronizedArray):  # type: ignore[type-arg]
-    pass
+    """An array, by index and slice; the lock is held for each access."""
 
 
 class SynchronizedString(SynchronizedArray, _standard.SynchronizedString):
-    pass
+    """An array of characters, also by its `value`, which ends at the first zero, and `raw`."""
 
 
 def _type_of(typecode_or_type: Any) -> Any:

@@ -49,26 +49,36 @@ class SemLock(_standard.SemLock):
 
 
 class Semaphore(SemLock, _standard.Semaphore):
+    """A counter: `acquire` waits until it is above 0 and takes one, `release` gives one."""
+
     def __init__(self, value: int = 1, *, ctx: Any = None) -> None:
         SemLock.__init__(self, SEMAPHORE, value, SEM_VALUE_MAX)
 
 
 class BoundedSemaphore(Semaphore, _standard.BoundedSemaphore):
+    """A semaphore that refuses (ValueError) to be released above its first value."""
+
     def __init__(self, value: int = 1, *, ctx: Any = None) -> None:
         SemLock.__init__(self, SEMAPHORE, value, value)
 
 
 class Lock(SemLock, _standard.Lock):
+    """A lock that any process or thread may release."""
+
     def __init__(self, *, ctx: Any = None) -> None:
         SemLock.__init__(self, SEMAPHORE, 1, 1, is_lock=True)
 
 
 class RLock(SemLock, _standard.RLock):
+    """A lock that its holder, a thread of a process, may acquire again, and nobody else release."""
+
     def __init__(self, *, ctx: Any = None) -> None:
         SemLock.__init__(self, RECURSIVE_MUTEX, 1, 1, is_lock=True)
 
 
 class Condition(_standard.Condition):
+    """Lets processes wait, with the lock given up, until another one notifies them."""
+
     _lock: Any
     _sleeping_count: Semaphore
     _woken_count: Semaphore
@@ -83,6 +93,8 @@ class Condition(_standard.Condition):
 
 
 class Event(_standard.Event):
+    """A flag that processes can wait for."""
+
     def __init__(self, *, ctx: Any = None) -> None:
         super().__init__(ctx=_factories)
 
@@ -100,6 +112,8 @@ _factories: Any = _Factories
 
 
 class Barrier(_standard.Barrier):
+    """Lets `parties` processes wait for one another; `action` is called by one of them."""
+
     _cond: Any
     __setstate__: Any
 

@@ -58,6 +58,22 @@ def test_the_first_fat_operation_starts_the_control_store_at_once(fresh: None) -
     assert api.runtime().coordination.acquire(name, 5) == 1
 
 
+def test_a_fork_is_told_at_once_whatever_lock_another_thread_held(fresh: None) -> None:
+    name = new_fat(1)
+    here, client = api.runtime().coordination, api.connect()
+    with client._lock:
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(5)
+            try:
+                here.acquire(name, 1.0)
+            except errors.NotConnected:
+                os._exit(0)
+            finally:
+                os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
 def test_a_closed_client_says_so(fresh: None) -> None:
     name = new_fat(0)
     here = api.runtime().coordination
