@@ -59,7 +59,7 @@ def client() -> FakeClient:
 @pytest.fixture
 def runner(client: FakeClient) -> Iterator[TaskRunner]:
     before = signal.getsignal(signal.SIGINT)
-    runtime: Any = SimpleNamespace(client=client, values=None, returns_exits=False)
+    runtime: Any = SimpleNamespace(client=client, values=None, returns_exits=False, refuses_unnamed_results=False)
     yield TaskRunner(runtime, name="test", page=memoryview(bytearray(8)).cast("Q"))
     signal.signal(signal.SIGINT, before)
 
