@@ -153,6 +153,10 @@ def runtime() -> Runtime:
     runtime = current.get_if_any()
     if runtime is not None and not runtime.client.is_closed:
         return runtime
+    if runtime is not None and runtime.client.loop.is_mine:
+        # What is handed out here came from the cluster that has gone. And whoever leaves that one has the lock, and
+        # waits for this thread.
+        raise errors.NotConnected(f"this process is not connected to a cluster any more: {runtime.client.closed_text}")
     with current.lock:
         runtime = current.get_if_any()
         if runtime is not None and runtime.client.is_closed:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from clusterpool import errors
 from clusterpool.client import api
 from clusterpool.client.bootstrap import renewed
-from clusterpool.client.object_ref import ObjectRef
+from clusterpool.client.submission import Held
 from clusterpool.client.values import make_error
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
@@ -49,8 +49,8 @@ class ChildProcess:
     ) -> None:
         runtime = api.runtime()
         self._client = client = runtime.client
-        payload, references = runtime.maker.setup(function, args)
-        self._references: tuple[ObjectRef, ...] = references
+        payload, held = runtime.maker.setup(function, args)
+        self._held: Held | None = held
         self._on_loaded: Callable[[], None] | None = on_loaded
         self._failure: BaseException | None = None
         self.pid = 0
@@ -70,7 +70,7 @@ class ChildProcess:
         # Each node has 1 of the resource that bears its name; of so little of it there is always enough.
         resources = {} if node_id is None else {f"node:{node_id}": NODE_SHARE}
         demand = WorkerDemand(WorkerKind.GROUP, resources, name, outlives_owner=True)
-        setup = e.SetupPlan(name, {}, payload, [reference.part for reference in references])
+        setup = e.SetupPlan(name, {}, payload, [reference.part for reference in held.references])
         try:
             client.handle_event(e.ChildOpened(self._number, demand, setup, _job_from_here(client)))
             client.wait_until(lambda: self.pid != 0 or self._failure is not None)
@@ -126,7 +126,7 @@ class ChildProcess:
         self._loaded()
 
     def _loaded(self) -> None:
-        self._references = ()
+        self._held = None
         callback, self._on_loaded = self._on_loaded, None
         if callback is not None:
             callback()

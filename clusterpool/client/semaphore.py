@@ -130,6 +130,8 @@ class Semaphore:
         def acquire(block: bool = True, timeout: float | None = None) -> bool:
             return try_(False) or acquire_slowly(block, timeout)
 
+        # It closes over C's, which no pickle can hold: whoever pickles it gets the method.
+        acquire.pickled_as = self.acquire  # type: ignore[attr-defined]
         return acquire
 
     def release(self) -> None:

@@ -7,7 +7,7 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clusterpool.client.object_ref import ObjectRef
 from clusterpool.client.stored_arguments import StoredArguments
@@ -43,6 +43,16 @@ class Slot:
         return Slot, (self.index,)
 
 
+class Held(NamedTuple):
+    """What must live as long as a pickled function: object references, and what else its pickle needs when loaded."""
+
+    references: Sequence[ObjectRef] = ()
+    kept: Sequence[Any] = ()
+
+
+_HELD_NOTHING = Held()
+
+
 class FunctionTable:
     """The functions that one worker set has been told of, by identity, for as long as the user has them."""
 
@@ -52,8 +62,8 @@ class FunctionTable:
         # By id of the callable. Weak: a program that submits a fresh lambda each time must not fill the memory, and
         # what a closure holds goes with it, here and at the workers.
         self._entries: OrderedDict[int, tuple[weakref.ref[Any], int, ShippedFunction]] = OrderedDict()
-        # By number: the references in closures and globals, which each task of the function carries.
-        self.references: dict[int, list[ObjectRef]] = {}
+        # By number: what is in closures and globals, which each task of the function carries.
+        self.held: dict[int, Held] = {}
         self._passing: set[int] = set()  # numbers of callables that are shipped for one call
 
     def number_of(self, function: Callable[..., Any]) -> int:
@@ -68,8 +78,8 @@ class FunctionTable:
         payload, references = self._small(shipped)
         number = next(self._client.numbers)
         self._client.handle_event(e.FunctionAdded(number, payload))
-        if references:
-            self.references[number] = references
+        if references or shipped.kept:
+            self.held[number] = Held(references, shipped.kept)
         if isinstance(function, _TABLED):
             key = id(function)
             self._forget(key)
@@ -109,7 +119,7 @@ class FunctionTable:
             self._drop(entry[1])
 
     def _drop(self, number: int) -> None:
-        self.references.pop(number, None)
+        self.held.pop(number, None)
         if self._client.is_closed:
             return  # also at the interpreter's end, when the names below are gone
         self._client.handle_event_later(e.FunctionsDropped([number]))
@@ -194,7 +204,7 @@ class TaskMaker:
             number = table.number_of(function)
         else:
             number, args = 0, (function, *args)
-        held = table.references.get(number, ()) if table.references else ()
+        held = table.held.get(number, _HELD_NOTHING) if table.held else _HELD_NOTHING
         return self.task(number, args, kwargs, sink, index, retries=retries, extras=extras, kind=kind, held=held)
 
     def task(
@@ -208,11 +218,11 @@ class TaskMaker:
         retries: int = 0,
         extras: TaskExtras | None = None,
         kind: int = TaskKind.CALL,
-        held: Sequence[ObjectRef] = (),
+        held: Held = _HELD_NOTHING,
     ) -> tuple[Task, e.TaskArguments | None]:
         """A task of a function that has a number already (0: the callable is the first of `args`).
 
-        `held`: references of the function's own, which the worker has for as long as it runs the task.
+        `held`: the function's own, whose references the worker has for as long as it runs the task.
         """
         dependencies: list[ObjectRef] = []
         args, kwargs = _take_references(args, kwargs, dependencies)
@@ -223,8 +233,8 @@ class TaskMaker:
             function, serialized, dependencies, held, sink=sink, index=index, retries=retries, extras=extras, kind=kind
         )
 
-    def setup(self, initializer: Callable[..., object], initargs: Iterable[Any]) -> tuple[bytes, tuple[ObjectRef, ...]]:
-        """An initializer as each worker of a group gets it, and the references that must live as long as the group.
+    def setup(self, initializer: Callable[..., object], initargs: Iterable[Any]) -> tuple[bytes, Held]:
+        """An initializer as each worker of a group gets it, and what must live as long as the group.
 
         Raises: what pickle raises; ObjectTooLarge, StoreFull.
         """
@@ -233,22 +243,23 @@ class TaskMaker:
             (shipped.payload, *initargs), _EMPTY, large_bytes_min=LARGE_BYTES_MIN, store_large=self.stored.reference_to
         )
         references = (*serialized.references, *shipped.references)
+        kept = (*serialized.kept, *shipped.kept)
         for reference in references:
             reference.check_client(self._client)
         payload = serialized.to_bytes()
         if len(payload) < LARGE_BYTES_MIN:
-            return payload, references
+            return payload, Held(references, kept)
         # Many parts that are not large, each: all of it goes through the store.
         stored = put_value(self._client, self._values, payload)
         with capture_references():
             payload = pickle.dumps(_StoredSetup(stored), 5)
-        return payload, (*references, stored)
+        return payload, Held((*references, stored), kept)
 
     def chunk(
         self, table: FunctionTable, function: int, items: Any, sink: Any, index: int, *, kind: int, retries: int
     ) -> tuple[Task, e.TaskArguments | None]:
         """A task that applies a function of `table` to each of `items` (a list)."""
-        if len(items) == 1 and type(items[0]) in _NUMBERS and function not in table.references:
+        if len(items) == 1 and type(items[0]) in _NUMBERS and function not in table.held:
             # `chunksize=1` over a range: the rule for many tiny tasks, and a third of the way below.
             payload = pickle.dumps(((items,), _EMPTY), 5)
             if len(payload) <= INLINE_BYTES_MAX:
@@ -256,24 +267,26 @@ class TaskMaker:
         serialized = dumps_arguments(
             (items,), _EMPTY, large_bytes_min=LARGE_BYTES_MIN, store_large=self.stored.reference_to
         )
-        held = table.references.get(function, ())
+        held = table.held.get(function, _HELD_NOTHING)
         return self._finish(
             function, serialized, [], held, sink=sink, index=index, retries=retries, extras=None, kind=kind
         )
 
     def _finish(
-        self, function: int, serialized: Serialized, dependencies: list[ObjectRef], held: Sequence[ObjectRef], *,
+        self, function: int, serialized: Serialized, dependencies: list[ObjectRef], held: Held, *,
         sink: Any, index: int, retries: int, extras: TaskExtras | None, kind: int,
     ) -> tuple[Task, e.TaskArguments | None]:  # fmt: skip
         client = self._client
         number = next(client.numbers)
-        if not (dependencies or held or serialized.references) and serialized.size_bytes <= INLINE_BYTES_MAX:
+        kept = (*serialized.kept, *held.kept)
+        is_bare = not (dependencies or held.references or serialized.references or kept)
+        if is_bare and serialized.size_bytes <= INLINE_BYTES_MAX:
             spec = TaskSpec(number, function, kind, serialized.to_bytes(), extras)
             return Task(spec, sink, index, retries), None
-        holders = (*dependencies, *serialized.references, *held)
+        holders = (*dependencies, *serialized.references, *held.references)
         for reference in holders:
             reference.check_client(client)
-        references = [reference.part for reference in (*serialized.references, *held)]
+        references = [reference.part for reference in (*serialized.references, *held.references)]
         extras = extras or TaskExtras()
         payload, stored, payload_object = b"", None, None
         if serialized.size_bytes <= INLINE_BYTES_MAX:
@@ -287,7 +300,7 @@ class TaskMaker:
             extras.attempt, extras.name, extras.returns, [], references, stored, extras.method, extras.concurrency
         )
         parts = [reference.part for reference in dependencies]
-        arguments = e.TaskArguments(parts, references, payload_object, holders)
+        arguments = e.TaskArguments(parts, references, payload_object, (*holders, *kept))
         return Task(TaskSpec(number, function, kind, payload, extras), sink, index, retries), arguments
 
 

@@ -9,8 +9,7 @@ from clusterpool import errors
 from clusterpool.client import api
 from clusterpool.client.bootstrap import renewed
 from clusterpool.client.group_worker import GroupWorker, as_group_worker
-from clusterpool.client.object_ref import ObjectRef
-from clusterpool.client.submission import FunctionTable
+from clusterpool.client.submission import FunctionTable, Held
 from clusterpool.core import owner_events as e
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import TaskKind, WorkerDemand, WorkerKind
@@ -78,11 +77,11 @@ class WorkerGroup:
         self._is_ended = False
         demand = WorkerDemand(WorkerKind.GROUP, dict(resources or {}), name)
         setup = e.SetupPlan(name, dict(env or {}))
-        # What the initializer has references of must live until the last worker has run it.
-        self._setup_references: tuple[ObjectRef, ...] = ()
+        # What the initializer and its arguments need must live until the last worker has run it.
+        self._setup_held: Held | None = None
         if initializer is not None:
-            payload, self._setup_references = runtime.maker.setup(initializer, initargs)
-            parts = [reference.part for reference in self._setup_references]
+            payload, self._setup_held = runtime.maker.setup(initializer, initargs)
+            parts = [reference.part for reference in self._setup_held.references]
             setup = e.SetupPlan(setup.name, setup.env, payload, parts)
         self._client.deliveries.set_sinks[self._number] = self
         if self._client.kind == "driver":
@@ -243,7 +242,7 @@ class WorkerGroup:
         elif isinstance(command, e.SetEnded):
             self._is_ended = True
             self._functions.clear()
-            self._setup_references = ()
+            self._setup_held = None
             self._client.deliveries.set_sinks.pop(self._number, None)
 
     def _worker_left(self, command: e.SetWorkerLeft) -> None:

@@ -1,7 +1,7 @@
 """What processes ask their node's descriptor service, and what it answers.
 
 Not in wire.py: they go over a socket of their own, `fd.sock`, because descriptors travel beside them. One connection
-carries one request and its answer, so that a process may fork, and its threads ask, at any time.
+carries one request and its answer, so that a process may fork, and its threads ask, at any time. A line stays open.
 """
 
 from __future__ import annotations
@@ -28,9 +28,24 @@ class GetChannel(Request, frozen=True):
 
 
 class ParkDescriptor(Request, frozen=True):
-    """Keep the descriptor that comes with this until somebody fetches it, or the job ends."""
+    """Keep the descriptor that comes with this until somebody fetches it, or the job ends.
+
+    `line`: the name of a line of the sender's. Then it is leased: it can be fetched any number of times, until
+    `ReleaseLeases` comes on that line, or the line ends.
+    """
 
     job_id: Name
+    line: str = ""
+
+
+class OpenLine(Request, frozen=True):
+    """Keep this connection: what is leased on it is let go when it ends, as it does with its process."""
+
+
+class ReleaseLeases(Request, frozen=True):
+    """Nobody fetches these any more; on a line, and without an answer."""
+
+    names: list[Name]
 
 
 class FetchDescriptor(Request, frozen=True):
@@ -48,14 +63,16 @@ class ConnectListener(Request, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """`error_number`: 0, or why there are no descriptors with this (an `errno`). `name`: of what was parked."""
+    """`error_number`: 0, or why there are no descriptors with this (an `errno`). `name`: of what was made."""
 
     error_number: int
     text: str = ""
     name: str = ""
 
 
-AnyRequest: TypeAlias = Union[GetChannel, ParkDescriptor, FetchDescriptor, ConnectListener]  # noqa: UP007
+AnyRequest: TypeAlias = Union[  # noqa: UP007
+    GetChannel, ParkDescriptor, FetchDescriptor, ConnectListener, OpenLine, ReleaseLeases
+]
 
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(AnyRequest).decode

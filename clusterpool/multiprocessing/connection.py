@@ -1,8 +1,9 @@
 """Connections, pipes and listeners: the standard library's, which can be used and sent anywhere in the cluster.
 
 A `Connection` is the standard one, on a descriptor of this host. What is added: it can be pickled at any time, into
-tasks, queues, processes and other connections; its node keeps a duplicate until it is unpickled, and joins the two by a
-tunnel if that is on another node (client/descriptors.py). A `Listener` without an address is found by its own, such as
+tasks, queues, processes and other connections; its node keeps a duplicate until it is unpickled (in a task, a function
+or an initializer: for as long as that may be loaded again), and joins the two by a tunnel if that is on another node
+(client/descriptors.py). A `Listener` without an address is found by its own, such as
 "clusterpool://n0123456789/j0123456789.abcdef", from every node.
 
 Source: https://docs.python.org/3/library/multiprocessing.html#module-multiprocessing.connection
@@ -21,7 +22,7 @@ from multiprocessing.reduction import DupFd, ForkingPickler
 from typing import TYPE_CHECKING, Any
 
 from clusterpool.serialization import references
-from clusterpool.serialization.functions import ShippingPickler
+from clusterpool.serialization.functions import ShippingPickler, set_reducers
 
 if TYPE_CHECKING:
     from clusterpool.client.descriptors import Ticket
@@ -77,7 +78,7 @@ def _own(connection: Any) -> Connection:
 
 
 class ParkedDescriptor:
-    """A descriptor on its way; like the standard `DupFd`, it can be had once."""
+    """A descriptor on its way; it can be had once, as the standard `DupFd`, or as often as its payload is loaded."""
 
     def __init__(self, ticket: Ticket) -> None:
         self._ticket = ticket
@@ -95,7 +96,13 @@ def reduce_descriptor(fd: int) -> Any:
         return DupFd(fd)  # as the process that is being started wants it: one of the standard library has no cluster
     from clusterpool.client import descriptors
 
-    return ParkedDescriptor(descriptors.park(fd))
+    kept = references.keeper()
+    if kept is None:
+        return ParkedDescriptor(descriptors.park(fd))
+    # A task may be run again, a function is loaded by several workers: whoever pickles says how long that may happen.
+    lease = descriptors.lease(fd)
+    kept.append(lease)
+    return ParkedDescriptor(lease.ticket)
 
 
 def reduce_connection(connection: Any) -> tuple[Any, ...]:
@@ -117,6 +124,11 @@ def _rebuild_socket(descriptor: Any) -> socket.socket:
     return socket.socket(fileno=descriptor.detach())
 
 
+# The standard library's reducers take descriptors no farther than this host, and once.
+_OF_CLUSTER: dict[type, Any] = {socket.socket: _reduce_socket, standard.Connection: reduce_connection}
+set_reducers(_OF_CLUSTER)
+
+
 class _Reducers:
     """The pickler's table with ours; copied anew when another one was registered somewhere."""
 
@@ -132,8 +144,7 @@ def _dumps(obj: Any) -> bytes:
         registered: dict[Any, Any] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
         base: dict[Any, Any] = pickler.dispatch_table
         if _Reducers.base is not base or _Reducers.registered_count != len(registered):
-            ours = {socket.socket: _reduce_socket, standard.Connection: reduce_connection}
-            _Reducers.merged = {**base, **registered, **ours}
+            _Reducers.merged = {**base, **registered, **_OF_CLUSTER}
             _Reducers.base, _Reducers.registered_count = base, len(registered)
         pickler.dispatch_table = _Reducers.merged
         pickler.dump(obj)

@@ -3,6 +3,7 @@
     process --fd.sock: request, descriptor--> Descriptors --answer, descriptors--> process
                                                  |- channels    by name: a SEQPACKET pair each
                                                  |- parked      by name: a descriptor each, until it is fetched
+                                                 |- lines       of a process each: its leases, until it lets them go
                                                  +- Tunnels     what lies on another node
 
 All names begin with the id of their job, so that what is left of a job can be removed when it ends, whoever made it.
@@ -18,6 +19,7 @@ import os
 import resource
 import socket
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -32,11 +34,19 @@ logger = logging.getLogger(__name__)
 
 # Asked for; the kernel grants twice what net.core.wmem_max allows. How deep a channel is before its putters wait.
 CHANNEL_BYTES = 4 * 1024 * 1024
-NOT_PARKED = "the descriptor was fetched before, or its job has ended"
+NOT_PARKED = "the descriptor was fetched before, or whoever parked it has let it go, or its job has ended"
 # For how long a getter may be between its look at the moved page and its `recv`. If it took something while the channel
 # is drained, what lies before that would come after it.
 IN_FLIGHT_S = 0.005
 _DRAIN_BYTES = 16 * 1024 * 1024  # more than any one message of a channel
+
+
+class _Line:
+    """A connection of a process that leases descriptors, for as long as it lives."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.names: set[str] = set()
 
 
 class Descriptors:
@@ -47,6 +57,8 @@ class Descriptors:
         self._folder = shell.paths.folder
         self._channels: dict[str, tuple[socket.socket, socket.socket]] = {}  # receiving, sending
         self._parked: dict[str, int] = {}  # by ticket's name
+        self._leased: dict[str, int] = {}  # likewise
+        self._lines: dict[str, _Line] = {}
         self._numbers = itertools.count(1)
         self._listener: socket.socket | None = None
         self._askers: set[socket.socket] = set()
@@ -72,8 +84,10 @@ class Descriptors:
         """Close everything; what was parked is lost."""
         self.tunnels.close()
         self._close_channels(list(self._channels))
-        for name in list(self._parked):
-            os.close(self._parked.pop(name))
+        for line in list(self._lines):
+            self._close_line(line)
+        for parked in (self._parked, self._leased):
+            _close_all(parked, list(parked))
         for sock in [*self._askers, *([self._listener] if self._listener is not None else [])]:
             self._shell.unwatch(sock.fileno())
             sock.close()
@@ -128,8 +142,8 @@ class Descriptors:
     def job_ended(self, job_id: str) -> None:
         """Remove all that belongs to a job that has ended."""
         self._close_channels([name for name in self._channels if name.startswith(f"{job_id}-")])
-        for name in [name for name in self._parked if name.startswith(f"{job_id}-")]:
-            os.close(self._parked.pop(name))
+        for parked in (self._parked, self._leased):
+            _close_all(parked, [name for name in parked if name.startswith(f"{job_id}-")])
         self.tunnels.job_over(job_id)
         for path in (self._folder / "l").glob(f"{job_id}.*"):
             path.unlink(missing_ok=True)
@@ -175,9 +189,11 @@ class Descriptors:
             if not fds:
                 self._answer(sock, d.Answer(errno.EBADF, "no descriptor came with the request"))
                 return
-            name = f"{request.job_id}-{next(self._numbers)}"
-            self._parked[name] = fds.pop()
-            self._answer(sock, d.Answer(0, name=name))
+            self._park(sock, request, fds)
+        elif isinstance(request, d.OpenLine):
+            self._open_line(sock)
+        elif isinstance(request, d.ReleaseLeases):
+            self._answer(sock, d.Answer(errno.EINVAL, "leases are released on the line that they were made for"))
         elif isinstance(request, d.ConnectListener):
             if request.node_id == self._shell.node_id:
                 self._answer(sock, d.Answer(errno.EINVAL, "a listener of one's own node is connected to directly"))
@@ -189,6 +205,18 @@ class Descriptors:
             fd = self.take_parked(request.name)
             error = None if fd is not None else (errno.ENOENT, NOT_PARKED)
             self._answer_with(sock, fd, error)
+
+    def _park(self, sock: socket.socket, request: d.ParkDescriptor, fds: list[int]) -> None:
+        name = f"{request.job_id}-{next(self._numbers)}"
+        if not request.line:
+            self._parked[name] = fds.pop()
+        elif request.line in self._lines:
+            self._leased[name] = fds.pop()
+            self._lines[request.line].names.add(name)
+        else:
+            self._answer(sock, d.Answer(errno.ESTALE, "there is no such line any more"))
+            return
+        self._answer(sock, d.Answer(0, name=name))
 
     def _fetch(self, sock: socket.socket, node_id: str, kind: str, name: str) -> None:
         """From another node: the answer comes when that one has answered, or is gone."""
@@ -203,8 +231,54 @@ class Descriptors:
         os.close(fd)
 
     def take_parked(self, name: str) -> int | None:
-        """A parked descriptor, which is the caller's from now on."""
-        return self._parked.pop(name, None)
+        """A parked descriptor, or a duplicate of a leased one, which is the caller's from now on.
+
+        Raises: OSError when it cannot be duplicated.
+        """
+        leased = self._leased.get(name)
+        return self._parked.pop(name, None) if leased is None else os.dup(leased)
+
+    # --- leases
+
+    def _open_line(self, sock: socket.socket) -> None:
+        line = f"l{next(self._numbers)}"
+        try:
+            socket.send_fds(sock, [d.encode(d.Answer(0, name=line))], [])
+        except OSError:
+            self._hang_up(sock)
+            return
+        self._askers.discard(sock)
+        self._lines[line] = _Line(sock)
+        self._shell.watch(sock.fileno(), lambda _: self._told(line))
+
+    def _told(self, line: str) -> None:
+        """Something came on a line, or it ended."""
+        try:
+            frame = self._lines[line].sock.recv(d.REQUEST_BYTES_MAX)
+        except BlockingIOError:
+            return
+        except OSError:
+            frame = b""
+        try:
+            request = d.decode_request(frame) if frame else None
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+            self.rejected_frames += 1
+            logger.warning("closed a line for leases that sent no request of ours: %s", exc)
+            request = None
+        if not isinstance(request, d.ReleaseLeases):
+            self._close_line(line)
+            return
+        names = self._lines[line].names.intersection(request.names)
+        self._lines[line].names -= names
+        _close_all(self._leased, names)
+
+    def _close_line(self, line: str) -> None:
+        closed = self._lines.pop(line)
+        _close_all(self._leased, closed.names)
+        self._shell.unwatch(closed.sock.fileno())
+        closed.sock.close()
+
+    # --- answers
 
     def _answer(self, sock: socket.socket, answer: d.Answer, fds: list[int] | None = None) -> None:
         try:
@@ -216,3 +290,10 @@ class Descriptors:
     def _hang_up(self, sock: socket.socket) -> None:
         self._askers.discard(sock)
         sock.close()
+
+
+def _close_all(descriptors: dict[str, int], names: Iterable[str]) -> None:
+    for name in names:
+        fd = descriptors.pop(name, None)
+        if fd is not None:  # its job may have ended
+            os.close(fd)

@@ -22,7 +22,7 @@ from clusterpool.serialization.versions import Dependency
 class Definition:
     """One function or class, pickled with everything of `__main__` that it uses."""
 
-    __slots__ = ("dependencies", "pickle", "references", "thing", "token")
+    __slots__ = ("_kept", "dependencies", "is_spent", "pickle", "references", "thing", "token")
 
     def __init__(self, thing: Any, token: str, pickle: bytes) -> None:
         self.thing: Callable[[], Any] = weakref.ref(thing)
@@ -30,6 +30,18 @@ class Definition:
         self.pickle = pickle
         self.references: list[Any] = []  # of objects, pickled with it
         self.dependencies: list[Dependency] | None = None  # None: it arrived, and was not sent on yet
+        self.is_spent = False  # it holds a descriptor that can be fetched once
+        # Weak: this table must not keep a pipe open for whoever waits for its end.
+        self._kept: list[weakref.ref[Any]] = []
+
+    def keep(self, kept: list[Any]) -> None:
+        """What must live for as long as the pickle may be loaded; whoever sends it keeps it alive."""
+        self._kept = [weakref.ref(item) for item in kept]
+
+    def kept(self) -> list[Any] | None:
+        """What was to be kept; None when some of it has gone, and this must be pickled anew."""
+        kept = [watch() for watch in self._kept]
+        return None if self.is_spent or None in kept else kept
 
     def is_current(self) -> bool:
         return self.dependencies is not None and all(one.is_current() for one in self.dependencies)

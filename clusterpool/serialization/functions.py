@@ -20,7 +20,7 @@ import pickle
 import platform
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import cloudpickle
@@ -49,6 +49,7 @@ _LruCacheWrapper: type = type(functools.lru_cache(lambda: None))
 _STABLE_PACKAGES = frozenset({"numpy", "pandas", "pyarrow", "scipy", "clusterpool"}) | sys.stdlib_module_names
 _STABLE_MAX = 4096
 DESCRIPTOR_MODULES = frozenset({"socket", "multiprocessing.connection"})  # of kinds that hold a descriptor
+_SEMAPHORES = "clusterpool.client.semaphore"  # whose `make_acquire` makes functions that stand for methods
 _ALWAYS_PICKLABLE = frozenset({int, float, complex, str, bytes, bool, type(None), types.ModuleType})
 _stable_by_id: dict[int, Any] = {}
 
@@ -109,6 +110,9 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
         return NotImplemented if instead is cell.cell_contents else (types.CellType, (instead,))
 
     def _reduce_function(self, function: types.FunctionType) -> Any:
+        method = getattr(function, "pickled_as", None) if function.__module__ == _SEMAPHORES else None
+        if method is not None:
+            return getattr, (method.__self__, method.__name__)
         reduction = super().reducer_override(function)
         if reduction is NotImplemented:
             _remember_stable(function)
@@ -198,10 +202,13 @@ class ShippingPickler(CodePickler):
 
     def _reduce_to_definition(self, thing: Any, place: tuple[str, str]) -> Reduction:
         definition = definitions.find(thing, place)
-        if definition is None or not definition.is_current():
-            definition = _define(thing, place, definition)
+        kept = definition.kept() if definition is not None and definition.is_current() else None
+        # What is kept for others may have gone when this pickle is loaded, if nobody keeps it for this one.
+        if definition is None or kept is None or (kept and not references.is_keeping()):
+            definition, kept = _define(thing, place, definition)
         for reference in definition.references:
             references.capture(reference)
+        references.keep(kept)
         if self._dependencies is not None and definition.dependencies is not None:
             self._dependencies.extend(definition.dependencies)
         return load_definition, (definition.token, definition.pickle)
@@ -210,11 +217,12 @@ class ShippingPickler(CodePickler):
 class ShippedFunction:
     """A function as bytes to send, which knows when it must be made anew."""
 
-    __slots__ = ("_dependencies", "payload", "references")
+    __slots__ = ("_dependencies", "kept", "payload", "references")
 
-    def __init__(self, payload: bytes, references: list[Any], dependencies: list[Dependency]) -> None:
+    def __init__(self, payload: bytes, references: list[Any], dependencies: list[Dependency], kept: list[Any]) -> None:
         self.payload = payload
         self.references = references  # object references among its globals, defaults and closure
+        self.kept = kept  # what must live for as long as the payload may be loaded
         self._dependencies = dependencies
 
     def is_current(self) -> bool:
@@ -228,7 +236,7 @@ def ship_function(function: Callable[..., Any]) -> ShippedFunction:
     Raises: what pickle raises (PicklingError, TypeError, AttributeError) for a callable that holds something
     unpicklable.
     """
-    return ShippedFunction(*_dump_code(function, ShippingPickler))
+    return ShippedFunction(*_dump_code(function, ShippingPickler, is_kept=True))
 
 
 def dumps_function(function: Callable[..., Any]) -> bytes:
@@ -328,16 +336,18 @@ def explain_load_failure(error: BaseException, node_id: str) -> BaseException:
     return error
 
 
-def _define(thing: Any, place: tuple[str, str], older: Definition | None) -> Definition:
-    made_before = namespaces.versions.made_count
-    pickled, captured, dependencies = _dump_code(thing, CodePickler)
+def _define(thing: Any, place: tuple[str, str], older: Definition | None) -> tuple[Definition, list[Any]]:
+    made_before, once_before = namespaces.versions.made_count, references.once_count()
+    pickled, captured, dependencies, kept = _dump_code(thing, CodePickler)
     if older is not None and older.dependencies is None and namespaces.versions.made_count == made_before:
         definition = older  # it arrived and nothing was changed here: send it on under the name that others know
     else:
         definition = definitions.add(thing, place, new_token(), pickled)
     definition.references = captured
     definition.dependencies = dependencies
-    return definition
+    definition.is_spent = references.once_count() != once_before
+    definition.keep(kept)
+    return definition, kept
 
 
 def _dump_code(
@@ -347,20 +357,24 @@ def _dump_code(
     *,
     outer: frozenset[int] = frozenset(),
     has_fresh_locks: bool = False,
-) -> tuple[bytes, list[Any], list[Dependency]]:
+    is_kept: bool = False,
+) -> tuple[bytes, list[Any], list[Dependency], list[Any]]:
     """Pickle code, leaving behind what it refers to and cannot be pickled (see left_behind.py).
 
-    Returns: the pickle, the object references in it, what it depends on. `replaced` gets what was found;
-    `outer`: ids of what is being pickled by our callers.
+    Returns: the pickle, the object references in it, what it depends on, what must live as long as it. `replaced` gets
+    what was found; `outer`: ids of what is being pickled by our callers. `is_kept`: somebody keeps the last of these;
+    else so it is if it is for whoever pickles around this.
     """
     replaced = {} if replaced is None else replaced
+    is_kept = is_kept or references.is_keeping()
     while True:
         dependencies: list[Dependency] = []
-        with io.BytesIO() as file, references.capture_references() as captured:
+        kept: list[Any] = []
+        with io.BytesIO() as file, references.capture_references(kept if is_kept else None) as captured:
             pickler = pickler_type(file, dependencies=dependencies, replaced=replaced, has_fresh_locks=has_fresh_locks)
             try:
                 pickler.dump(thing)
-                return file.getvalue(), captured, dependencies
+                return file.getvalue(), captured, dependencies, kept
             except Exception:  # A user's __reduce__ may raise anything.
                 if not _replace_unpicklable(pickler.met, replaced, outer | {id(thing)}):
                     raise
@@ -380,8 +394,8 @@ def _replace_unpicklable(met: list[tuple[str, Any]], replaced: Replaced, outer: 
             reason = left_behind.reason_of(error)
         instead: Any
         try:
-            stream, captured, _ = _dump_code(value, CodePickler, replaced, outer=outer, has_fresh_locks=True)
-            instead = left_behind.Pickled(stream, captured)
+            stream, captured, _, kept = _dump_code(value, CodePickler, replaced, outer=outer, has_fresh_locks=True)
+            instead = left_behind.Pickled(stream, captured, kept)
         except Exception:
             instead = left_behind.LeftBehind(place, reason)
         replaced[id(value)] = (value, instead)
@@ -465,7 +479,14 @@ class _DispatchTable:
 
     registered: dict[Any, Any] | None = None
     registered_by_kind: dict[Any, Any] = {}  # with `multiprocessing`'s own pickler
+    of_cluster: dict[Any, Any] = {}
     merged: dict[Any, Any] = {}
+
+
+def set_reducers(reducers: Mapping[type, Callable[[Any], Any]]) -> None:
+    """Reducers, by class, that are used in the place of all others."""
+    _DispatchTable.of_cluster = dict(reducers)
+    _DispatchTable.registered = None
 
 
 def _dispatch_table() -> dict[Any, Any]:
@@ -477,6 +498,7 @@ def _dispatch_table() -> dict[Any, Any]:
         # Sockets and connections, which hold descriptors. Not others: cloudpickle has better ones for methods, and
         # libraries share memory of this host by theirs.
         merged.update((kind, by_kind[kind]) for kind in by_kind if kind.__module__ in DESCRIPTOR_MODULES)
+        merged.update(_DispatchTable.of_cluster)
         _DispatchTable.merged = merged
         _DispatchTable.registered = dict(copyreg.dispatch_table)
     return _DispatchTable.merged

@@ -53,15 +53,19 @@ class LeftBehind:
 
 
 class Pickled:
-    """Stands for a value that was pickled already; `captured`: the object references in it."""
+    """Stands for a value that was pickled already; `captured`: the object references in it; `kept`: what must live as
+    long as it.
+    """
 
-    def __init__(self, stream: bytes, captured: list[Any]) -> None:
+    def __init__(self, stream: bytes, captured: list[Any], kept: list[Any]) -> None:
         self._stream = stream
         self._captured = captured
+        self._kept = kept
 
     def __reduce__(self) -> tuple[Any, ...]:
         for reference in self._captured:
             references.capture(reference)
+        references.keep(self._kept)
         return pickle.loads, (self._stream,)
 
 

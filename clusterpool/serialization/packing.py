@@ -12,7 +12,7 @@ import ctypes
 import io
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -50,6 +50,7 @@ class Serialized(msgspec.Struct, gc=False):
     buffers: tuple[memoryview, ...] = ()
     references: tuple[Any, ...] = ()  # object references anywhere in the value
     stored: tuple[Any, ...] = ()  # those of them that `store_large` put in the place of a large part
+    kept: tuple[Any, ...] = ()  # of arguments: what must live for as long as the payload may be loaded
 
     @property
     def size_bytes(self) -> int:
@@ -187,11 +188,12 @@ def dumps_arguments(
     else:
         if not kwargs or all(map(_is_plain, kwargs.values())):
             return Serialized(_dumps((args, kwargs), PROTOCOL))
-    with io.BytesIO() as file, references.capture_references() as captured:
+    kept: list[Any] = []
+    with io.BytesIO() as file, references.capture_references(kept) as captured:
         pickler = ValuePickler(file, large_bytes_min=large_bytes_min, store_large=store_large)
         args = tuple(map(pickler.replace_large, args))
         kwargs = {name: pickler.replace_large(value) for name, value in kwargs.items()}
-        return _dumped(pickler, (args, kwargs), file, captured)
+        return _dumped(pickler, (args, kwargs), file, captured, kept)
 
 
 def dumps_value(value: Any, reducers: Mapping[type, Callable[[Any], Any]] | None = None) -> Serialized:
@@ -245,9 +247,11 @@ class _Reduced:
         return self._reduction
 
 
-def _dumped(pickler: ValuePickler, value: Any, file: io.BytesIO, captured: list[Any]) -> Serialized:
+def _dumped(
+    pickler: ValuePickler, value: Any, file: io.BytesIO, captured: list[Any], kept: Sequence[Any] = ()
+) -> Serialized:
     pickler.dump(value)
-    return Serialized(file.getvalue(), tuple(pickler.buffers), tuple(captured), tuple(pickler.stored))
+    return Serialized(file.getvalue(), tuple(pickler.buffers), tuple(captured), tuple(pickler.stored), tuple(kept))
 
 
 def _restore_bytes(buffer: Any, is_bytearray: bool) -> bytes | bytearray:

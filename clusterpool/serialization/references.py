@@ -23,6 +23,9 @@ class _Captures(threading.local):
     """The list that the innermost `capture_references` of this thread fills, if there is one."""
 
     active: list[Any] | None = None
+    kept: list[Any] | None = None
+    is_sent = True
+    once_count = 0
 
 
 _captures = _Captures()
@@ -33,12 +36,19 @@ class capture_references:  # noqa: N801 - used like a function; a class is three
 
     Blocks nest: a reference belongs to the innermost one. The list has a reference once for each time that
     its `__reduce__` ran.
+
+    `kept`: gets what must live for as long as the pickle may still be loaded (see `keeper`). `is_sent`: False when the
+    pickle is only looked at.
     """
 
+    def __init__(self, kept: list[Any] | None = None, *, is_sent: bool = True) -> None:
+        self._kept = kept
+        self._is_sent = is_sent
+
     def __enter__(self) -> list[Any]:
-        self._previous = _captures.active
+        self._previous = _captures.active, _captures.kept, _captures.is_sent
         captured: list[Any] = []
-        _captures.active = captured
+        _captures.active, _captures.kept, _captures.is_sent = captured, self._kept, self._is_sent
         return captured
 
     def __exit__(
@@ -47,7 +57,37 @@ class capture_references:  # noqa: N801 - used like a function; a class is three
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        _captures.active = self._previous
+        _captures.active, _captures.kept, _captures.is_sent = self._previous
+
+
+def keeper() -> list[Any] | None:
+    """For the `__reduce__` of what can be loaded only while something lives in this process, such as a descriptor.
+
+    Returns: the list that is to get the something, if the pickle may be loaded several times and whoever pickles says
+    until when; None if it is loaded once.
+    Raises: TypeError when nothing is sent, and so nothing should be made ready.
+    """
+    if not _captures.is_sent:
+        raise TypeError("this has no content that could be compared")
+    if _captures.kept is None:
+        _captures.once_count += 1
+    return _captures.kept
+
+
+def keep(items: list[Any]) -> None:
+    """For what was pickled apart and is pickled again, in the bytes that were made then: keep what these need."""
+    if _captures.kept is not None:
+        _captures.kept += items
+
+
+def is_keeping() -> bool:
+    """Whether `keeper` of this thread gives a list."""
+    return _captures.kept is not None
+
+
+def once_count() -> int:
+    """How often `keeper` gave None to this thread."""
+    return _captures.once_count
 
 
 def capture(reference: Any) -> None:

@@ -67,7 +67,7 @@ def content_of(value: Any) -> tuple[bytes, int] | None:
 
     buffers: list[pickle.PickleBuffer] = []
     try:
-        with references.capture_references():  # nothing is sent, so no reference escapes
+        with references.capture_references(is_sent=False):  # so no reference escapes
             stream = pickle.dumps(value, 5, buffer_callback=buffers.append)
         hasher = xxhash.xxh3_128(stream)
         size = len(stream)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 import clusterpool
 from clusterpool import errors
+from clusterpool.client import api, current
 from tests.client.engine import wait_for
 
 # Driver programs run apart: what they print is what the test looks at.
@@ -494,3 +496,27 @@ def test_actors_and_names_of_a_driver_go_with_it() -> None:
         return False
 
     assert wait_for(is_unknown)
+
+
+@pytest.mark.usefixtures("started")
+def test_what_arrives_while_the_cluster_is_left_does_not_wait_for_who_leaves_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = api.connect()
+    answers: list[BaseException] = []
+    is_answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            api.runtime()
+        except errors.NotConnected as exc:
+            answers.append(exc)
+        is_answered.set()
+
+    # As in `shutdown`: the lock is taken, the client is closed, and its thread is joined.
+    with current.lock:
+        monkeypatch.setattr(client, "is_closed", True)
+        client.call_later(ask)
+        assert is_answered.wait(10)
+        monkeypatch.undo()
+    assert len(answers) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+from functools import partial
 from typing import Any
 
 import pytest
@@ -140,3 +141,20 @@ def test_a_worker_that_is_killed_ends_its_connections(three_nodes: Cluster, driv
     assert ours.poll(20)
     with pytest.raises((EOFError, ConnectionResetError)):
         ours.recv()
+
+
+def test_an_initializers_connection_reaches_workers_of_other_nodes(three_nodes: Cluster, driver: None) -> None:
+    ours, theirs = connection.Pipe(duplex=False)
+
+    def send(end: connection.Connection, item: int) -> None:
+        end.send((item, clusterpool.node_id()))
+
+    for node_id in (three_nodes.second, three_nodes.third):
+        for item in range(2):
+            clusterpool.get(on(node_id, partial(send, theirs)).remote(item), timeout=30)
+    theirs.close()
+    nodes = [three_nodes.second, three_nodes.third]
+    assert sorted(ours.recv() for _ in range(4)) == sorted((item, node) for node in nodes for item in range(2))
+    with pytest.raises(EOFError):
+        ours.recv()
+    ours.close()

@@ -176,3 +176,96 @@ def test_a_request_to_park_without_a_descriptor_is_refused(nodes: Nodes) -> None
     answer, _ = ask(nodes, d.encode(d.ParkDescriptor("j1")))
     assert answer is not None
     assert answer.error_number == errno.EBADF
+
+
+# --- leases
+
+
+@pytest.fixture
+def line(nodes: Nodes) -> Iterator[tuple[socket.socket, str]]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.connect(str(nodes.shells["na"].paths.folder / "fd.sock"))
+        sock.send(d.encode(d.OpenLine()))
+        nodes.settle()
+        sock.settimeout(5)
+        answer = d.decode_answer(sock.recv(1000))
+        assert answer.error_number == 0
+        yield sock, answer.name
+
+
+def leased(nodes: Nodes, line_name: str) -> tuple[int, str]:
+    """The reading end of a pipe, and the name that its writing end is leased by."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    answer, _ = ask(nodes, d.encode(d.ParkDescriptor("j1", line_name)), [writing])
+    os.close(writing)
+    assert answer is not None
+    assert answer.error_number == 0, answer
+    return reading, answer.name
+
+
+def check_fetched(nodes: Nodes, reading: int, name: str) -> None:
+    _, (fetched,) = ask(nodes, d.encode(d.FetchDescriptor("na", name)))
+    os.write(fetched, b"hello")
+    os.close(fetched)
+    assert os.read(reading, 100) == b"hello"
+
+
+def check_gone(nodes: Nodes, reading: int, name: str) -> None:
+    assert os.read(reading, 100) == b""
+    os.close(reading)
+    answer, _ = ask(nodes, d.encode(d.FetchDescriptor("na", name)))
+    assert answer is not None
+    assert answer.error_number == errno.ENOENT
+
+
+def test_a_leased_descriptor_can_be_fetched_until_it_is_released(nodes: Nodes, line: tuple[socket.socket, str]) -> None:
+    reading, name = leased(nodes, line[1])
+    kept_reading, kept_name = leased(nodes, line[1])
+    for _ in range(3):
+        check_fetched(nodes, reading, name)
+    line[0].send(d.encode(d.ReleaseLeases([name, "j1-99"])))
+    nodes.settle()
+    check_gone(nodes, reading, name)
+    check_fetched(nodes, kept_reading, kept_name)
+    line[0].close()
+    nodes.settle()
+    check_gone(nodes, kept_reading, kept_name)
+
+
+def test_the_end_of_a_job_ends_its_leases_and_not_the_line(nodes: Nodes, line: tuple[socket.socket, str]) -> None:
+    reading, name = leased(nodes, line[1])
+    nodes.shells["na"].descriptors.job_ended("j1")
+    check_gone(nodes, reading, name)
+    reading, name = leased(nodes, line[1])
+    check_fetched(nodes, reading, name)
+    line[0].send(b"no request")
+    nodes.settle()
+    check_gone(nodes, reading, name)
+    assert line[0].recv(10) == b""
+    assert nodes.shells["na"].descriptors.rejected_frames == 1
+
+
+def test_nobody_releases_the_leases_of_another_line(nodes: Nodes, line: tuple[socket.socket, str]) -> None:
+    reading, name = leased(nodes, line[1])
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        other.connect(str(nodes.shells["na"].paths.folder / "fd.sock"))
+        other.send(d.encode(d.OpenLine()))
+        other.send(d.encode(d.ReleaseLeases([name])))
+        nodes.settle()
+    check_fetched(nodes, reading, name)
+    answer, _ = ask(nodes, d.encode(d.ReleaseLeases([name])))
+    assert answer is not None
+    assert answer.error_number == errno.EINVAL
+    check_fetched(nodes, reading, name)
+    os.close(reading)
+
+
+def test_a_lease_on_a_line_that_has_ended_is_refused(nodes: Nodes) -> None:
+    reading, writing = os.pipe()
+    answer, _ = ask(nodes, d.encode(d.ParkDescriptor("j1", "l99")), [writing])
+    os.close(writing)
+    assert answer is not None
+    assert answer.error_number == errno.ESTALE
+    assert os.read(reading, 10) == b""
+    os.close(reading)
