@@ -122,7 +122,11 @@ class StoreThread:
             from clusterpool.control_store.server import ServerProcess
 
             folder = config.paths.folder / "store"
-            self._server = ServerProcess.start(folder, unix_socket_path=config.paths.valkey_socket)
+            # It must not outlive a node that is killed: nobody else has a use for it, and a sweep may never come.
+            # (The tie is to this thread, which lives as long as the node does.)
+            self._server = ServerProcess.start(
+                folder, unix_socket_path=config.paths.valkey_socket, dies_with_parent=True
+            )
             self._server.wait_ready()
             return ControlStore.connect(f"unix://{config.paths.valkey_socket}", cluster_id=config.cluster_id)
         password = None

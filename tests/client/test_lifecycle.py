@@ -323,6 +323,22 @@ def test_a_killed_node_is_told_to_the_driver() -> None:
     assert done.stdout == "told\nFalse\n", done
 
 
+@pytest.mark.usefixtures("started")
+def test_the_control_store_of_a_killed_node_ends_with_it() -> None:
+    (node,) = clusterpool.nodes()
+    servers: list[int] = []
+
+    def find_server() -> bool:
+        children = Path(f"/proc/{node['pid']}/task").glob("*/children")
+        pids = [int(pid) for file in children for pid in file.read_text().split()]
+        servers[:] = [pid for pid in pids if b"valkey" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return bool(servers)
+
+    assert wait_for(find_server, 20), "it starts a moment after its node"
+    os.kill(node["pid"], signal.SIGKILL)
+    assert wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in servers), 5)
+
+
 # --- forks ----------------------------------------------------------------------------------------------------------
 
 
