@@ -25,7 +25,7 @@ BACKLOG_S = 0.002
 LONG_TASK_S = 0.010
 # Less work than this is not split between workers: to wake another for it costs about as much as it takes, and where
 # tasks are that tiny their owner is the slower side.
-SPLIT_MIN_S = 0.00005
+SPLIT_MIN_S = 0.0001
 # Bounds what one message holds, and what is lost with a worker.
 OUTSTANDING_MAX = 2000
 # Bounds the same in bytes, whatever the arguments: far below the longest frame, and more saves no measurable time.
