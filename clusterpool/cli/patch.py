@@ -26,6 +26,7 @@ from typing import Any
 
 import clusterpool.multiprocessing
 from clusterpool.config import PATCHING_SETUP, WORKER_SETUP_VARIABLE
+from clusterpool.importing import WrappedLoader, find_by_others
 
 _REPLACED = (
     "context", "connection", "heap", "managers", "pool", "queues", "shared_memory", "sharedctypes", "synchronize",
@@ -135,33 +136,12 @@ class _OnStandardFinder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname not in _BUILD_ON_STANDARD:  # what these import comes along
             return None
-        for finder in sys.meta_path:
-            if isinstance(finder, _OnStandardFinder) or not hasattr(finder, "find_spec"):
-                continue
-            spec = finder.find_spec(fullname, path, target)
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _OnStandardLoader(spec.loader)
-                return spec
-        return None
+        return find_by_others(_OnStandardFinder, _OnStandardLoader, fullname, path, target)
 
 
-class _OnStandardLoader(Loader):
-    """Loads a module as `loader` would, and leaves that one's traces on it."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self._loader
+class _OnStandardLoader(WrappedLoader):
+    def load(self, module: ModuleType, loader: Loader) -> None:
         with _standard_modules():
-            self._loader.exec_module(module)
+            loader.exec_module(module)
         if module.__name__ == "joblib":
             _use_joblib_backend()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)

@@ -13,6 +13,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from clusterpool.importing import WrappedLoader, find_by_others
+
 NAME = "clusterpool"
 _MODULE = "joblib.parallel"
 
@@ -45,35 +47,14 @@ class _RegisteringFinder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != _MODULE:
             return None
-        for finder in sys.meta_path:
-            if isinstance(finder, _RegisteringFinder) or not hasattr(finder, "find_spec"):
-                continue
-            spec = finder.find_spec(fullname, path, target)
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _RegisteringLoader(spec.loader)
-                return spec
-        return None
+        return find_by_others(_RegisteringFinder, _RegisteringLoader, fullname, path, target)
 
 
-class _RegisteringLoader(Loader):
-    """Loads the module as `loader` would, and leaves that one's traces on it."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
+class _RegisteringLoader(WrappedLoader):
+    def load(self, module: ModuleType, loader: Loader) -> None:
+        loader.exec_module(module)
         # Only now: if joblib failed to import, the program may try again.
         sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _RegisteringFinder)]
         # A joblib too old to have it leaves its user with joblib's own message about an unknown backend.
         if hasattr(module, "register_parallel_backend"):
             module.register_parallel_backend(NAME, backend_class())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
