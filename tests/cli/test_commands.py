@@ -196,7 +196,7 @@ def test_a_node_of_another_python_is_refused_and_both_are_named(one_node: dict[s
     assert done.returncode == 1
     for part in ("node n0ld on attic", "Python 2.7.18", f"Python {sys.version.split()[0]}", "cannot join"):
         assert part in done.stderr
-    wait_for(lambda: len(answer_of("status")["nodes"]) == 1, within_s=3, what="the head has forgotten both")
+    wait_for(lambda: len(answer_of("status")["nodes"]) == 1, within_s=15, what="the head has forgotten both")
 
 
 def test_a_cluster_whose_head_was_killed_is_cleaned_up_by_the_next(one_node: dict[str, Any]) -> None:
