@@ -32,6 +32,7 @@ def test_a_killed_node_hangs_nobody(mortal_nodes: Cluster, driver: None) -> None
     results = []
     killed_s = last_s = longest_s = 0.0
     with clusterpool.Pool(6) as pool:
+        clusters.wait_for(lambda: len(pool._pool) == 6, within_s=20, what="all workers are ready")
         for result in pool.imap_unordered(numbered_node_of_task, range(300)):
             if killed_s:
                 longest_s = max(longest_s, time.monotonic() - last_s)
