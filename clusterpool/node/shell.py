@@ -70,6 +70,7 @@ class NodeShell:
         self._posted: deque[Any] = deque()
         self._post_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._is_stopping = False
+        self._end_text = ""
         self._is_reported = False  # to the launcher: a node of a cluster is ready once it is a member
         self._ready_facts: dict[str, Any] = {}
         self._last_tick_s = monotonic()
@@ -215,9 +216,7 @@ class NodeShell:
         """End the loop after this turn."""
         logger.info("node %s: stopping (%s)", self.node_id, text)
         self._is_stopping = True
-        if not self._is_reported:
-            self._is_reported = True
-            self.start.report_failure(text)
+        self._end_text = text
 
     def _close(self) -> None:
         self.workers.close()
@@ -236,6 +235,10 @@ class NodeShell:
         self._listener.close()
         self.arena.unlink()
         self.start.remove_files()
+        if not self._is_reported:
+            # Last: whoever hears of it ends this process, which had to leave the cluster and to clean up before.
+            self._is_reported = True
+            self.start.report_failure(self._end_text)
 
     def _read_posted(self) -> None:
         with contextlib.suppress(BlockingIOError):
