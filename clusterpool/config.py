@@ -42,6 +42,11 @@ WORKER_SETUP_VARIABLE = "CLUSTERPOOL_WORKER_SETUP"
 PATCHING_SETUP = "clusterpool.cli.patch:patch_standard_library"
 
 
+def runs_unchanged_program() -> bool:
+    """Whether this process is of a job that knows of the standard library only (`clusterpool run --patch`)."""
+    return os.environ.get(WORKER_SETUP_VARIABLE) == PATCHING_SETUP
+
+
 @dataclass(frozen=True)
 class NodeConfig:
     """Everything that a node process needs to know; handed over as JSON.

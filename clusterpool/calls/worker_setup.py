@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
 from clusterpool.client import api
-from clusterpool.config import PATCHING_SETUP, WORKER_SETUP_VARIABLE
+from clusterpool.config import runs_unchanged_program
 
 
 def set_up_worker(initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
@@ -39,6 +38,6 @@ def set_up_pool_worker(initializer: Callable[..., object] | None, initargs: tupl
     if api.in_worker():
         runtime = api.runtime()
         runtime.returns_exits = True
-        runtime.refuses_unnamed_results = os.environ.get(WORKER_SETUP_VARIABLE) == PATCHING_SETUP
+        runtime.refuses_unnamed_results = runs_unchanged_program()
     if initializer is not None:
         initializer(*initargs)

@@ -194,7 +194,7 @@ def print_lines(message: m.LogLines) -> None:
     Without one where an unchanged program runs (`clusterpool run --patch`): its output is what it would be otherwise.
     """
     prefix = f"({message.name or 'task'} pid={message.pid}, node={message.node_id}) "
-    if os.environ.get(config.WORKER_SETUP_VARIABLE) == config.PATCHING_SETUP:
+    if config.runs_unchanged_program():
         prefix = ""
     stream = sys.stdout if message.stream == 1 else sys.stderr
     if stream is None:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from multiprocessing import context as _standard
 from typing import TYPE_CHECKING, Any
 
+from clusterpool.calls import engine
+
 if TYPE_CHECKING:
     from clusterpool.multiprocessing.pool import Pool as PoolClass
     from clusterpool.multiprocessing.popen_cluster import Popen
@@ -72,10 +74,7 @@ class _Factories:
 
     def cpu_count(self) -> int:
         """The CPUs of the whole cluster; joins or starts it."""
-        from clusterpool.client import api
-
-        api.connect()
-        return max(1, int(api.cluster_resources().get("CPU", 1)))
+        return engine.cluster_cpus()
 
     def Manager(self) -> Any:  # noqa: N802
         """A started `SyncManager`: its server is a process of the cluster's."""

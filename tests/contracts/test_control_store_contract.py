@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from clusterpool.control_store.port import ControlStorePort, EventsLost, package_digest
-from clusterpool.control_store.server import ServerProcess
 from clusterpool.control_store.store import ControlStore
 from clusterpool.core.cluster_view import NodeLoad, NodeRecord
 from clusterpool.core.membership import HeartbeatAnswer
@@ -26,23 +21,6 @@ Connect = Callable[[], ControlStorePort]
 
 def record(node_id: str = "n1") -> NodeRecord:
     return NodeRecord(node_id, "10.0.0.1", 7000, "key", {"CPU": 4.0}, labels={"zone": "é"})
-
-
-@pytest.fixture(scope="module")
-def server_url(run_of_tests: Any) -> Iterator[str]:
-    """One server for the module: each test has a cluster of its own in it."""
-    # The folders of pytest are too deep for a socket's path on some machines.
-    folder = Path(tempfile.mkdtemp(prefix="cp-"))
-    server = ServerProcess.start(folder, unix_socket_path=folder / "store.sock")
-    held = run_of_tests.look()
-    run_of_tests.held.append(held)
-    try:
-        server.wait_ready()
-        yield server.url
-    finally:
-        server.stop()
-        run_of_tests.held.remove(held)
-        shutil.rmtree(folder)
 
 
 @pytest.fixture(params=["fake", "real"])

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +17,6 @@ from clusterpool.control_store.coordination import (
     CoordinationPort,
     CoordinationStore,
 )
-from clusterpool.control_store.server import ServerProcess
 from clusterpool.core.cluster_view import NodeRecord
 from clusterpool.core.coordination_events import Contents
 from tests.contracts.fake_coordination import FakeCoordination
@@ -29,21 +25,6 @@ Connect = Callable[[str], Any]
 A1, A2, B1, B2 = "na/w1/1", "na/w2/1", "nb/w1/1", "nb/w1/2"
 LOCK, SEMAPHORE, CHANNEL, CELL = "j1-d1-1", "j1-d1-2", "j1-d1-3", "j1-d1-4"
 UNBOUNDED = 2**31 - 1
-
-
-@pytest.fixture(scope="module")
-def server_url(run_of_tests: Any) -> Iterator[str]:
-    folder = Path(tempfile.mkdtemp(prefix="cp-"))
-    server = ServerProcess.start(folder, unix_socket_path=folder / "store.sock")
-    held = run_of_tests.look()
-    run_of_tests.held.append(held)
-    try:
-        server.wait_ready()
-        yield server.url
-    finally:
-        server.stop()
-        run_of_tests.held.remove(held)
-        shutil.rmtree(folder)
 
 
 class Numbered:
