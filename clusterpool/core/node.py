@@ -288,7 +288,7 @@ class NodeMachine:
         commands = self._process_left(e.ProcessLeft(Address(self.node_id, event.process_id)), now_s)
         commands += self._tell_watchers(Address(self.node_id, event.process_id), text)
         commands += self.actors.worker_ended(worker.actor_id, text)
-        commands += self.scheduler.worker_ended(event.process_id, event.exit_code, event.text, event.task)
+        commands += self.scheduler.worker_ended(event)
         self.environments.worker_ended(event.process_id)
         return commands + self._workers_gone(worker.job.job_id)
 

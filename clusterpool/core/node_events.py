@@ -48,13 +48,15 @@ class MessageArrived(Event, frozen=True):
 
 
 class WorkerEnded(Event, frozen=True):
-    """A worker process was waited for, and all it printed was read. `text` says how and probably why; `task`: which
-    one it ran, as in WorkerExited."""
+    """A worker process was waited for, and all it printed was read. `text` says how and probably why; `task`,
+    `peak_bytes` and `cause` as in WorkerExited."""
 
     process_id: str
     exit_code: int
     text: str
     task: int = -1
+    peak_bytes: int = 0
+    cause: str = ""
 
 
 class ForkFailed(Event, frozen=True):

@@ -138,10 +138,19 @@ class ReclaimLeases(Message, frozen=True):
     """Others are waiting: give back leases that you do not use right now."""
 
 
+class EndCause:
+    """Why a worker ended, where its node knows, or can tell from what it left behind."""
+
+    UNKNOWN = ""
+    OUT_OF_MEMORY = "out_of_memory"  # its node ended it because memory was about to run out
+    STACK_OVERFLOW = "stack_overflow"  # it crashed in a recursion
+
+
 class WorkerExited(Message, frozen=True):
     """A worker that you hold is no more. `exit_code`: negative for a signal, as in multiprocessing.
 
-    `task`: the number of the task that it ran; 0 when it ran none, -1 when nobody knows.
+    `task`: the number of the task that it ran; 0 when it ran none, -1 when nobody knows. `peak_bytes`: the most memory
+    that it ever had, what it read in the store included; 0 when nobody knows. `cause`: one of `EndCause`.
     """
 
     lease: int
@@ -149,6 +158,8 @@ class WorkerExited(Message, frozen=True):
     exit_code: int
     text: str
     task: int = -1
+    peak_bytes: int = 0
+    cause: str = ""
 
 
 class WorkerBlocked(Message, frozen=True):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from clusterpool.core import messages as m
 from clusterpool.core.messages import Address, WorkerKind
-from clusterpool.core.node_events import Command, EndWorker, ForkWorker, Send
+from clusterpool.core.node_events import Command, EndWorker, ForkWorker, Send, WorkerEnded
 from clusterpool.core.placement import Candidate, bytes_by_node, choose_node, spread_group
 from clusterpool.core.resources import Amounts, ResourcePool, to_amounts, to_numbers
 
@@ -64,7 +64,9 @@ class Lease:
 class Worker:
     """A worker process of this node."""
 
-    __slots__ = ("actor_id", "end_text", "has_joined", "is_ending", "job", "lease", "name", "pid", "process_id")
+    __slots__ = (
+        "actor_id", "end_cause", "end_text", "has_joined", "is_ending", "job", "lease", "name", "pid", "process_id"
+    )  # fmt: skip
 
     def __init__(self, process_id: str, job: m.JobPart, name: str) -> None:
         self.process_id = process_id
@@ -75,6 +77,7 @@ class Worker:
         self.has_joined = False
         self.is_ending = False
         self.end_text = ""  # why we ended it, when we did
+        self.end_cause = ""
         self.actor_id = ""
 
 
@@ -285,8 +288,9 @@ class Scheduler:
         failed = m.RequestFailed(lease.request, 1, kind, f"a worker could not be started: {text}")
         return [Send(lease.origin, failed), *self.advance()]
 
-    def worker_ended(self, process_id: str, exit_code: int, text: str, task: int = -1) -> list[Command]:
+    def worker_ended(self, ended: WorkerEnded) -> list[Command]:
         """A worker process is gone."""
+        process_id = ended.process_id
         worker = self.workers.pop(process_id, None)
         if worker is None:
             return []
@@ -297,10 +301,13 @@ class Scheduler:
         if lease is None:
             return self.advance()
         self._free(lease)
-        text = worker.end_text or text
+        text = worker.end_text or ended.text
         address = Address(self.node_id, process_id)
         if lease.is_granted:
-            message: m.Message = m.WorkerExited(lease.number, address, exit_code, text, task)
+            cause = worker.end_cause or ended.cause
+            message: m.Message = m.WorkerExited(
+                lease.number, address, ended.exit_code, text, ended.task, ended.peak_bytes, cause
+            )
         else:
             message = m.RequestFailed(lease.request, 1, "start_failed", f"a worker ended while it started: {text}")
         return [Send(lease.origin, message), *self.advance()]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Address(NamedTuple):

@@ -16,6 +16,7 @@ from clusterpool.errors import StartFailed
 from clusterpool.processes.logs import LogPipe, WorkerLog
 from clusterpool.processes.sweep import SESSION_VARIABLE
 from clusterpool.processes.task_page import read_task_page, task_page_path
+from clusterpool.processes.worker_end import explain_end
 from clusterpool.processes.zygote import ForkFailed, WorkerExited, WorkerForked, Zygote, ZygoteDied
 
 if TYPE_CHECKING:
@@ -154,20 +155,11 @@ class WorkerProcesses:
         # Results that it had sent must arrive before the news of its end.
         self._shell.drain(event.worker_id)
         task = read_task_page(task_page_path(self._shell.paths.process_sockets_folder, event.worker_id))
-        self._shell.handle(e.WorkerEnded(event.worker_id, event.exit_code, self._end_text(worker, event), task))
+        memory = self._shell.memory_text() if event.exit_code == -signal.SIGKILL else ""
+        text, cause = explain_end(
+            self._who(worker, event), event.exit_code, event.peak_rss_bytes, memory=memory, log=worker.log
+        )
+        self._shell.handle(e.WorkerEnded(event.worker_id, event.exit_code, text, task, event.peak_rss_bytes, cause))
 
-    def _end_text(self, worker: _WorkerProcess, event: WorkerExited) -> str:
-        who = f"worker {event.worker_id} ({worker.name or 'task'}, pid {event.pid}) on node {self._shell.node_id}"
-        peak = f"its memory had peaked at {event.peak_rss_bytes / 2**20:.0f} MiB"
-        if event.exit_code >= 0:
-            return f"{who} ended with exit code {event.exit_code} ({peak})"
-        name = str(-event.exit_code)
-        with contextlib.suppress(ValueError):
-            name = f"{-event.exit_code} ({signal.Signals(-event.exit_code).name})"
-        text = f"{who} was killed by signal {name}; {peak}"
-        if event.exit_code == -signal.SIGKILL:
-            memory = self._shell.memory_text()
-            text += f"; {memory}; if nobody sent the signal, the kernel ended it for want of memory: use fewer workers"
-        elif event.exit_code in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
-            text += "; a crash in C code, or a stack overflow: its log holds what it printed last"
-        return text
+    def _who(self, worker: _WorkerProcess, event: WorkerExited) -> str:
+        return f"worker {event.worker_id} ({worker.name or 'task'}, pid {event.pid}) on node {self._shell.node_id}"

@@ -8,7 +8,7 @@ import pytest
 
 from clusterpool.core import messages as m
 from clusterpool.core.messages import Address, WorkerKind
-from clusterpool.core.node_events import EndWorker, ForkWorker, Send
+from clusterpool.core.node_events import EndWorker, ForkWorker, Send, WorkerEnded
 from clusterpool.core.placement import Candidate
 from clusterpool.core.resources import to_amounts
 from clusterpool.core.scheduler import HOPS_MAX, SIGKILL, Scheduler
@@ -171,7 +171,7 @@ def test_a_blocked_worker_lends_its_cpu_and_takes_it_back_at_once() -> None:
     node.scheduler.unblocked("w1")
     assert node.scheduler.pool.free["CPU"] < 0
     node.release(worker.lease)
-    node.scheduler.worker_ended("w2", 0, "")
+    node.scheduler.worker_ended(WorkerEnded("w2", 0, ""))
     assert node.scheduler.pool.free == node.scheduler.pool.total
 
 
@@ -234,7 +234,7 @@ def test_what_no_node_could_ever_give_fails_at_once(resources: dict[str, float])
 def test_the_owner_hears_of_the_end_of_its_worker_and_the_cpu_is_free() -> None:
     node = Node(CPU=1)
     (worker,) = node.lease()
-    commands = node.scheduler.worker_ended("w1", -9, "killed by signal 9")
+    commands = node.scheduler.worker_ended(WorkerEnded("w1", -9, "killed by signal 9"))
     (exited,) = messages(commands, m.WorkerExited, DRIVER)
     assert (exited.lease, exited.exit_code, exited.text) == (worker.lease, -9, "killed by signal 9")
     assert node.scheduler.pool.free == node.scheduler.pool.total
@@ -243,7 +243,7 @@ def test_the_owner_hears_of_the_end_of_its_worker_and_the_cpu_is_free() -> None:
 def test_a_worker_that_ends_before_it_joins_fails_its_request() -> None:
     node = Node(CPU=1)
     node.request()
-    (failure,) = messages(node.scheduler.worker_ended("w1", 1, "import error"), m.RequestFailed, DRIVER)
+    (failure,) = messages(node.scheduler.worker_ended(WorkerEnded("w1", 1, "import error")), m.RequestFailed, DRIVER)
     assert (failure.request, failure.kind) == (1, "start_failed")
     assert node.join("w1") == []
 
@@ -260,7 +260,7 @@ def test_an_idle_worker_that_ends_is_not_handed_out() -> None:
     node = Node(CPU=1)
     (worker,) = node.lease()
     node.release(worker.lease)
-    node.scheduler.worker_ended("w1", -9, "killed")
+    node.scheduler.worker_ended(WorkerEnded("w1", -9, "killed"))
     assert forks(node.request()) == ["w2"]
 
 
@@ -379,3 +379,11 @@ def test_a_pinned_request_goes_to_its_node(node_id: str, is_passed_on: bool) -> 
     node.scheduler.peers_changed([peer()])
     demand = m.WorkerDemand(WorkerKind.TASK, {"CPU": 1.0}, strategy=f"node:{node_id}")
     assert bool(messages(node.request(demand=demand), m.RequestWorkers)) is is_passed_on
+
+
+def test_the_owner_is_told_the_peak_memory_and_the_cause_of_a_workers_end() -> None:
+    node = Node()
+    node.lease()
+    commands = node.scheduler.worker_ended(WorkerEnded("w1", -11, "crashed", 4, 12_000, m.EndCause.STACK_OVERFLOW))
+    (exited,) = messages(commands, m.WorkerExited, DRIVER)
+    assert (exited.task, exited.peak_bytes, exited.cause) == (4, 12_000, m.EndCause.STACK_OVERFLOW)
