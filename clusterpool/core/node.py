@@ -454,6 +454,7 @@ class NodeMachine:
             address=f"{record.host}:{record.port}" if record.port else "",
             details={
                 **self.scheduler.counts_by_state(),
+                **self.objects.counts_by_state(),
                 "is_member": float(self.membership.state is ms.State.MEMBER),
             },
         )

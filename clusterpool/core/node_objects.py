@@ -10,8 +10,9 @@ from clusterpool.core import transfer_messages as t
 from clusterpool.core.messages import Address
 from clusterpool.core.node_events import PagesReserved, ReservePages, Send
 from clusterpool.core.store_index import StoreIndex
+from clusterpool.core.store_objects import State
 from clusterpool.core.transfer_serving import ServingTable
-from clusterpool.core.transfers import TransferTable
+from clusterpool.core.transfers import Phase, TransferTable
 
 # Names of the node's own clients of its store; process ids never hold a colon.
 _PULL, _SERVE = "pull:", "serve:"
@@ -125,6 +126,18 @@ class NodeObjects:
         """A tick of the clock."""
         self._now_s = now_s
         return self._put(s.Tick()) + self._transfer(t.TimePassed())
+
+    def counts_by_state(self) -> dict[str, float]:
+        """Figures for people."""
+        states = [item.state for item in self.store.objects.values()]
+        return {
+            "objects": float(len(states)),
+            "objects_creating": float(states.count(State.CREATING)),
+            "objects_spilling": float(states.count(State.SPILLING)),
+            "objects_spilled": float(states.count(State.SPILLED)),
+            "pulls": float(sum(pull.phase is Phase.FETCHING for pull in self.pulls.pulls.values())),
+            "servings": float(len(self.servings.serving_by_number)),
+        }
 
     # --- the parts' commands
 

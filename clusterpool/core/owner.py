@@ -434,16 +434,16 @@ class OwnerMachine:
         return commands + self.actors.process_gone(address, text)
 
     def _node_lost(self, _source: m.Address, message: m.NodeLost, now_s: float) -> Commands:
+        text = f"its node {message.node_id} is gone: {message.text}"
         commands = self.objects.node_gone(message.node_id, message.text)
         for worker_set in list(self.sets.values()):
             commands += worker_set.cancel_requests()  # they may have been passed on to that node
             for process_id, worker in list(worker_set.held.items()):
                 if worker.address.node_id == message.node_id:
-                    text = f"its node {message.node_id} is gone: {message.text}"
                     commands += self._checked(worker_set.exited(process_id, -9, text, now_s))
             commands += self._checked(worker_set.advance(now_s))
         commands += self.children.node_gone(message.node_id)
-        return commands + self.actors.node_gone(message.node_id, message.text)
+        return commands + self.actors.node_gone(message.node_id, text)
 
     def _client_closed(self, event: e.ClientClosed, _now_s: float) -> Commands:
         """There is no cluster any more: whoever waits for anything must not wait for ever."""
