@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clusterpool.sizes import parse_size
+
 # `sockaddr_un.sun_path` has 108 bytes, the last of which is the closing zero.
 SOCKET_PATH_BYTES_MAX = 107
 # Names as long as any that ids.py makes: they show whether a base folder is short enough.
@@ -32,6 +34,8 @@ _LONGEST_BELOW_BASE = f"/clusterpool-{os.getuid()}/s-00000000/n-0000000000/p/w00
 # Share of the memory for objects. More starves the workers' own memory, less spills to disk early; Ray's
 # default is 30 %.
 OBJECT_STORE_MEMORY_SHARE = 0.3
+# In use beyond this part of the memory, a node ends workers (core/memory_monitor.py). Ray's default, too.
+MEMORY_THRESHOLD_DEFAULT = 0.95
 # Of the free shared memory we leave a tenth to others: a full tmpfs kills its writers with SIGBUS, not with
 # an error.
 SHARED_MEMORY_FREE_SHARE = 0.9
@@ -53,6 +57,8 @@ class NodeConfig:
 
     `driver_pid`: an embedded node ends with this process. `memory_bytes`: what tasks may ask for.
     `spill_folder`: None for the node's own folder. `spill_bytes_max`: None for no bound but the disk.
+    `memory_limit_bytes`: of the node's processes and object store together; None for what the machine has.
+    `memory_threshold`: in use beyond this part of the memory, workers are ended; 1 for never.
     `control_store_url`: None to start an embedded server. `listen_port`: None for no TCP at all, 0 for any
     free port.
     """
@@ -71,6 +77,8 @@ class NodeConfig:
     object_store_bytes: int = 0
     spill_folder: str | None = None
     spill_bytes_max: int | None = None
+    memory_limit_bytes: int | None = None
+    memory_threshold: float = MEMORY_THRESHOLD_DEFAULT
     control_store_url: str | None = None
     control_store_password_file: str | None = None
     listen_host: str = "127.0.0.1"
@@ -88,6 +96,8 @@ class NodeConfig:
             "num_gpus": self.num_gpus,
             "memory_bytes": self.memory_bytes,
             "object_store_bytes": self.object_store_bytes,
+            "memory_limit_bytes": self.memory_limit_bytes or 0,
+            "memory_threshold": self.memory_threshold,
             **self.resources,
         }
         for name, amount in amounts.items():
@@ -386,7 +396,7 @@ def detect_cpus(*, root: Path = Path("/")) -> int:
     A quota of 1.5 CPUs counts as 2, as in loky's `cpu_count`. `root` is for tests.
     """
     cpus = float(len(os.sched_getaffinity(0)))
-    for folder in _cgroup_folders(root, "cpu"):
+    for folder in cgroup_folders(root, "cpu"):
         quota = _read_words(folder / "cpu.max") or [
             *_read_words(folder / "cpu.cfs_quota_us"),
             *_read_words(folder / "cpu.cfs_period_us"),
@@ -399,11 +409,34 @@ def detect_cpus(*, root: Path = Path("/")) -> int:
 def detect_memory_bytes(*, root: Path = Path("/")) -> int:
     """Memory of this machine, or of the cgroup that bounds this process. `root` is for tests."""
     memory_bytes = _memory_total_bytes(root)
-    for folder in _cgroup_folders(root, "memory"):
+    for folder in cgroup_folders(root, "memory"):
         limit = _read_words(folder / "memory.max") or _read_words(folder / "memory.limit_in_bytes")
         if limit and limit[0].isdigit():
             memory_bytes = min(memory_bytes, int(limit[0]))
     return memory_bytes
+
+
+def memory_settings(memory_limit: int | str | None = None) -> dict[str, Any]:
+    """`memory_limit_bytes` and `memory_threshold` of a node: what was asked for, else CLUSTERPOOL_MEMORY_LIMIT (as
+    8GiB) and CLUSTERPOOL_MEMORY_THRESHOLD (as 0.95).
+
+    Raises: ValueError that names the variable.
+    """
+    limit = memory_limit or os.environ.get("CLUSTERPOOL_MEMORY_LIMIT") or None
+    threshold = os.environ.get("CLUSTERPOOL_MEMORY_THRESHOLD") or MEMORY_THRESHOLD_DEFAULT
+    try:
+        limit_bytes = None if limit is None else parse_size(limit)
+    except ValueError as exc:
+        raise ValueError(f"CLUSTERPOOL_MEMORY_LIMIT: {exc}") from exc
+    try:
+        threshold = float(threshold)
+        if not 0 < threshold <= 1:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"CLUSTERPOOL_MEMORY_THRESHOLD is a part of the memory, above 0 and at most 1: {threshold!r}"
+        ) from None
+    return {"memory_limit_bytes": limit_bytes, "memory_threshold": threshold}
 
 
 def detect_gpus(*, root: Path = Path("/")) -> list[str]:
@@ -475,7 +508,7 @@ def _outlives_login(runtime_folder: str) -> bool:
     return bool(user) and Path("/var/lib/systemd/linger", str(user)).exists()
 
 
-def _cgroup_folders(root: Path, controller: str) -> list[Path]:
+def cgroup_folders(root: Path, controller: str) -> list[Path]:
     """This process's cgroup and all above it (each may set a limit), of version 2 and of version 1."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from clusterpool.cli.failures import WrongFile
-from clusterpool.cli.sizes import parse_size
+from clusterpool.sizes import parse_size
 
 # Names that the cluster itself gives amounts to.
 _RESERVED_RESOURCES = {
@@ -35,6 +35,7 @@ class NodePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     num_gpus: float | None = None
     memory: int | str | None = None
     object_store_memory: int | str | None = None
+    memory_limit: int | str | None = None
     resources: dict[str, float] = {}
     labels: dict[str, str] = {}
     port: int = 0
@@ -128,7 +129,7 @@ def _check_node(place: str, node: NodePlan) -> None:
     _check_port(f"{place}.port", node.port)
     for name in ("num_cpus", "num_gpus"):
         _check_amount(f"{place}.{name}", getattr(node, name))
-    for name in ("memory", "object_store_memory"):
+    for name in ("memory", "object_store_memory", "memory_limit"):
         size = getattr(node, name)
         try:
             parse_size(0 if size is None else size)

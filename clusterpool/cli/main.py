@@ -86,6 +86,9 @@ _NODE_OPTIONS = (
     click.option("--num-gpus", type=float, help="GPUs that tasks may take. Default: what this machine has."),
     click.option("--memory", help="Memory that tasks may take, as 8GiB. Default: what this machine has."),
     click.option("--object-store-memory", help="Shared memory for objects, as 2GiB. Default: 30 % of the memory."),
+    click.option(
+        "--memory-limit", help="When its processes use more, workers are ended. Default: the machine's memory."
+    ),
     click.option("--resources", callback=_parse_resources, help="Amounts of anything, as '{\"ssd\": 1}'."),
     click.option("--name", default="", help="A name for the node; it becomes the label `name`."),
     click.option("--label", "labels", multiple=True, callback=_parse_labels, help="NAME=VALUE; may be repeated."),

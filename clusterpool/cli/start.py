@@ -21,7 +21,6 @@ from clusterpool.cli.cluster_file import ClusterPlan, NodePlan
 from clusterpool.cli.failures import AlreadyRunning, CommandFailed, NoCluster, WrongFile
 from clusterpool.cli.join_file import JoinFile, join_file_path, remove_join_file, write_join_file
 from clusterpool.cli.node_link import NodeLink
-from clusterpool.cli.sizes import parse_size
 from clusterpool.cli.stop import clean_up_after
 from clusterpool.control_store.address import redacted
 from clusterpool.control_store.server import ServerProcess
@@ -31,6 +30,7 @@ from clusterpool.node.cluster_keys import ClusterKeys
 from clusterpool.processes.launch import NodeProcess, describe_exit, launch_node, log_tail
 from clusterpool.processes.session_folder import make_or_join_session, remove_session_if_over
 from clusterpool.processes.sweep import sweep_stale_sessions
+from clusterpool.sizes import parse_size
 
 KEYS_NAME = "keys.json"
 PASSWORD_NAME = "password"
@@ -229,6 +229,7 @@ def _launch(
             labels={**plan.labels, **({"name": plan.name} if plan.name else {})},
             object_store_bytes=max(store_bytes // _PAGE_BYTES * _PAGE_BYTES, _OBJECT_STORE_BYTES_MIN),
             spill_folder=plan.spill_folder or config.default_spill_folder(),
+            **config.memory_settings(plan.memory_limit),
             control_store_url=join.control_store_url,
             control_store_password_file=str(session.folder / PASSWORD_NAME) if join.control_store_password else None,
             listen_host=listen_host,

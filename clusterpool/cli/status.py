@@ -13,9 +13,9 @@ import msgspec
 from clusterpool import config
 from clusterpool.cli.failures import NoCluster
 from clusterpool.cli.node_link import NodeLink
-from clusterpool.cli.sizes import show_size
 from clusterpool.core.messages import NodePart
 from clusterpool.errors import NotConnected
+from clusterpool.sizes import show_size
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -144,6 +144,7 @@ def start_embedded(
             memory_bytes=memory_bytes,
             resources=dict(resources or {}),
             object_store_bytes=max(store_bytes, 16 * _MIB),
+            **config.memory_settings(),
         )
     )
     return process, str(process.paths.node_socket)

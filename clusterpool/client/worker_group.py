@@ -75,7 +75,7 @@ class WorkerGroup:
         self._on_setup_failed = on_setup_failed
         self._is_closed = False
         self._is_ended = False
-        demand = WorkerDemand(WorkerKind.GROUP, dict(resources or {}), name)
+        demand = WorkerDemand(WorkerKind.GROUP, dict(resources or {}), name, is_retriable=retries > 0)
         setup = e.SetupPlan(name, dict(env or {}))
         # What the initializer and its arguments need must live until the last worker has run it.
         self._setup_held: Held | None = None

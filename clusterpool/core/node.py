@@ -27,6 +27,7 @@ from clusterpool.core.cluster_view import NodeLoad, NodeRecord, NodeView
 from clusterpool.core.coordination import CoordinationMachine
 from clusterpool.core.coordination_messages import CoordinationMessage
 from clusterpool.core.job_ends import JobEnds
+from clusterpool.core.memory_monitor import THRESHOLD_DEFAULT, MemoryMonitor
 from clusterpool.core.messages import Address
 from clusterpool.core.node_actors import NodeActors
 from clusterpool.core.node_objects import NodeObjects
@@ -66,6 +67,7 @@ class NodeMachine:
         is_head: bool,
         process_ids: Iterator[str],
         driver_pid: int | None = None,
+        memory_threshold: float = THRESHOLD_DEFAULT,
     ) -> None:
         self.record = record
         self.node_id = record.node_id
@@ -75,6 +77,7 @@ class NodeMachine:
         self.is_head = is_head
         self.processes: dict[str, Process] = {}
         self.scheduler = Scheduler(self.node_id, record.host_name, record.resources, process_ids=process_ids)
+        self.memory = MemoryMonitor(self.scheduler, threshold=memory_threshold)
         self.objects = NodeObjects(self.node_id, arena_bytes)
         self.actors = NodeActors(self.node_id)
         self.membership = ms.Membership(self.node_id)
@@ -91,6 +94,7 @@ class NodeMachine:
             e.ProcessLeft: self._process_left,
             e.MessageArrived: self._message_arrived,
             e.WorkerEnded: self._worker_ended,
+            e.MemoryRead: self.memory.handle,
             e.ForkFailed: lambda event, _: self._fork_failed(event.process_id, event.text, "start_failed"),
             env.PackageUnpacked: lambda event, _: self.environments.unpacked(event),
             env.PackageFailed: self._package_failed,

@@ -59,6 +59,20 @@ class WorkerEnded(Event, frozen=True):
     cause: str = ""
 
 
+class MemoryRead(Event, frozen=True):
+    """How much memory is in use, of how much, `where` (the machine, a container, this node's own limit).
+
+    `bytes_by_worker`: what each worker has for itself, by process id; None when it was not asked for. `store_bytes`:
+    of the object store, where that is memory; it counts as used.
+    """
+
+    used_bytes: int
+    limit_bytes: int
+    where: str
+    store_bytes: int
+    bytes_by_worker: dict[str, int] | None = None
+
+
 class ForkFailed(Event, frozen=True):
     """There is no such worker."""
 
@@ -126,6 +140,19 @@ class EndWorker(Command, frozen=True):
 
     process_id: str
     signal: int
+
+
+class ReadMemory(Command, frozen=True):
+    """Answer with MemoryRead after `after_s`; with what each worker has, if `with_workers`."""
+
+    after_s: float
+    with_workers: bool
+
+
+class WarnOfMemory(Command, frozen=True):
+    """Memory is about to run out; for the node's log."""
+
+    text: str
 
 
 class ReservePages(Command, frozen=True):

@@ -73,6 +73,7 @@ class WorkerDemand(Part, frozen=True):
     stored: list[StoredValue] = []  # large arguments of the first task: placed where their bytes are
     actor_id: str = ""
     outlives_owner: bool = False  # it goes on when its owner dies, until the job ends: a child process does
+    is_retriable: bool = True  # its tasks are run again when it dies: it is ended first when memory runs out
 
 
 class RequestWorkers(Message, frozen=True):

@@ -43,8 +43,8 @@ class Lease:
     """A worker in somebody's hands. `is_blocked`: its CPU is lent to others."""
 
     __slots__ = (
-        "amounts", "gpu_ids", "has_env", "is_blocked", "is_granted", "kind", "number", "origin", "outlives_owner",
-        "request", "worker",
+        "amounts", "gpu_ids", "has_env", "is_blocked", "is_granted", "is_retriable", "kind", "number", "origin",
+        "outlives_owner", "request", "worker",
     )  # fmt: skip
 
     def __init__(self, number: int, pending: Pending, worker: Worker, gpu_ids: list[int]) -> None:
@@ -56,6 +56,7 @@ class Lease:
         self.gpu_ids = gpu_ids
         self.has_env = bool(pending.demand.env)
         self.outlives_owner = pending.demand.outlives_owner
+        self.is_retriable = pending.demand.is_retriable
         self.worker = worker
         self.is_granted = False
         self.is_blocked = False

@@ -22,7 +22,6 @@ from typing import Any
 import msgspec
 
 from clusterpool import ids
-from clusterpool.config import detect_memory_bytes
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
 from clusterpool.core import package_messages as p
@@ -38,6 +37,7 @@ from clusterpool.errors import ProtocolError
 from clusterpool.node.coordination import NodeCoordination
 from clusterpool.node.descriptors import Descriptors
 from clusterpool.node.disk import DiskThread
+from clusterpool.node.memory import MemoryWatch
 from clusterpool.node.packages import PackageThread
 from clusterpool.node.routes import Routes
 from clusterpool.node.store_thread import StoreThread
@@ -78,6 +78,7 @@ class NodeShell:
         self.rejected_frames = 0
         self.host = socket.gethostname()
         self.workers = WorkerProcesses(self, zygote)
+        self.memory = MemoryWatch(self)
         self.store = StoreThread(self.config, self.post)
         self.packages = PackageThread(self.paths.folder / "packages", self.post, self.store.connect_another)
         self.descriptors = Descriptors(self)
@@ -109,6 +110,7 @@ class NodeShell:
             driver_pid=config.driver_pid,
             is_head=config.is_head,
             process_ids=_worker_ids(),
+            memory_threshold=config.memory_threshold,
         )
         if self.peers is not None:
             self.routes = Routes(self.peers, self.machine.membership, self._hand_back)
@@ -195,12 +197,13 @@ class NodeShell:
         """Turn the loop until the node stops; the exit code."""
         try:
             while not self._is_stopping:
-                wait_s = max(0.0, self._last_tick_s + TICK_S - monotonic())
+                wait_s = max(0.0, min(self._last_tick_s + TICK_S, self.memory.due_s) - monotonic())
                 for fd, mask in self.epoll.poll(wait_s):
                     on_ready = self._by_fd.get(fd)
                     if on_ready is not None:
                         on_ready(mask)
                 now_s = monotonic()
+                self.memory.look(now_s)
                 if now_s - self._last_tick_s >= TICK_S:
                     self._last_tick_s = now_s
                     self.handle(e.TimePassed())
@@ -422,6 +425,8 @@ class NodeShell:
             elif isinstance(command, (FetchPackage, DropPackage)):
                 self.packages.take(command)
                 self.store.start()
+            elif isinstance(command, (e.ReadMemory, e.WarnOfMemory)):
+                self.memory.take(command)
             elif isinstance(command, e.StopNode):
                 self.stop(command.text)
             elif isinstance(command, CoordinationCommand):
@@ -446,16 +451,6 @@ class NodeShell:
             logger.warning("node %s: node %s is gone: %s", self.node_id, command.node_id, command.text)
             self.routes.lost(command.node_id)
             self.descriptors.tunnels.node_gone(command.node_id)
-
-    def memory_text(self) -> str:
-        """How much memory the host has left, for the text of a worker's death."""
-        total = detect_memory_bytes()
-        with contextlib.suppress(OSError, ValueError), open("/proc/meminfo") as file:  # noqa: PTH123
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    free = int(line.split()[1]) * 1024
-                    return f"the node had {free / 2**30:.1f} of {total / 2**30:.1f} GiB of memory free"
-        return ""
 
 
 def _worker_ids() -> Iterator[str]:

@@ -99,6 +99,15 @@ class WorkerProcesses:
             with contextlib.suppress(StartFailed):
                 self._zygote.preload((module,))
 
+    def pids(self) -> dict[str, int]:
+        """The pid of each worker, by process id."""
+        return {process_id: worker.pid for process_id, worker in self._workers.items() if worker.pid}
+
+    @property
+    def zygote_pid(self) -> int:
+        """Of the process that forks the workers."""
+        return self._zygote.pid
+
     def end(self, command: e.EndWorker) -> None:
         """Send a worker a signal."""
         self._zygote.kill_worker(command.process_id, command.signal)
@@ -155,10 +164,12 @@ class WorkerProcesses:
         # Results that it had sent must arrive before the news of its end.
         self._shell.drain(event.worker_id)
         task = read_task_page(task_page_path(self._shell.paths.process_sockets_folder, event.worker_id))
-        memory = self._shell.memory_text() if event.exit_code == -signal.SIGKILL else ""
+        was_killed = event.exit_code == -signal.SIGKILL
+        memory = self._shell.memory.free_text() if was_killed else ""
         text, cause = explain_end(
-            self._who(worker, event), event.exit_code, event.peak_rss_bytes, memory=memory, log=worker.log
-        )
+            self._who(worker, event), event.exit_code, event.peak_rss_bytes,
+            memory=memory, is_kernels_doing=was_killed and self._shell.memory.kernel_has_killed(), log=worker.log,
+        )  # fmt: skip
         self._shell.handle(e.WorkerEnded(event.worker_id, event.exit_code, text, task, event.peak_rss_bytes, cause))
 
     def _who(self, worker: _WorkerProcess, event: WorkerExited) -> str:

@@ -22,9 +22,19 @@ _CRASHES = (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGILL, -s
 
 
 def explain_end(
-    who: str, exit_code: int, peak_bytes: int, *, memory: str = "", log: WorkerLog | None = None
+    who: str,
+    exit_code: int,
+    peak_bytes: int,
+    *,
+    memory: str = "",
+    is_kernels_doing: bool = False,
+    log: WorkerLog | None = None,
 ) -> tuple[str, str]:
-    """The text for people, and one of `EndCause`. `memory`: what the host has left; `log`: all that was printed."""
+    """The text for people, and one of `EndCause`.
+
+    `memory`: what the host has left; `is_kernels_doing`: it has just ended something for want of memory; `log`: all
+    that the worker printed.
+    """
     peak = f"peak memory {memory_amount(peak_bytes)}"
     if exit_code >= 0:
         return f"{who} ended with exit code {exit_code} ({peak})", EndCause.UNKNOWN
@@ -34,6 +44,11 @@ def explain_end(
     text = f"{who} was killed by signal {name}; {peak}"
     if exit_code == -signal.SIGKILL:
         text += f"; {memory}" if memory else ""
+        if is_kernels_doing:
+            text += (
+                "; the kernel has just ended a process for want of memory: use fewer workers, or say memory= for each"
+            )
+            return text, EndCause.OUT_OF_MEMORY
         text += "; if nobody sent the signal, the kernel ended it for want of memory: use fewer workers"
     elif exit_code in _CRASHES:
         crash, cause = _explain_crash(crash_traceback(log))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clusterpool.cli.sizes import parse_size, show_size
+from clusterpool.sizes import parse_size, show_size
 
 
 @pytest.mark.parametrize(
