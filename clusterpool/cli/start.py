@@ -169,7 +169,7 @@ def _control_store(plan: ClusterPlan, session: config.SessionPaths, lock: int, u
         appendonly=True,
         pass_fds=(lock,),
     )
-    undo.steps.append(server.stop)
+    undo.steps.append(lambda: (ServerProcess.attach(server.folder) or server).stop())
     server.wait_ready()
     return server.url, password
 

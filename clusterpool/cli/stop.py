@@ -66,6 +66,8 @@ def clean_up_after(record: ClusterRecord) -> StopReport:
     _end_in_order(nodes, report)
     if others and server is not None:
         report.remaining = _wait_for_others(session, record)
+    # Looked for again: a node may have started it anew meanwhile.
+    server = ServerProcess.attach(session.folder / "store")
     if server is not None:
         server.stop()
         report.is_store_ended = True

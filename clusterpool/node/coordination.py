@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from clusterpool.core import coordination_events as e
 from clusterpool.errors import ClusterpoolError, NotConnected
+from clusterpool.node.store_thread import PATIENCE_S
 from clusterpool.processes.thin_files import cell_path, remove_thin_files, semaphore_name, semaphore_path
 
 if TYPE_CHECKING:
@@ -34,8 +35,7 @@ logger = logging.getLogger(__name__)
 MOVED_PAGE = "moved"
 _PAGE_BYTES = 8
 _RETRY_S = 0.2
-# As long as the node's other operations on the control store are tried when it is away.
-_PATIENCE_S = 30.0
+_PATIENCE_S = PATIENCE_S
 _BLOCK_MS = 1000
 _SEMAPHORE_KIND = 1  # of _multiprocessing.SemLock: not recursive
 # Operations that change nothing have no number.

@@ -25,12 +25,10 @@ from clusterpool.core import environments as env
 from clusterpool.core import package_messages as p
 from clusterpool.core.messages import Address
 from clusterpool.errors import ClusterpoolError, NotConnected
+from clusterpool.node.store_thread import PATIENCE_S
 
 logger = logging.getLogger(__name__)
 
-# How long a fetch or an upload tries to reach a control store that is away. Longer keeps a user waiting who
-# could do something about it; shorter fails jobs when the store changes over to its replica.
-PATIENCE_S = 20.0
 _RETRY_S = 0.25
 
 

@@ -79,7 +79,7 @@ class NodeShell:
         self.host = socket.gethostname()
         self.workers = WorkerProcesses(self, zygote)
         self.memory = MemoryWatch(self)
-        self.store = StoreThread(self.config, self.post)
+        self.store = StoreThread(self.config, self.post, session_fd=start.lock.session_fd)
         self.packages = PackageThread(self.paths.folder / "packages", self.post, self.store.connect_another)
         self.descriptors = Descriptors(self)
         self.coordination = NodeCoordination(self)

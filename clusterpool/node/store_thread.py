@@ -24,23 +24,30 @@ from clusterpool.errors import ClusterpoolError, NotConnected
 
 logger = logging.getLogger(__name__)
 
+# How long an operation that somebody waits for is tried while the store is away: a restart, a failover or a pause of
+# half a minute must be survived. Longer keeps a user waiting who could do something about it.
+PATIENCE_S = 90.0
 _RETRY_S = 0.5
-_CONNECT_S = 10.0
+# Of the thread that sends the heartbeats: longer than a busy server takes, shorter than the others' suspicion.
+_ANSWER_S = 2.5
 _ADDRESS_FIELD = "actor"
 
 
 class StoreThread:
     """Calls the control store for a node; answers are posted as events."""
 
-    def __init__(self, config: NodeConfig, post: Callable[[Any], None]) -> None:
+    def __init__(self, config: NodeConfig, post: Callable[[Any], None], *, session_fd: int = -1) -> None:
         self._config = config
+        self._session_fd = session_fd
+        self._server: Any = None  # a StoreServer, where there is one to care for
         self._post = post
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._store: Any = None
-        self._server: Any = None
         self._is_stopping = False
+        self._away_since_s: float | None = None
         self._thread = threading.Thread(target=self._main, name="control-store", daemon=True)
         self._feed = threading.Thread(target=self._follow, name="change-feed", daemon=True)
+        self._registration = 1  # counted up with each that is known to have succeeded
         self._is_started = False
         self._is_connected = threading.Event()
 
@@ -57,15 +64,15 @@ class StoreThread:
 
     def put(self, command: Any) -> None:
         """Carry out a command of the machine (CallStore, or one of the membership's), in order."""
-        self._queue.put(command)
+        self._queue.put((command, time.monotonic() + PATIENCE_S))
 
     def connect_another(self, store_class: Any = None) -> Any:
         """A connection for another thread of the node, once the control store has been reached here.
 
         Raises: NotConnected.
         """
-        if not self._is_connected.wait(_CONNECT_S):
-            raise NotConnected("the control store could not be started or reached; the node's log says why")
+        if not self._is_connected.wait(_RETRY_S):
+            raise NotConnected("the control store could not be started or reached yet; the node's log says why")
         return self._connect_feed(store_class)
 
     def stop(self) -> None:
@@ -83,64 +90,71 @@ class StoreThread:
     # --- the calling thread
 
     def _main(self) -> None:
-        if not self._open():
-            return
-        self._is_connected.set()
-        if not self._config.is_embedded:
-            self._feed.start()
-        while True:
-            command = self._queue.get()
-            if command is None:
-                return
-            self._carry_out(command)
+        failure = self._open()
+        if not failure:
+            self._is_connected.set()
+            if not self._config.is_embedded:
+                self._feed.start()
+        while (item := self._queue.get()) is not None:
+            command, deadline_s = item
+            if not failure:
+                self._carry_out(command, deadline_s)
+            elif isinstance(command, e.CallStore):
+                self._post(e.StoreRaised(command.tag, "NotConnected", failure))
 
-    def _open(self) -> bool:
-        """Connect, however long it takes; whether there is a store."""
-        has_warned = False
+    def _open(self) -> str:
+        """Connect, however long it takes; why there is no store, or nothing."""
         while not self._is_stopping:
             try:
                 self._store = self._connect()
             except NotConnected as exc:
-                if not has_warned:
-                    logger.warning("the control store does not answer yet: %s", exc)
-                has_warned = True
+                self._is_away(exc)
                 time.sleep(_RETRY_S)
             except Exception as exc:
                 logger.exception("the control store could not be started or reached")
                 if not self._config.is_embedded:
                     self._post(e.StopNode(f"it cannot use the control store: {exc}"))
-                return False
+                return f"the control store could not be started: {exc}"
             else:
-                return True
-        return False
+                self._is_back()
+                return ""
+        return "the node ends"
+
+    def _is_away(self, exc: Exception) -> None:
+        if self._away_since_s is None:
+            self._away_since_s = time.monotonic()
+            logger.warning(
+                "the control store is away (%s); what runs goes on, what needs the store waits up to %g s",
+                exc, PATIENCE_S,
+            )  # fmt: skip
+
+    def _is_back(self) -> None:
+        if self._away_since_s is not None:
+            logger.warning("the control store is back after %.1f s", time.monotonic() - self._away_since_s)
+            self._away_since_s = None
 
     def _connect(self) -> Any:
         from clusterpool.control_store.store import ControlStore
 
         config = self._config
+        if self._server is None and self._has_server():
+            from clusterpool.node.store_server import StoreServer
+
+            self._server = StoreServer(config, session_fd=self._session_fd)
+            self._server.start()
         if config.control_store_url is None:
-            from clusterpool.control_store.server import ServerProcess
+            self._server.wait_started()
+        return self._connect_feed(ControlStore, answer_timeout_s=_ANSWER_S)
 
-            folder = config.paths.folder / "store"
-            # It must not outlive a node that is killed: nobody else has a use for it, and a sweep may never come.
-            # (The tie is to this thread, which lives as long as the node does.)
-            self._server = ServerProcess.start(
-                folder, unix_socket_path=config.paths.valkey_socket, dies_with_parent=True
-            )
-            self._server.wait_ready()
-            return ControlStore.connect(f"unix://{config.paths.valkey_socket}", cluster_id=config.cluster_id)
-        password = None
-        if config.control_store_password_file:
-            password = Path(config.control_store_password_file).read_text().strip()
-        return ControlStore.connect(config.control_store_url, cluster_id=config.cluster_id, password=password)
-
-    def _carry_out(self, command: Any) -> None:
+    def _carry_out(self, command: Any, deadline_s: float) -> None:
         if isinstance(command, e.CallStore):
-            self._call(command)
+            self._call(command, deadline_s)
             return
         try:
             event = self._membership(command)
+            self._is_back()
         except NotConnected as exc:
+            self._is_away(exc)
             event = ms.StoreFailed(str(exc))
         except ClusterpoolError as exc:
             logger.warning("the control store refused %s: %s", type(command).__name__, exc)
@@ -151,12 +165,13 @@ class StoreThread:
         if event is not None:
             self._post(event)
 
-    def _call(self, call: e.CallStore) -> None:
-        deadline_s = time.monotonic() + 30.0
+    def _call(self, call: e.CallStore, deadline_s: float) -> None:
         while True:
             try:
                 value = getattr(self, f"_op_{call.operation}")(**call.arguments)
+                self._is_back()
             except NotConnected as exc:
+                self._is_away(exc)
                 if time.monotonic() < deadline_s and not self._is_stopping:
                     time.sleep(_RETRY_S)
                     continue
@@ -172,7 +187,9 @@ class StoreThread:
     def _membership(self, command: Any) -> Any:
         store, node_id = self._store, self._config.node_id
         if isinstance(command, ms.RegisterNode):
-            return ms.Registered(store.register_node(command.record))
+            incarnation = store.register_node(command.record, self._registration)
+            self._registration += 1
+            return ms.Registered(incarnation)
         if isinstance(command, ms.RestoreNode):
             return ms.Restored(store.restore_node(command.record, command.incarnation))
         if isinstance(command, ms.SendHeartbeat):
@@ -256,7 +273,7 @@ class StoreThread:
                 store = None
                 time.sleep(_RETRY_S)
 
-    def _connect_feed(self, store_class: Any = None) -> Any:
+    def _connect_feed(self, store_class: Any = None, **options: Any) -> Any:
         from clusterpool.control_store.store import ControlStore
 
         config = self._config
@@ -264,7 +281,14 @@ class StoreThread:
         if config.control_store_password_file:
             password = Path(config.control_store_password_file).read_text().strip()
         url = config.control_store_url or f"unix://{config.paths.valkey_socket}"
-        return (store_class or ControlStore).connect(url, cluster_id=config.cluster_id, password=password)
+        return (store_class or ControlStore).connect(
+            url, cluster_id=config.cluster_id, password=password, timeout_s=0, **options
+        )
+
+    def _has_server(self) -> bool:
+        from clusterpool.node.store_server import StoreServer
+
+        return StoreServer.is_wanted(self._config)
 
     def _feed_event(self, event: Any) -> None:
         fields = event.fields

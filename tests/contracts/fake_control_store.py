@@ -35,6 +35,7 @@ class FakeControlStore:
         self._generation = ""
         self._generation_by_node: dict[str, str] = {}
         self._incarnation = 0
+        self._registration_by_node: dict[str, int] = {}
         self._entry_by_node: dict[str, NodeEntry] = {}
         self._record_by_job: dict[str, bytes] = {}
         self._actor_by_id: dict[str, ActorEntry] = {}
@@ -53,8 +54,12 @@ class FakeControlStore:
 
     # Nodes
 
-    def register_node(self, record: NodeRecord) -> int:
+    def register_node(self, record: NodeRecord, registration: int = 0) -> int:
         self._reach()
+        current = self._entry_by_node.get(record.node_id)
+        if current is not None and 0 < registration <= self._registration_by_node.get(record.node_id, 0):
+            return current.incarnation
+        self._registration_by_node[record.node_id] = registration
         self._incarnation += 1
         self._enlist(record, self._incarnation)
         return self._incarnation
@@ -107,6 +112,7 @@ class FakeControlStore:
         if current is None or current.incarnation != incarnation:
             return False
         del self._entry_by_node[node_id]
+        self._registration_by_node.pop(node_id, None)
         self._publish(kind, {"node_id": node_id, "incarnation": str(incarnation), "reason": reason})
         return True
 

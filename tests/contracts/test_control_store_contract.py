@@ -64,6 +64,19 @@ def test_registered_node_is_listed_with_its_record(store: ControlStorePort) -> N
     assert 0 <= entry.silence_s < 5
 
 
+def test_registration_that_is_made_again_is_the_same_one(store: ControlStorePort) -> None:
+    first = store.register_node(record(), 1)
+    assert store.register_node(record(), 1) == first
+    assert store.heartbeat("n1", first, LOAD) is HeartbeatAnswer.ACCEPTED
+    assert [event.kind for event in store.read_events(0)] == ["node_joined"]
+    second = store.register_node(record(), 2)
+    assert second > first
+    assert store.register_node(record(), 1) == second  # it was late
+    # That of a life that has ended meanwhile begins another.
+    assert store.declare_node_dead("n1", second, "silent")
+    assert store.register_node(record(), 2) > second
+
+
 def test_incarnations_grow_over_all_nodes(store: ControlStorePort) -> None:
     incarnations = [store.register_node(record(node_id)) for node_id in ("n1", "n2", "n1", "n3")]
     assert incarnations == sorted(set(incarnations))

@@ -208,6 +208,44 @@ def test_server_that_hangs_is_not_connected_in_bounded_time() -> None:
             os.kill(server.pid, signal.SIGCONT)
 
 
+def test_what_a_stopped_server_was_sent_takes_effect_before_what_comes_later_or_never() -> None:
+    with embedded_server() as server, connected(server.url, answer_timeout_s=0.1) as store:
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            for value in (b"first", b"second", b"third"):
+                with pytest.raises(NotConnected):
+                    store.put_value("k", value)
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        wait_for(lambda: is_reached(store))
+        store.put_value("k", b"last")
+        with connected(server.url) as other:
+            for _ in range(20):
+                other.ping()
+                assert store.get_value("k") == b"last"
+            assert len(other._client.execute_command("CLIENT", "LIST").splitlines()) == 2
+
+
+def test_stopped_server_fails_a_call_after_one_timeout() -> None:
+    with embedded_server() as server, connected(server.url, answer_timeout_s=0.3) as store:
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            started_s = time.monotonic()
+            with pytest.raises(NotConnected):
+                store.ping()
+            assert time.monotonic() - started_s < 2.0
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+
+
+def is_reached(store: ControlStore) -> bool:
+    try:
+        store.ping()
+    except NotConnected:
+        return False
+    return True
+
+
 def test_store_that_lost_everything_takes_its_nodes_back() -> None:
     with short_folder() as folder:
         options = {"unix_socket_path": folder / "store.sock"}

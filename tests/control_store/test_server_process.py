@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from clusterpool.control_store.server import ServerProcess, find_server_binary
+from clusterpool.control_store.server import APPEND_ONLY_FOLDER, ServerProcess, find_server_binary
 from clusterpool.errors import StartFailed
 from tests.control_store.servers import PASSWORD, embedded_server, running, short_folder, tcp_server, wait_for
 
@@ -32,6 +33,11 @@ def ask(url: str, *lines: str) -> bytes:
             connection.sendall(line.encode() + b"\r\n")
             answer = connection.recv(65536)
     return answer
+
+
+def quoted(text: str) -> str:
+    """As the server reads it in a line of words."""
+    return '"' + "".join(f"\\x{byte:02x}" for byte in text.encode()) + '"'
 
 
 def is_alive(pid: int) -> bool:
@@ -140,11 +146,86 @@ def test_data_of_a_persistent_server_survives_kill() -> None:
     with short_folder() as folder:
         path = folder / "store.sock"
         with running(folder, unix_socket_path=path, appendonly=True) as server:
-            assert ask(server.url, "SET k v", "WAITAOF 1 0 5000").startswith(b"*2\r\n:1")
+            assert ask(server.url, "SET k v") == b"+OK\r\n"
             os.kill(server.pid, signal.SIGKILL)
             wait_for(lambda: not server.is_running())
         with running(folder, unix_socket_path=path, appendonly=True) as server:
             assert ask(server.url, "GET k") == b"$1\r\nv\r\n"
+
+
+def append_only_file(folder: Path) -> Path:
+    [file] = (folder / APPEND_ONLY_FOLDER).glob("*.incr.aof")
+    return file
+
+
+def killed(server: ServerProcess) -> ServerProcess:
+    os.kill(server.pid, signal.SIGKILL)
+    wait_for(lambda: not server.is_running())
+    return server
+
+
+def test_server_that_was_killed_is_started_again_with_address_password_and_data() -> None:
+    with tcp_server(appendonly=True) as server:
+        assert ask(server.url, f"AUTH {quoted(PASSWORD)}", "SET k v") == b"+OK\r\n"
+        first_pid = killed(server).pid
+        server.start_again()
+        server.wait_ready()
+        assert server.pid != first_pid
+        assert ask(server.url, f"AUTH {quoted(PASSWORD)}", "GET k") == b"$1\r\nv\r\n"
+        found = ServerProcess.attach(server.folder)
+        assert found is not None and found.pid == server.pid
+
+
+def test_server_is_started_again_by_who_only_found_it() -> None:
+    with embedded_server() as server:
+        found = ServerProcess.attach(server.folder)
+        assert found is not None
+        killed(server)
+        found.start_again(dies_with_parent=True)
+        try:
+            found.wait_ready()
+            assert ask(server.url, "PING") == b"+PONG\r\n"
+        finally:
+            found.stop()
+
+
+def test_half_written_end_of_the_data_is_left_out() -> None:
+    with short_folder() as folder, running(folder, unix_socket_path=folder / "s", appendonly=True) as server:
+        assert ask(server.url, "SET k v", "SET unacknowledged x") == b"+OK\r\n"
+        killed(server)
+        file = append_only_file(folder)
+        file.write_bytes(file.read_bytes()[:-5])
+        server.start_again()
+        server.wait_ready()
+        assert ask(server.url, "GET k") == b"$1\r\nv\r\n"
+        assert ask(server.url, "GET unacknowledged") == b"$-1\r\n"
+
+
+def test_data_that_cannot_be_read_are_known_for_it_and_put_aside() -> None:
+    with short_folder() as folder, running(folder, unix_socket_path=folder / "s", appendonly=True) as server:
+        assert ask(server.url, "SET k v", "SET l v") == b"+OK\r\n"
+        killed(server)
+        file = append_only_file(folder)
+        file.write_bytes(b"rubbish" + file.read_bytes())
+        server.start_again()
+        with pytest.raises(StartFailed):
+            server.wait_ready()
+        assert server.has_unreadable_data()
+        assert server.set_data_aside()
+        server.start_again()
+        server.wait_ready()
+        assert not server.has_unreadable_data()
+        assert ask(server.url, "GET k") == b"$-1\r\n"
+        assert list((folder / f"{APPEND_ONLY_FOLDER}.unreadable").iterdir())
+
+
+def test_server_whose_folder_is_gone_starts_empty_in_a_new_one() -> None:
+    with tcp_server(appendonly=True) as server:
+        killed(server)
+        shutil.rmtree(server.folder)
+        server.start_again()
+        server.wait_ready()
+        assert ask(server.url, f"AUTH {quoted(PASSWORD)}", "DBSIZE") == b":0\r\n"
 
 
 def test_failed_start_shows_the_end_of_the_log() -> None:
