@@ -31,6 +31,10 @@ class WorkerDied(ClusterpoolError, RuntimeError):
     """A worker process ended while it ran a task (killed, `os._exit`, out of memory, a crash in C code)."""
 
 
+class TaskTimeout(ClusterpoolError, TimeoutError):
+    """A task ran for longer than its `timeout` and was stopped, with its worker."""
+
+
 class WorkerSetupFailed(ClusterpoolError, RuntimeError):
     """The initializer or the runtime environment of a worker failed."""
 

@@ -412,9 +412,11 @@ def remote(*args: Any, **options: Any) -> Any:
 
     A function then has `.remote(*args, **kwargs)`, which returns an ObjectRef at once, and `.options(...)`; a class
     has `.remote(...)`, which returns a handle of a new actor. Options: `num_cpus`, `num_gpus`, `memory` (bytes),
-    `resources`, `name`, `num_returns` (or "streaming"), `retries`, `scheduling` ("spread", "node:<id>",
-    "near:<id>"), `runtime_env` (with `env_vars`); for actors also `max_concurrency`, `lifetime="detached"`,
-    `namespace`, `get_if_exists`.
+    `resources`, `name`, `num_returns` (or "streaming"), `scheduling` ("spread", "node:<id>", "near:<id>"),
+    `runtime_env` (with `env_vars`); for functions `retries` (when its worker dies; 0: it is never started twice),
+    `retry_exceptions` (False, True or exception classes: also when it raises one of these), `timeout` (seconds that a
+    task may run, its own waiting included; then it is stopped and raises TaskTimeout); for actors `max_concurrency`,
+    `lifetime="detached"`, `namespace`, `get_if_exists`.
     Raises: TypeError, ValueError for options that do not exist or cannot be.
     """
     from clusterpool.client.remote_function import make_remote

@@ -27,6 +27,7 @@ class Deliveries:
         self.queue: deque[Delivery] = deque()
         self.result_loader: Callable[[Task, m.TaskResult, Any], None] = _no_loader
         self.failure_loader: Callable[[Task, e.FailTasks], None] = _no_loader
+        self.chunk_loader: Callable[[e.DeliverChunk, Any], None] = _no_loader
         self.watchers: dict[tuple[Address, int], list[Delivery]] = {}
         self.set_sinks: dict[int, Any] = {}  # WorkerGroups, by set number
         self._worker_facts: dict[str, GroupWorker | None] = {}
@@ -50,6 +51,9 @@ class Deliveries:
             fail = self.failure_loader
             for task in command.tasks:  # type: ignore[attr-defined]
                 self.queue.append(lambda task=task: fail(task, command))  # type: ignore[misc, arg-type]
+        elif kind is e.DeliverChunk:
+            load_chunk, facts = self.chunk_loader, self._facts_of(command.worker)  # type: ignore[attr-defined]
+            self.queue.append(lambda: load_chunk(command, facts))  # type: ignore[arg-type]
         elif kind is not e.StreamMoved and kind is not e.ActorMoved:
             sink = self.set_sinks.get(command.set_number)  # type: ignore[attr-defined]
             if sink is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from clusterpool.client import api, packages
 from clusterpool.client.object_ref import ObjectRef
 from clusterpool.client.runtime import Runtime
+from clusterpool.client.task_limits import limits_for
 from clusterpool.core import owner_events as e
 from clusterpool.core.messages import TaskExtras, TaskKind, WorkerDemand, WorkerKind
 
@@ -18,7 +19,16 @@ RETURNS_MAX = 1000
 DRAWING_BYTES_MIN = 1024 * 1024
 
 RESOURCE_OPTIONS = ("num_cpus", "num_gpus", "memory", "resources")
-FUNCTION_OPTIONS = (*RESOURCE_OPTIONS, "name", "num_returns", "retries", "scheduling", "runtime_env")
+FUNCTION_OPTIONS = (
+    *RESOURCE_OPTIONS,
+    "name",
+    "num_returns",
+    "retries",
+    "retry_exceptions",
+    "timeout",
+    "scheduling",
+    "runtime_env",
+)
 
 
 def make_remote(target: Any, options: dict[str, Any]) -> Any:
@@ -91,6 +101,7 @@ class RemoteFunction:
         self._retries = options.get("retries", RETRIES_DEFAULT)
         if not isinstance(self._retries, int) or self._retries < 0:
             raise ValueError(f"retries must be an integer of 0 or more: {self._retries!r}")
+        self._limits = limits_for(options.get("timeout"), options.get("retry_exceptions", False))
         self._resources = resources_of(options, default_cpus=1)
         self._strategy = strategy_of(options)
         self._env = env_of(options)
@@ -114,6 +125,8 @@ class RemoteFunction:
         extras = None
         if self._returns != 1:
             extras = TaskExtras(1, self._name, self._returns)
+        if self._limits is not None:
+            extras = TaskExtras(1, self._name, self._returns, limits=self._limits)
         kind = TaskKind.STREAM if self._returns == -1 else TaskKind.CALL
         made = here.maker.call(
             here.functions, self._function, args, kwargs, None, 0, retries=self._retries, extras=extras, kind=kind

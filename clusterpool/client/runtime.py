@@ -11,6 +11,7 @@ from clusterpool import errors
 from clusterpool.client.client import Client
 from clusterpool.client.coordination import Coordination
 from clusterpool.client.group_worker import GroupWorker, as_group_worker
+from clusterpool.client.split_chunk import CHUNK_KINDS, ChunkGatherer, item_text
 from clusterpool.client.submission import FunctionTable, TaskMaker
 from clusterpool.client.values import NONE_PAYLOAD, Values, make_error
 from clusterpool.core import messages as m
@@ -43,6 +44,7 @@ class Runtime:
         self.channels: ChannelTable | None = None  # made by channel.py when there is a first one
         client.deliveries.result_loader = self.load_result
         client.deliveries.failure_loader = self.load_failure
+        client.deliveries.chunk_loader = self.load_chunk
 
     @property
     def coordination(self) -> Coordination:
@@ -130,9 +132,16 @@ class Runtime:
         for reference in references:
             self.client.release_reference(reference.owner, reference.number)
 
+    def load_chunk(self, chunk: e.DeliverChunk, worker: GroupWorker | None) -> None:
+        """Load the results of a chunk that was run in parts, and give them to its sink together."""
+        ChunkGatherer(self, chunk, worker).start()
+
     def load_failure(self, task: Task, failure: e.FailTasks) -> None:
         """Tell a sink that its task will never have a result."""
-        error = make_error(failure.kind, failure.text, failure.error)
+        text = failure.text
+        if task.spec.kind in CHUNK_KINDS and failure.kind in ("worker_died", "timeout"):
+            text = item_text(task, 0, text)
+        error = make_error(failure.kind, text, failure.error)
         task.sink.task_done(task.index, None, error, as_group_worker(failure.worker))
 
     # --- the end

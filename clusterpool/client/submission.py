@@ -9,6 +9,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
+
 from clusterpool.client.object_ref import ObjectRef
 from clusterpool.client.stored_arguments import StoredArguments
 from clusterpool.client.values import INLINE_BYTES_MAX, LARGE_BYTES_MIN
@@ -77,7 +79,8 @@ class FunctionTable:
         shipped = ship_function(function)
         payload, references = self._small(shipped)
         number = next(self._client.numbers)
-        self._client.handle_event(e.FunctionAdded(number, payload))
+        name = str(getattr(function, "__qualname__", type(function).__name__))
+        self._client.handle_event(e.FunctionAdded(number, payload, name))
         if references or shipped.kept:
             self.held[number] = Held(references, shipped.kept)
         if isinstance(function, _TABLED):
@@ -256,20 +259,22 @@ class TaskMaker:
         return payload, Held((*references, stored), kept)
 
     def chunk(
-        self, table: FunctionTable, function: int, items: Any, sink: Any, index: int, *, kind: int, retries: int
-    ) -> tuple[Task, e.TaskArguments | None]:
+        self, table: FunctionTable, function: int, items: Any, sink: Any, index: int,
+        *, kind: int, retries: int, extras: TaskExtras | None = None,
+    ) -> tuple[Task, e.TaskArguments | None]:  # fmt: skip
         """A task that applies a function of `table` to each of `items` (a list)."""
         if len(items) == 1 and type(items[0]) in _NUMBERS and function not in table.held:
             # `chunksize=1` over a range: the rule for many tiny tasks, and a third of the way below.
             payload = pickle.dumps(((items,), _EMPTY), 5)
             if len(payload) <= INLINE_BYTES_MAX:
-                return Task(TaskSpec(next(self._client.numbers), function, kind, payload), sink, index, retries), None
+                spec = TaskSpec(next(self._client.numbers), function, kind, payload, extras)
+                return Task(spec, sink, index, retries), None
         serialized = dumps_arguments(
             (items,), _EMPTY, large_bytes_min=LARGE_BYTES_MIN, store_large=self.stored.reference_to
         )
         held = table.held.get(function, _HELD_NOTHING)
         return self._finish(
-            function, serialized, [], held, sink=sink, index=index, retries=retries, extras=None, kind=kind
+            function, serialized, [], held, sink=sink, index=index, retries=retries, extras=extras, kind=kind
         )
 
     def _finish(
@@ -296,9 +301,7 @@ class TaskMaker:
             stored = self._values.store(serialized, self._values.new_object_id(payload_number))
             client.handle_event(e.ValuePut(payload_number, m.ValuePart(stored=stored)))
             payload_object = Reference(client.address, payload_number)
-        extras = m.TaskExtras(
-            extras.attempt, extras.name, extras.returns, [], references, stored, extras.method, extras.concurrency
-        )
+        extras = msgspec.structs.replace(extras, arguments=[], references=references, stored=stored)
         parts = [reference.part for reference in dependencies]
         arguments = e.TaskArguments(parts, references, payload_object, (*holders, *kept))
         return Task(TaskSpec(number, function, kind, payload, extras), sink, index, retries), arguments

@@ -28,6 +28,7 @@ _COPY_AT_ONCE_BYTES = 1024 * 1024
 
 ERROR_BY_KIND: dict[str, type[Exception]] = {
     "worker_died": errors.WorkerDied,
+    "timeout": errors.TaskTimeout,
     "setup_failed": errors.WorkerSetupFailed,
     "environment": errors.WorkerSetupFailed,
     "start_failed": errors.StartFailed,

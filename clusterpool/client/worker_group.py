@@ -10,6 +10,7 @@ from clusterpool.client import api
 from clusterpool.client.bootstrap import renewed
 from clusterpool.client.group_worker import GroupWorker, as_group_worker
 from clusterpool.client.submission import FunctionTable, Held
+from clusterpool.client.task_limits import extras_with, limits_for
 from clusterpool.core import owner_events as e
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import TaskKind, WorkerDemand, WorkerKind
@@ -28,7 +29,9 @@ class TaskSink(Protocol):
     """Takes the results of tasks.
 
     A sink that also has `load_failed(index, error, worker)` is called by that, instead of by `task_done`, when the call
-    could not be unpickled in the worker, or its result here.
+    could not be unpickled in the worker, or its result here. One that has `item_index(index, position)` says which item
+    of the user's the chunk `index` has at `position`, for errors. One that has `chunk_done(index, values, worker)` gets
+    by that a chunk some of whose items failed: the values, with an `ItemFailure` in the place of each that did.
     """
 
     def task_done(self, index: int, value: Any, error: BaseException | None, worker: GroupWorker | None) -> None:
@@ -43,7 +46,10 @@ class WorkerGroup:
 
     `size`: processes, not bounded by CPUs. `tasks_per_worker_max`: a worker ends after so many tasks. `retries`: how
     often a task is run again whose worker died. `resources`: what each worker holds. `env`: environment variables of
-    the workers. `on_worker_died(worker, text)`: an unexpected end. `on_setup_failed(error)`: the initializer raised.
+    the workers. `timeout`: seconds that a task may run. `retry_exceptions`: True, or the exception classes after which
+    a task is run again as after its worker's death. `kills_cancelled`: tasks travel alone, so that each can be stopped
+    while it runs (`cancel(force=True)`) with no other harmed. `on_worker_died(worker, text)`: an unexpected end.
+    `on_setup_failed(error)`: the initializer raised.
     """
 
     def __init__(
@@ -57,6 +63,9 @@ class WorkerGroup:
         retries: int = 0,
         resources: dict[str, float] | None = None,
         env: dict[str, str] | None = None,
+        timeout: float | None = None,
+        retry_exceptions: Any = False,
+        kills_cancelled: bool = False,
         on_worker_died: Callable[[GroupWorker, str], None] | None = None,
         on_setup_failed: Callable[[BaseException], None] | None = None,
         client: Client | None = None,
@@ -68,6 +77,8 @@ class WorkerGroup:
         self._client = client or runtime.client
         self.size = size
         self.retries = retries
+        self._limits = limits_for(timeout, retry_exceptions, travels_alone=kills_cancelled)
+        self._extras = extras_with(self._limits)
         self._number = next(runtime.set_numbers)
         self._functions = FunctionTable(self._client, runtime.values)
         self._workers: dict[str, GroupWorker] = {}
@@ -99,6 +110,7 @@ class WorkerGroup:
         index: int = 0,
         *,
         retries: int | None = None,
+        timeout: float | None = None,
     ) -> int:
         """Run `function(*args, **kwargs)`; the task's number. What cannot be pickled is reported to the sink.
 
@@ -110,6 +122,7 @@ class WorkerGroup:
             made = runtime.maker.call(
                 self._functions, function, args, kwargs, sink, index,
                 retries=self.retries if retries is None else retries,
+                extras=self._extras if timeout is None else extras_with(self._limits, timeout),
             )  # fmt: skip
         except Exception as exc:
             return self._fail(sink, index, exc)
@@ -124,9 +137,14 @@ class WorkerGroup:
         kind: TaskKind,
         first_index: int = 0,
         retries: int | None = None,
+        timeout: float | None = None,
     ) -> list[int]:
-        """Run one task a chunk; task i reports as `first_index + i`, with the list of its results. Their numbers."""
+        """Run one task a chunk; task i reports as `first_index + i`, with the list of its results. Their numbers.
+
+        `timeout`: of a whole chunk.
+        """
         self._check_open()
+        extras = self._extras if timeout is None else extras_with(self._limits, timeout)
         retries = self.retries if retries is None else retries
         index = first_index
         numbers: list[int] = []
@@ -142,7 +160,7 @@ class WorkerGroup:
                 items = chunk if type(chunk) in (list, tuple) else list(chunk)
                 try:
                     task, arguments = maker.chunk(
-                        functions, function_number, items, sink, index, kind=kind, retries=retries
+                        functions, function_number, items, sink, index, kind=kind, retries=retries, extras=extras
                     )
                 except Exception as exc:
                     numbers.append(self._fail(sink, index, exc))
@@ -178,8 +196,8 @@ class WorkerGroup:
         return api.cancel_task(self._client, task_number, force=force, interrupt=False)
 
     def is_running(self, task_number: int) -> bool:
-        """Whether a worker has the task."""
-        return self._client.machine.is_sent(task_number)
+        """Whether a worker is at the task."""
+        return self._client.machine.is_running(task_number)
 
     def pending(self) -> int:
         """Tasks submitted and not done."""
@@ -188,7 +206,7 @@ class WorkerGroup:
             worker_set = machine.sets.get(self._number)
             if worker_set is None:
                 return 0
-            return int(len(worker_set.dispatcher.queue) + worker_set.dispatcher.outstanding_count)
+            return int(worker_set.tasks_left())
 
         return int(self._client.ask_machine(count))
 

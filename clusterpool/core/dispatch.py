@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from clusterpool.core.messages import Address, TaskResult, TaskSpec, TaskStatus
+from clusterpool.core.messages import Address, TaskLimits, TaskResult, TaskSpec, TaskStatus
 
 # A longer backlog means fewer messages, and results and balance that come later. At 2 ms the cost of a message (about
 # 50 us on both sides together) is some per cent of the work.
@@ -47,6 +47,17 @@ class Task(msgspec.Struct, gc=False, eq=False):
     retries_left: int = 0
     worker: str = ""  # process id of the worker that has it; "" while it waits here
     is_cancelled: bool = False
+
+
+def limits_of(spec: TaskSpec) -> TaskLimits | None:
+    """What the task asks for beyond the usual."""
+    return spec.extras.limits if spec.extras is not None else None
+
+
+def is_alone(spec: TaskSpec) -> bool:
+    """Whether nothing else may be at the worker of this task, which may be killed for it."""
+    limits = limits_of(spec)
+    return limits is not None and limits.travels_alone
 
 
 class WorkerSlot:
@@ -94,6 +105,7 @@ class Dispatcher:
         self.slots: dict[str, WorkerSlot] = {}
         self.runs_max = runs_max
         self.outstanding_count = 0  # Invariant: the sum of len(slot.outstanding)
+        self.to_retry: list[Task] = []  # ended in an exception after which they are run again; the set takes them
         self._mean_s: dict[int, float] = {}  # by function number
 
     # --- workers
@@ -122,6 +134,13 @@ class Dispatcher:
         """Queue tasks behind those that wait."""
         self.queue.extend(tasks)
 
+    def forget(self, process_id: str, task: Task) -> None:
+        """A task at a worker has ended for us, whatever the worker says of it later."""
+        slot = self.slots.get(process_id)
+        if slot is not None and slot.outstanding.pop(task.spec.number, None) is not None:
+            self.outstanding_count -= 1
+        task.worker = ""
+
     def requeue(self, tasks: list[Task]) -> None:
         """Queue tasks again, ahead of those that wait, in their old order."""
         for task in reversed(tasks):
@@ -136,15 +155,18 @@ class Dispatcher:
         outstanding = slot.outstanding
         finished: list[tuple[Task, TaskResult]] = []
         returned: list[Task] = []
+        retried = len(self.to_retry)
         for result in results:
             task = outstanding.pop(result.number, None)
             if task is None:
                 continue  # taken from a worker that was believed dead
             if result.status == TaskStatus.RETURNED:
                 returned.append(task)
+            elif result.extras is not None and result.extras.is_retryable:
+                self._failed(task, result, finished)
             else:
                 finished.append((task, result))
-        self.outstanding_count -= len(finished) + len(returned)
+        self.outstanding_count -= len(finished) + len(returned) + len(self.to_retry) - retried
         if returned or not results:
             slot.is_taking_back = False
             if slot.runs_left is not None:
@@ -158,6 +180,14 @@ class Dispatcher:
         if run_ns and len(finished) > 0:
             self._measure(finished, run_ns)
         return finished
+
+    def _failed(self, task: Task, result: TaskResult, finished: list[tuple[Task, TaskResult]]) -> None:
+        """A task has raised what it may be run again after."""
+        task.worker = ""
+        if task.retries_left > 0 and not task.is_cancelled:
+            self.to_retry.append(task)
+        else:
+            finished.append((task, msgspec.structs.replace(result, extras=None)))
 
     def _measure(self, finished: list[tuple[Task, TaskResult]], run_ns: int) -> None:
         sample_s = run_ns * 1e-9 / len(finished)
@@ -209,7 +239,7 @@ class Dispatcher:
     def _room(self, slot: WorkerSlot, workers: int) -> int:
         """How many of the queue's tasks `slot` should get."""
         held = len(slot.outstanding)
-        if held and slot.is_long:
+        if held and (slot.is_long or is_alone(self.queue[0].spec)):
             return 0
         mean_s = self._mean_s.get(self.queue[0].spec.function)
         if mean_s is None or mean_s >= LONG_TASK_S:
@@ -237,7 +267,10 @@ class Dispatcher:
         size_bytes = 0
         while queue and len(tasks) < count and size_bytes < BATCH_BYTES_MAX:
             task = queue[0]
-            function = task.spec.function
+            function, extras = task.spec.function, task.spec.extras
+            is_for_itself = extras is not None and extras.limits is not None and extras.limits.travels_alone
+            if tasks and is_for_itself:
+                break
             if function != first_function and self._mean_s.get(function, LONG_TASK_S) > (first_mean_s or 0) * 2:
                 break  # of unknown or longer duration: it gets a decision of its own
             queue.popleft()
@@ -246,12 +279,15 @@ class Dispatcher:
             task.worker = process_id
             tasks.append(task)
             size_bytes += len(task.spec.payload)
-            if task.spec.extras is not None:
-                size_bytes += sum(len(value.payload) for value in task.spec.extras.arguments)
+            if extras is not None:
+                size_bytes += sum(len(value.payload) for value in extras.arguments)
             outstanding[task.spec.number] = task
             if function and function not in sent:
                 sent.add(function)
                 functions.append(function)
+            if is_for_itself:
+                slot.is_long = True
+                break
         self.outstanding_count += len(tasks)
         if slot.runs_left is not None:
             slot.runs_left -= len(tasks)

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from clusterpool.core.messages import Address, JobPart, Message
+from clusterpool.core.messages import Address, JobPart, LastTask, Message
 
 
 class Event(msgspec.Struct, frozen=True, gc=False):
@@ -54,7 +54,7 @@ class WorkerEnded(Event, frozen=True):
     process_id: str
     exit_code: int
     text: str
-    task: int = -1
+    task: LastTask = LastTask()
     peak_bytes: int = 0
     cause: str = ""
 

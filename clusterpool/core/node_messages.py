@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clusterpool.core.task_messages import Address, Message, Part, StoredValue
+from clusterpool.core.task_messages import Address, LastTask, Message, Part, StoredValue
 
 # --- processes and their node ---------------------------------------------------------------------------------------
 
@@ -150,15 +150,15 @@ class EndCause:
 class WorkerExited(Message, frozen=True):
     """A worker that you hold is no more. `exit_code`: negative for a signal, as in multiprocessing.
 
-    `task`: the number of the task that it ran; 0 when it ran none, -1 when nobody knows. `peak_bytes`: the most memory
-    that it ever had, what it read in the store included; 0 when nobody knows. `cause`: one of `EndCause`.
+    `task`: what it was at. `peak_bytes`: the most memory that it ever had, what it read in the store included; 0 when
+    nobody knows. `cause`: one of `EndCause`.
     """
 
     lease: int
     address: Address
     exit_code: int
     text: str
-    task: int = -1
+    task: LastTask = LastTask()
     peak_bytes: int = 0
     cause: str = ""
 

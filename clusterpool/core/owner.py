@@ -20,12 +20,16 @@ from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core.actors import ActorChannel
 from clusterpool.core.children import Children
+from clusterpool.core.chunks import ChunkTable
 from clusterpool.core.dispatch import Task
 from clusterpool.core.owner_actors import OwnerActors
+from clusterpool.core.owner_functions import OwnerFunctions
 from clusterpool.core.owner_objects import OwnerObjects
+from clusterpool.core.rescue import Rescue
 from clusterpool.core.worker_set import WorkerSet
 
 Commands = list[e.Command]
+_CHECKED = (e.FailTasks, e.SetEnded, e.DeliverChunk)
 
 
 class OwnerMachine:
@@ -37,19 +41,17 @@ class OwnerMachine:
         self.job = job
         self.requests = requests
         self.tasks: dict[int, Task] = {}  # unfinished, by number
-        self.functions: dict[int, bytes] = {}
+        self.functions = OwnerFunctions()
         self.sets: dict[int, WorkerSet] = {}
         self.cancelled: bool = False  # the answer to the last TaskCancelAsked
         self.objects = OwnerObjects(address, self.node, numbers)
+        self.chunks = ChunkTable(self.objects.hold_result, self.objects.discard_held)
         self.actors = OwnerActors(self)
         self.children = Children(self)
         self._targets: dict[int, WorkerSet | ActorChannel] = {}  # by number of a task that waits for arguments
         self._handlers = self._handlers_of_events()
         self._message_handlers = self._handlers_of_messages()
         self._set_by_process: dict[str, WorkerSet] = {}  # kept by the sets
-        self._dropped_functions: dict[int, None] = {}  # unfinished tasks may use these, later ones will not
-        self._look_at_tasks = 0  # at so few unfinished tasks, or at so many dropped functions, look which can go
-        self._look_at_dropped = 0
         self.objects.on_known = self._arguments_known
 
     def _handlers_of_events(self) -> dict[type, Callable[[Any, float], Commands]]:
@@ -58,8 +60,8 @@ class OwnerMachine:
             e.SetResized: self._set_changed,
             e.SetClosed: self._set_changed,
             e.SetTerminated: self._set_changed,
-            e.FunctionAdded: self._function_added,
-            e.FunctionsDropped: self._functions_dropped,
+            e.FunctionAdded: self.functions.added,
+            e.FunctionsDropped: self.functions.dropped_by_user,
             e.ClientClosed: self._client_closed,
             e.TasksSubmitted: self._tasks_submitted,
             e.TaskWithArgumentsSubmitted: self._task_with_arguments,
@@ -106,7 +108,7 @@ class OwnerMachine:
         """Take note of `event` at `now_s` (monotonic seconds); what to do about it, in order."""
         self.objects.now_s = now_s
         commands = self._handlers[type(event)](event, now_s)
-        return commands + self._forget_functions() if self._dropped_functions else commands
+        return commands + self._forget_functions() if self.functions.dropped else commands
 
     def next_wakeup_s(self, now_s: float) -> float | None:
         """When TimePassed is due, if ever."""
@@ -126,6 +128,15 @@ class OwnerMachine:
         task = self.tasks.get(number)
         return task is not None and task.worker != ""
 
+    def is_running(self, number: int) -> bool:
+        """Whether a worker is at the task, as far as is known here: one that was sent behind others is not."""
+        task = self.tasks.get(number)
+        if task is None or not task.worker:
+            return False
+        worker_set = self._set_by_process.get(task.worker)
+        slot = worker_set.dispatcher.slots.get(task.worker) if worker_set is not None else None
+        return slot is None or next(iter(slot.outstanding), None) == number
+
     # --- sets and tasks
 
     def _set_opened(self, event: e.SetOpened, now_s: float) -> Commands:
@@ -138,8 +149,9 @@ class OwnerMachine:
             size=event.size,
             runs_max=event.runs_max,
             requests=self.requests,
-            functions=self.functions,
+            functions=self.functions.payloads,
             set_by_process=self._set_by_process,
+            rescue=Rescue(self.functions.names, self.chunks),
         )
         worker_set.on_sent(self._hand_over_arguments)
         self.sets[event.set_number] = worker_set
@@ -149,25 +161,8 @@ class OwnerMachine:
         # A set forgets a request that is met, failed or cancelled: what comes for it later finds nobody, and goes back.
         return next((worker_set for worker_set in self.sets.values() if request in worker_set.requested), None)
 
-    def _function_added(self, event: e.FunctionAdded, _now_s: float) -> Commands:
-        self.functions[event.number] = event.payload
-        return []
-
-    def _functions_dropped(self, event: e.FunctionsDropped, _now_s: float) -> Commands:
-        self._dropped_functions.update(dict.fromkeys(event.numbers))
-        return []
-
     def _forget_functions(self) -> Commands:
-        dropped = self._dropped_functions
-        # Looking at all unfinished tasks each time would cost too much while many are unfinished.
-        if len(self.tasks) > self._look_at_tasks and len(dropped) < self._look_at_dropped:
-            return []
-        in_use = {task.spec.function for task in self.tasks.values()}
-        gone = {number for number in dropped if number not in in_use}
-        for number in gone:
-            del dropped[number]
-            self.functions.pop(number, None)
-        self._look_at_tasks, self._look_at_dropped = len(self.tasks) // 2, 2 * len(dropped) + 1
+        gone = self.functions.forget(self.tasks)
         return [command for worker_set in self.sets.values() for command in worker_set.forget_functions(gone)]
 
     def _tasks_submitted(self, event: e.TasksSubmitted, now_s: float) -> Commands:
@@ -273,6 +268,9 @@ class OwnerMachine:
             return self.actors.finished(source, message)
         finished, worker = worker_set.finished(source.process_id, message, now_s)
         commands = self.settle(finished, worker)
+        if worker_set.notices:
+            notices, worker_set.notices = worker_set.notices, []
+            commands += self._checked(notices)
         if not worker_set.is_quiet:
             commands += self._checked(worker_set.advance(now_s))
         return commands
@@ -301,7 +299,7 @@ class OwnerMachine:
     def _checked(self, commands: Commands) -> Commands:
         """Pass commands on; failures of object tasks become values of their objects, not calls of a sink."""
         for command in commands:
-            if type(command) is e.FailTasks or type(command) is e.SetEnded:
+            if type(command) in _CHECKED:
                 break
         else:
             return commands
@@ -312,6 +310,9 @@ class OwnerMachine:
                 continue
             if isinstance(command, e.SetEnded):
                 self.sets.pop(command.set_number, None)
+            elif isinstance(command, e.DeliverChunk):
+                self.tasks.pop(command.task.spec.number, None)
+                checked += self.objects.release_arguments(command.task)
             checked.append(command)
         return checked
 
@@ -331,6 +332,8 @@ class OwnerMachine:
                 channels.append(target)
             if task.spec.extras is not None:
                 commands += self.objects.release_arguments(task)
+            if self.chunks:
+                commands += self.chunks.drop(task.spec.number)
             if task.sink is None:
                 commands += self.objects.task_failed(task, command)
             else:
@@ -356,6 +359,8 @@ class OwnerMachine:
             commands = self._checked([e.FailTasks([task], "cancelled", "the task was cancelled before it started")])
             if isinstance(target, WorkerSet):  # it may have been all that a closed set waited for
                 commands += self._checked(target.advance(now_s))
+            elif any(worker_set.rescue for worker_set in self.sets.values()):
+                commands += self._advance_all(now_s)
             return commands
         channel = self.actors.channel_of_process.get(task.worker)
         if channel is not None:
@@ -365,8 +370,8 @@ class OwnerMachine:
             return []
         if event.force:
             self.cancelled = True
-            return worker_set.kill_running(task)
-        return worker_set.interrupt(task) if event.interrupt else []
+            return worker_set.stopping.kill_running(task)
+        return worker_set.stopping.interrupt(task) if event.interrupt else []
 
     # --- workers
 

@@ -120,7 +120,7 @@ class OwnerActors:
         if channel.actor.state == "dead" and channel.queue:
             return self._owner.checked(channel.died(channel.actor.text, channel.error)) + self._let_go_if_done(channel)
         commands: Commands = []
-        for tasks, send in channel.send_ready(self._owner.functions):
+        for tasks, send in channel.send_ready(self._owner.functions.payloads):
             commands += self._owner.hand_over_arguments(send.destination, tasks)
             commands.append(send)
         return commands + self._retire_if_done(channel)

@@ -83,6 +83,7 @@ class FunctionAdded(Event, frozen=True):
 
     number: int
     payload: bytes
+    name: str = ""
 
 
 class FunctionsDropped(Event, frozen=True):
@@ -247,6 +248,23 @@ class DeliverResults(Command, frozen=True):
 
     results: list[tuple[Task, TaskResult]]
     worker: Any  # WorkerPart of the worker that ran them
+
+
+class ChunkPart(msgspec.Struct, frozen=True, gc=False):
+    """What became of the items of a chunk from `low` up to `high`: a result, or why there will be none."""
+
+    low: int
+    high: int
+    result: TaskResult | None
+    text: str
+
+
+class DeliverChunk(Command, frozen=True):
+    """A chunk that was run in parts has ended; `parts` in order, all items in exactly one."""
+
+    task: Task
+    parts: list[ChunkPart]
+    worker: Any
 
 
 class FailTasks(Command, frozen=True):

@@ -260,8 +260,12 @@ class OwnerObjects:
 
     def discard_result(self, result: m.TaskResult) -> Commands:
         """Nobody waits for this result any more: free what is stored of it, and let go of its references."""
-        assert result.extras is not None
         self.hold_result(result)
+        return self.discard_held(result)
+
+    def discard_held(self, result: m.TaskResult) -> Commands:
+        """The same of a result whose references are held already."""
+        assert result.extras is not None
         values = [value for value in (result.extras.value, *result.extras.values) if value is not None]
         return self._let_go([Dropped(self.address, 0, 0, value, value.references) for value in values])
 

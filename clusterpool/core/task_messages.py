@@ -95,6 +95,32 @@ class ValuePart(Part, frozen=True):
 # --- owner and worker: tasks ----------------------------------------------------------------------------------------
 
 
+class TaskLimits(Part, frozen=True):
+    """What a task asks of those who run it, where its user has said more than how often to try."""
+
+    timeout_s: float = 0.0  # longer than this it may not run; 0: no limit
+    travels_alone: bool = False  # its worker may be killed for it: nothing else is sent there meanwhile
+    retries_timeout: bool = False  # having run for too long, it is tried again as after its worker's death
+    retry_on: bytes = b""  # pickle of the exception classes after which it is tried again
+
+
+class ChunkSpan(Part, frozen=True):
+    """The items of a chunk that are to be run: `low` up to `high`. `part`: counts the spans of one chunk."""
+
+    low: int
+    high: int
+    part: int
+
+
+class LastTask(Part, frozen=True):
+    """What a worker was at when it ended. Numbers of tasks: 0 for none, -1 when nobody knows."""
+
+    running: int = -1
+    started: int = -1  # the last that it began; it may have ended
+    item: int = -1  # of a chunk: the index, in the chunk, of the item that it ran
+    items: int = 0  # of a chunk: how many it has
+
+
 class TaskExtras(Part, frozen=True):
     """What only some tasks have."""
 
@@ -106,6 +132,8 @@ class TaskExtras(Part, frozen=True):
     stored: StoredValue | None = None  # the payload itself, when it is large
     method: str = ""  # ACTOR_CALL
     concurrency: int = 1  # CREATE_ACTOR: threads or coroutines at once
+    limits: TaskLimits | None = None
+    span: ChunkSpan | None = None  # MAP, STARMAP: only these items
 
 
 class TaskSpec(Part, frozen=True):
@@ -123,6 +151,7 @@ class ResultExtras(Part, frozen=True):
 
     value: ValuePart | None = None
     values: list[ValuePart] = []
+    is_retryable: bool = False  # ERROR: of a class that the task's `retry_on` names
 
 
 class TaskResult(Part, frozen=True):

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from clusterpool.core.dispatch import BACKLOG_S, Batch, Dispatcher, Task
 from clusterpool.core.messages import (
     Address,
-    CancelTasks,
     ForgetFunctions,
     FunctionPart,
     JobPart,
     KillWorker,
+    LastTask,
     ReleaseWorkers,
     RetireWorker,
     SetupWorker,
@@ -39,15 +39,16 @@ from clusterpool.core.owner_events import (
     SetWorkerJoined,
     SetWorkerLeft,
 )
+from clusterpool.core.rescue import GoneWorker, Rescue
+from clusterpool.core.stopping import Stopping
 from clusterpool.core.worker_requests import WorkerRequests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-SIGTERM, SIGKILL = 15, 9  # the core imports no signal module
+SIGTERM = 15
 
-# What WorkerExited says of a worker's task when nobody knows.
-TASK_UNKNOWN = -1
+_UNKNOWN = LastTask()
 
 # An idle lease is kept this long, so that a loop of calls, each waiting for its result, does not lease each time.
 # Longer would keep CPUs from others; they can ask for it sooner (ReclaimLeases).
@@ -76,6 +77,7 @@ class WorkerSet:
         requests: Iterator[int],
         functions: dict[int, bytes],
         set_by_process: dict[str, WorkerSet],
+        rescue: Rescue,
     ) -> None:
         self.number = number
         self.node = node
@@ -92,13 +94,16 @@ class WorkerSet:
         self.failed_text = ""
         self.failed_kind = ""
         self.awaiting: set[int] = set()  # numbers of submitted tasks whose arguments have no values yet
+        self.rescue = rescue  # what has lost a worker and will run again
         self._expected: set[str] = set()  # process ids whose end is our own wish
+        self.stopping = Stopping(self.dispatcher, rescue, held=self.held, expected=self._expected)
         self._setup_failures = 0
         self._start_failures = 0
         self._functions = functions
         self._set_by_process = set_by_process  # the owner's. Invariant: it has this set for just the keys of `held`
         self._on_sent: Callable[[Address, list[Task]], list[Command]] | None = None
         self._is_ended = False
+        self.notices: list[Command] = []  # of `finished`, beside what it returns; the owner takes them
 
     # --- what the composite asks
 
@@ -140,7 +145,10 @@ class WorkerSet:
         """Send tasks, move them between workers, ask for workers or let them go."""
         dispatcher = self.dispatcher
         # This runs twice for each call that waits for its result: nothing is asked that cannot matter.
-        commands = self._send_batches(now_s) if dispatcher.queue else []
+        overdue = self.stopping.stop_overdue(now_s) if self.stopping.has_deadlines else []
+        if self.rescue:
+            dispatcher.requeue(self.rescue.due(now_s))
+        commands = overdue + self._send_batches(now_s) if dispatcher.queue else overdue
         if dispatcher.outstanding_count > 1 and not dispatcher.queue:
             for slot, count in dispatcher.take_back(now_s):
                 commands.append(Send(slot.address, TakeBackTasks(count)))
@@ -160,6 +168,9 @@ class WorkerSet:
     def next_wakeup_s(self, now_s: float) -> float | None:
         """When `advance` should be called even if nothing happens."""
         look_s = self.dispatcher.next_look_s(now_s)
+        if self.rescue or self.stopping.has_deadlines:
+            times = (look_s, self.rescue.next_due_s(), self.stopping.next_due_s())
+            look_s = min((time_s for time_s in times if time_s is not None), default=None)
         if self.is_group or self.dispatcher.queue:
             return look_s
         if look_s is None and not self.requested and self._may_start():
@@ -213,47 +224,30 @@ class WorkerSet:
         if self._setup_failures >= SETUP_FAILURES_MAX * max(1, self.size or 1):
             self.failed_text = f"{text} {self._setup_failures} times in a row; no worker will be tried again"
             self.failed_kind = "setup_failed"
-            tasks = self.dispatcher.clear()
+            tasks = self._take_waiting()
             if tasks:
                 commands.append(FailTasks(tasks, "setup_failed", self.failed_text, None, error))
         return commands
 
     def exited(
-        self, process_id: str, exit_code: int, text: str, now_s: float, *, task: int = TASK_UNKNOWN
+        self, process_id: str, exit_code: int, text: str, now_s: float, *, task: LastTask = _UNKNOWN
     ) -> list[Command]:
-        """A worker is no more; its tasks are tried again or fail. `task`: the number of the one that it ran."""
+        """A worker is no more; its tasks are tried again or fail. `task`: what it was at."""
         worker = self.held.pop(process_id, None)
         if worker is None:
             return []
         was_expected = process_id in self._expected
+        gone = GoneWorker(worker, text, task, self.stopping.gone(process_id))
         self._forget(process_id)
         commands: list[Command] = [SetWorkerLeft(self.number, worker, exit_code, text, was_expected)]
-        commands += self._save_tasks(self.dispatcher.remove_worker(process_id), worker, text, task)
+        tasks = self.dispatcher.remove_worker(process_id)
+        if self.is_terminated and tasks:
+            commands.append(FailTasks(tasks, "cancelled", "the pool was terminated", worker))
+        elif tasks:
+            again, others = self.rescue.save(tasks, gone, now_s)
+            self.dispatcher.requeue(again)
+            commands += others
         return commands + self.advance(now_s)
-
-    def _save_tasks(self, tasks: list[Task], worker: WorkerPart, text: str, ran: int) -> list[Command]:
-        again: list[Task] = []
-        failed: list[Task] = []
-        cancelled: list[Task] = []
-        if ran == TASK_UNKNOWN and tasks:
-            ran = tasks[0].spec.number  # they are run in order
-        for task in tasks:
-            # The results of those before it had not been sent yet, and those behind it have not started.
-            is_culprit = task.spec.number == ran
-            if task.is_cancelled or self.is_terminated:
-                cancelled.append(task)
-            elif not is_culprit or task.retries_left > 0:
-                task.retries_left -= is_culprit
-                again.append(task)
-            else:
-                failed.append(task)
-        self.dispatcher.requeue(again)
-        commands: list[Command] = []
-        if failed:
-            commands.append(FailTasks(failed, "worker_died", text, worker))
-        if cancelled:
-            commands.append(FailTasks(cancelled, "cancelled", "the task was cancelled", worker))
-        return commands
 
     def request_failed(self, request: int, count: int, kind: str, text: str, now_s: float) -> list[Command]:
         """Workers that were asked for will never come."""
@@ -268,7 +262,7 @@ class WorkerSet:
             return []  # those that are there go on
         if self.is_group:
             self.failed_text, self.failed_kind = text, kind
-        tasks = self.dispatcher.clear()
+        tasks = self._take_waiting()
         commands: list[Command] = [FailTasks(tasks, kind, text)] if tasks else []
         return commands + self.advance(now_s) if self.is_closing else commands
 
@@ -281,7 +275,42 @@ class WorkerSet:
             return [], None
         slot.is_blocked = message.is_blocked
         slot.idle_since_s = now_s
-        return self.dispatcher.finish(process_id, message.results, message.run_ns), slot.token
+        dispatcher = self.dispatcher
+        finished = dispatcher.finish(process_id, message.results, message.run_ns)
+        if self.stopping.has_deadlines and not slot.outstanding:
+            self.stopping.is_idle(process_id)
+        if dispatcher.to_retry:
+            self._retry(now_s)
+        if self.rescue.chunks:
+            finished = self._continue_chunks(finished, slot.token)
+        return finished, slot.token
+
+    def _continue_chunks(
+        self, finished: list[tuple[Task, TaskResult]], worker: WorkerPart
+    ) -> list[tuple[Task, TaskResult]]:
+        """Spans of split chunks have ended: what is left of `finished` when these chunks are looked after."""
+        chunks = self.rescue.chunks
+        others: list[tuple[Task, TaskResult]] = []
+        for task, result in finished:
+            if task.spec.number not in chunks:
+                others.append((task, result))
+                continue
+            goes_on, commands = chunks.finished(task, result)
+            ended = None if goes_on else chunks.end_if_done(task, worker)
+            if goes_on:
+                self.dispatcher.requeue([task])
+            elif ended is None:
+                others.append((task, result))
+            self.notices += commands if ended is None else [*commands, ended]
+        return others
+
+    def _retry(self, now_s: float) -> None:
+        """Tasks have raised what they are to be run again after."""
+        tasks, self.dispatcher.to_retry = self.dispatcher.to_retry, []
+        again: list[Task] = []
+        for task in tasks:
+            self.rescue.retry(task, now_s, again)
+        self.dispatcher.requeue(again)
 
     # --- the user's wishes
 
@@ -316,7 +345,7 @@ class WorkerSet:
         """End all workers and cancel all tasks, now."""
         self.is_closing = self.is_terminated = True
         commands = self.cancel_requests()
-        tasks = self.dispatcher.clear()
+        tasks = self._take_waiting()
         for process_id, worker in self.held.items():
             self._expected.add(process_id)
             commands.append(Send(self._node_of(worker), KillWorker(worker.lease, SIGTERM, "terminated")))
@@ -326,25 +355,6 @@ class WorkerSet:
             commands.append(FailTasks(tasks, "cancelled", "the pool was terminated"))
         self._end_if_empty(commands)
         return commands
-
-    def kill_running(self, task: Task) -> list[Command]:
-        """Stop a task that runs, by ending its worker."""
-        worker = self.held.get(task.worker)
-        if worker is None:
-            return []
-        task.is_cancelled = True
-        slot = self.dispatcher.slots.get(task.worker)
-        if slot is not None and next(iter(slot.outstanding), None) != task.spec.number:
-            return self.interrupt(task)  # it has not started: whichever runs there must not die for it
-        self._expected.add(task.worker)
-        return [Send(self._node_of(worker), KillWorker(worker.lease, SIGKILL, "a task of it was cancelled"))]
-
-    def interrupt(self, task: Task) -> list[Command]:
-        """Ask a worker to drop or interrupt a task."""
-        slot = self.dispatcher.slots.get(task.worker)
-        if slot is None:
-            return []
-        return [Send(slot.address, CancelTasks([task.spec.number], True))]
 
     def give_back_idle(self) -> list[Command]:
         """Others wait for CPUs: return the leases that do nothing."""
@@ -361,6 +371,7 @@ class WorkerSet:
 
     def _sent(self, batch: Batch) -> list[Command]:
         commands: list[Command] = []
+        self.stopping.sent(batch)
         if self._on_sent is not None:
             commands += self._on_sent(batch.slot.address, batch.tasks)
         # Missing only when the shell dropped it while another thread was about to submit: then the task fails.
@@ -373,7 +384,7 @@ class WorkerSet:
         size = self.size
         if self.is_closing:
             # Workers that die or have run their number of tasks are still replaced while tasks are left for them.
-            size = min(size, len(self.dispatcher.queue) + self.dispatcher.outstanding_count + len(self.awaiting))
+            size = min(size, self.tasks_left())
         living = len(self.held) - len(self._expected)
         missing = size - living - self.requested.count
         if missing > 0 and not self.failed_text and self._may_start():
@@ -427,6 +438,7 @@ class WorkerSet:
 
     def _forget(self, process_id: str) -> None:
         self._expected.discard(process_id)
+        self.stopping.gone(process_id)
         self.ready.discard(process_id)
         self._set_by_process.pop(process_id, None)
 
@@ -445,11 +457,19 @@ class WorkerSet:
         return list(self.requested.cancel_all())
 
     def _has_work(self) -> bool:
-        dispatcher = self.dispatcher
-        has_tasks = bool(dispatcher.queue or dispatcher.outstanding_count or self.awaiting)
+        has_tasks = self.tasks_left() > 0
         # A pool that is closed at once has its initializer run all the same, unless it may have to wait for a GPU.
         is_setup_due = self.requested and self.setup.payload and not self.demand.resources
         return bool(has_tasks or is_setup_due) and not self.is_terminated
+
+    def tasks_left(self) -> int:
+        """How many tasks have not ended."""
+        dispatcher = self.dispatcher
+        resting = self.rescue.count() if self.rescue else 0
+        return len(dispatcher.queue) + dispatcher.outstanding_count + len(self.awaiting) + resting
+
+    def _take_waiting(self) -> list[Task]:
+        return self.dispatcher.clear() + self.rescue.clear()
 
     def _close_now(self, commands: list[Command]) -> None:
         commands += self.cancel_requests()

@@ -1,8 +1,11 @@
-"""Which task a worker runs, written where its node can read it even after a crash.
+"""What a worker is at, written where its node can read it even after a crash.
 
 Results of tiny tasks gather in the worker before they are sent, and go with it when it is killed. Without this its
 owner could not tell the task that ended the process from those before it, and would give up the wrong one. A store to a
 shared page costs some 50 ns; a message for each task would cost a hundred times as much.
+
+Three numbers: the task started last, its lowest bit set once it has ended (task numbers are even); of a chunk, the
+index of the item that runs, and how many items there are.
 """
 
 from __future__ import annotations
@@ -10,11 +13,15 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import struct
 from pathlib import Path
 
-_NUMBER_BYTES = 8
-# What `read_task_page` says when the worker was gone before it had a page.
-UNKNOWN = -1
+from clusterpool.core.messages import LastTask
+
+TASK, ITEM, ITEMS = range(3)
+# Set in the number of a task that has ended.
+ENDED = 1
+_PAGE = struct.Struct("=QQQ")
 
 
 def task_page_path(processes_folder: str | Path, process_id: str) -> Path:
@@ -23,21 +30,26 @@ def task_page_path(processes_folder: str | Path, process_id: str) -> Path:
 
 
 def make_task_page(path: Path) -> memoryview:
-    """The page as one number: the worker's task, 0 for none. It lasts as long as the process."""
+    """The page as three numbers. It lasts as long as the process."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        os.ftruncate(fd, _NUMBER_BYTES)
-        return memoryview(mmap.mmap(fd, _NUMBER_BYTES)).cast("Q")
+        os.ftruncate(fd, _PAGE.size)
+        return memoryview(mmap.mmap(fd, _PAGE.size)).cast("Q")
     finally:
         os.close(fd)
 
 
-def read_task_page(path: Path) -> int:
-    """The task that a worker ran when it ended; the page is removed."""
+def read_task_page(path: Path) -> LastTask:
+    """What a worker was at when it ended; the page is removed."""
     try:
         content = path.read_bytes()
     except OSError:
-        return UNKNOWN
+        return LastTask()  # it was gone before it had a page
     with contextlib.suppress(OSError):
         path.unlink()
-    return int.from_bytes(content, "little") if len(content) == _NUMBER_BYTES else UNKNOWN
+    if len(content) != _PAGE.size:
+        return LastTask()
+    number, item, items = _PAGE.unpack(content)
+    if number & ENDED:
+        return LastTask(0, number - ENDED)
+    return LastTask(number, number, item if items else -1, items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from pickle import PicklingError
@@ -13,12 +14,16 @@ from clusterpool import ids
 from clusterpool.client.values import INLINE_BYTES_MAX, NONE_PAYLOAD
 from clusterpool.core import messages as m
 from clusterpool.core.messages import Address, ResultExtras, TaskKind, TaskResult, TaskSpec, TaskStatus, ValuePart
+from clusterpool.processes.task_page import ITEM, ITEMS
 from clusterpool.serialization.exceptions import unpicklable_result
+from clusterpool.serialization.functions import loads_function
 from clusterpool.serialization.packing import dumps_value
 from clusterpool.worker.interrupts import Interrupted, Key
 
 if TYPE_CHECKING:
     from clusterpool.worker.task_runner import TaskRunner
+
+logger = logging.getLogger(__name__)
 
 _CHUNKS = (TaskKind.MAP, TaskKind.STARMAP)
 
@@ -28,6 +33,7 @@ class CallRunner:
 
     def __init__(self, runner: TaskRunner) -> None:
         self._runner = runner
+        self._retry_on: tuple[bytes, tuple[type[BaseException], ...]] = (b"", ())  # the last one, loaded
 
     def run(self, owner: Address, spec: TaskSpec) -> TaskResult:
         """Run a task in this thread. User errors become ERROR results; SystemExit ends the process."""
@@ -65,10 +71,16 @@ class CallRunner:
         else:
             function, *rest = args
             args = tuple(rest)
-        if kind == TaskKind.MAP:
-            return partial(_map, function, args[0])
-        if kind == TaskKind.STARMAP:
-            return partial(_starmap, function, args[0])
+        if kind in _CHUNKS:
+            items = args[0]
+            span = spec.extras.span if spec.extras is not None else None
+            low, high = (0, len(items)) if span is None else (span.low, span.high)
+            page = runner.page
+            page[ITEM] = low
+            page[ITEMS] = len(items)
+            if span is not None:
+                items = items[low:high]
+            return partial(_map if kind == TaskKind.MAP else _starmap, function, items, page, low)
         return partial(_call, function, args, kwargs)
 
     def returned(self, owner: Address, spec: TaskSpec, value: Any) -> TaskResult:
@@ -96,14 +108,32 @@ class CallRunner:
         references = [reference.part for reference in serialized.references]
         if references:
             runner.hand_over(owner, references)
-        part = runner.runtime.values.part_of(serialized, ids.object_id(owner.process_id, spec.number), references)
+        number = spec.number
+        if spec.extras is not None and spec.extras.span is not None:
+            number += spec.extras.span.part  # another span's result may lie in this store under the task's own name
+        part = runner.runtime.values.part_of(serialized, ids.object_id(owner.process_id, number), references)
         return TaskResult(spec.number, TaskStatus.STORED, b"", ResultExtras(part))
 
     def error(self, spec: TaskSpec, exc: BaseException, *, is_loaded: bool = True) -> TaskResult:
         """An ERROR result; UNLOADABLE when the call could not even be made."""
         name = spec.extras.name if spec.extras is not None else ""
         status = TaskStatus.ERROR if is_loaded else TaskStatus.UNLOADABLE
-        return TaskResult(spec.number, status, self._runner.dump(exc, name))
+        payload = self._runner.dump(exc, name)
+        limits = spec.extras.limits if spec.extras is not None else None
+        if limits is not None and limits.retry_on and is_loaded and isinstance(exc, self._classes(limits.retry_on)):
+            return TaskResult(spec.number, status, payload, ResultExtras(is_retryable=True))
+        return TaskResult(spec.number, status, payload)
+
+    def _classes(self, payload: bytes) -> tuple[type[BaseException], ...]:
+        """The exception classes of a `retry_exceptions`; none when they cannot be loaded here."""
+        if self._retry_on[0] != payload:
+            try:
+                classes = loads_function(payload, node_id=self._runner.client.address.node_id)
+            except Exception:  # a module that this node lacks, for instance: then it is no exception of these
+                logger.warning("the classes of a retry_exceptions= could not be loaded", exc_info=True)
+                classes = ()
+            self._retry_on = (payload, classes)
+        return self._retry_on[1]
 
     def _several(self, owner: Address, spec: TaskSpec, value: Any, returns: int) -> TaskResult:
         values = list(value) if returns else []
@@ -165,12 +195,20 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     return function(*args, **kwargs)
 
 
-def _map(function: Callable[..., Any], items: Iterable[Any]) -> list[Any]:
-    return list(map(function, items))
+def _map(function: Callable[..., Any], items: Iterable[Any], page: memoryview, first: int) -> list[Any]:
+    results = []
+    for index, item in enumerate(items, first):
+        page[ITEM] = index
+        results.append(function(item))
+    return results
 
 
-def _starmap(function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> list[Any]:
-    return [function(*item) for item in items]
+def _starmap(function: Callable[..., Any], items: Iterable[tuple[Any, ...]], page: memoryview, first: int) -> list[Any]:
+    results = []
+    for index, item in enumerate(items, first):
+        page[ITEM] = index
+        results.append(function(*item))
+    return results
 
 
 # From these on inwards the user's own code runs.

@@ -22,6 +22,7 @@ from clusterpool.client.submission import Slot
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core.messages import Address, Reference, TaskResult, TaskSpec, TaskStatus, ValuePart
+from clusterpool.processes.task_page import ENDED, ITEMS, TASK
 from clusterpool.serialization.exceptions import dump_exception, unpicklable_result
 from clusterpool.serialization.functions import explain_load_failure, loads_function
 from clusterpool.serialization.packing import dumps_value, loads
@@ -54,7 +55,7 @@ class TaskRunner:
         self.pending: deque[tuple[Address, TaskSpec]] = deque()
         self.setups: deque[tuple[Address, m.SetupWorker]] = deque()
         self.is_retiring = False
-        self._page = page  # of one number: the task that runs, for the node to read should the process die
+        self.page = page  # what runs, for the node to read should the process die
         self.interrupts = Interrupts(USER_CODE_CALLERS)
         self.actor: Any = None  # worker.actor.ActorRunner
         self.calls = CallRunner(self)
@@ -116,7 +117,7 @@ class TaskRunner:
         self.runtime.shutdown()
 
     def _run_pending(self) -> None:
-        pending, interrupts, page = self.pending, self.interrupts, self._page
+        pending, interrupts, page = self.pending, self.interrupts, self.page
         while True:
             try:
                 owner, spec = pending.popleft()
@@ -131,7 +132,8 @@ class TaskRunner:
             if spec.kind >= m.TaskKind.CREATE_ACTOR and self._is_for_actor(owner, spec):
                 interrupts.current = None
                 continue
-            page[0] = spec.number
+            page[ITEMS] = 0
+            page[TASK] = spec.number
             started_ns = perf_counter_ns()
             try:
                 result = self.calls.run(owner, spec)
@@ -139,7 +141,7 @@ class TaskRunner:
                 # SystemExit: the process ends, but what others are waiting for has been done.
                 self.flush()
                 raise
-            page[0] = 0
+            page[TASK] = spec.number | ENDED
             interrupts.current = None
             interrupts.forget(key)
             ended_ns = perf_counter_ns()

@@ -92,7 +92,7 @@ def test_a_broken_connection_alone_fails_nothing(owner: Owner) -> None:
     owner.grant(1, "w1")
     assert failed(owner.handle(e.ProcessGone(W1, "closed"))) == []
     (failure,) = of_type(owner.hear(NODE, m.WorkerExited(1, W1, -9, "killed by signal 9")), e.FailTasks)
-    assert failure.text == "killed by signal 9"
+    assert failure.text.endswith("killed by signal 9")
 
 
 def test_a_task_submitted_to_a_set_that_has_ended_is_cancelled() -> None:
@@ -161,10 +161,10 @@ def test_a_dropped_function_goes_everywhere_once_no_task_uses_it(owner: Owner) -
     owner.submit(make_task(1, function=7))
     owner.grant(1, "w1")
     assert not sent(owner.handle(e.FunctionsDropped([7])), m.ForgetFunctions)
-    assert 7 in owner.machine.functions, "its task may have to be sent again"
+    assert 7 in owner.machine.functions.payloads, "its task may have to be sent again"
     commands = owner.finish("w1", make_result(1))
     assert sent(commands, m.ForgetFunctions, W1) == [m.ForgetFunctions([7])]
-    assert 7 not in owner.machine.functions
+    assert 7 not in owner.machine.functions.payloads
 
 
 def test_fresh_functions_do_not_gather_while_tasks_are_always_unfinished(owner: Owner) -> None:
@@ -177,7 +177,7 @@ def test_fresh_functions_do_not_gather_while_tasks_are_always_unfinished(owner: 
             owner.grant(2, "w1")
         owner.handle(e.FunctionsDropped([number]))
         owner.finish("w1", make_result(number))
-    assert len(owner.machine.functions) < 10
+    assert len(owner.machine.functions.payloads) < 10
     assert len(owner.machine.sets[1].dispatcher.slots["w1"].functions_sent) < 10
 
 

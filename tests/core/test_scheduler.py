@@ -384,6 +384,8 @@ def test_a_pinned_request_goes_to_its_node(node_id: str, is_passed_on: bool) -> 
 def test_the_owner_is_told_the_peak_memory_and_the_cause_of_a_workers_end() -> None:
     node = Node()
     node.lease()
-    commands = node.scheduler.worker_ended(WorkerEnded("w1", -11, "crashed", 4, 12_000, m.EndCause.STACK_OVERFLOW))
+    commands = node.scheduler.worker_ended(
+        WorkerEnded("w1", -11, "crashed", m.LastTask(4), 12_000, m.EndCause.STACK_OVERFLOW)
+    )
     (exited,) = messages(commands, m.WorkerExited, DRIVER)
-    assert (exited.task, exited.peak_bytes, exited.cause) == (4, 12_000, m.EndCause.STACK_OVERFLOW)
+    assert (exited.task, exited.peak_bytes, exited.cause) == (m.LastTask(4), 12_000, m.EndCause.STACK_OVERFLOW)

@@ -7,12 +7,14 @@ import pytest
 
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
+from clusterpool.core.chunks import ChunkTable
 from clusterpool.core.messages import Address, TaskStatus, WorkerKind
+from clusterpool.core.rescue import Rescue
+from clusterpool.core.stopping import SIGKILL
 from clusterpool.core.worker_set import (
     LINGER_S,
     REQUESTED_MAX,
     SETUP_FAILURES_MAX,
-    SIGKILL,
     SIGTERM,
     START_FAILURES_MAX,
     WorkerSet,
@@ -47,6 +49,7 @@ class Set:
             requests=itertools.count(1),
             functions={1: b"one", 2: b"two"},
             set_by_process=self.set_by_process,
+            rescue=Rescue({1: "work"}, ChunkTable(lambda _: None, lambda _: [])),
         )
         self.opened = self.set.advance(NOW_S)
 
@@ -317,7 +320,7 @@ def test_a_running_task_is_stopped_by_ending_its_worker() -> None:
     group.join("w1")
     group.submit(1)
     (task,) = group.set.dispatcher.slots["w1"].outstanding.values()
-    assert [message.signal for message in sent(group.set.kill_running(task), m.KillWorker)] == [SIGKILL]
+    assert [message.signal for message in sent(group.set.stopping.kill_running(task), m.KillWorker)] == [SIGKILL]
     assert failed(group.exit("w1")) == [("cancelled", [1])]
 
 
@@ -327,7 +330,7 @@ def test_a_task_behind_another_is_dropped_without_ending_the_worker() -> None:
     group.set.dispatcher._mean_s[1] = 1e-6
     group.submit(1, 2)
     task = group.set.dispatcher.slots["w1"].outstanding[2]
-    commands = group.set.kill_running(task)
+    commands = group.set.stopping.kill_running(task)
     assert sent(commands, m.CancelTasks) == [m.CancelTasks([2], True)]
     assert not sent(commands, m.KillWorker), "task 1 would have to die for it"
 

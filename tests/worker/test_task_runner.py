@@ -60,7 +60,7 @@ def client() -> FakeClient:
 def runner(client: FakeClient) -> Iterator[TaskRunner]:
     before = signal.getsignal(signal.SIGINT)
     runtime: Any = SimpleNamespace(client=client, values=None, returns_exits=False, refuses_unnamed_results=False)
-    yield TaskRunner(runtime, name="test", page=memoryview(bytearray(8)).cast("Q"))
+    yield TaskRunner(runtime, name="test", page=memoryview(bytearray(24)).cast("Q"))
     signal.signal(signal.SIGINT, before)
 
 
@@ -113,7 +113,7 @@ def test_exit_sends_what_was_finished_before(runner: TaskRunner, client: FakeCli
     with pytest.raises(SystemExit):
         runner._run_pending()
     assert statuses(client) == [(1, TaskStatus.OK), (2, TaskStatus.OK)]
-    assert runner._page[0] == 3, "the node must be able to tell which task ended the process"
+    assert runner.page[0] == 3, "the node must be able to tell which task ended the process"
 
 
 def exit_with(code: int) -> None:
@@ -122,10 +122,10 @@ def exit_with(code: int) -> None:
 
 def test_the_page_names_the_running_task_only_while_it_runs(runner: TaskRunner) -> None:
     seen: list[int] = []
-    runner.functions[(OWNER, 7)] = lambda: seen.append(runner._page[0])
+    runner.functions[(OWNER, 7)] = lambda: seen.append(runner.page[0])
     runner.pending.append((OWNER, TaskSpec(42, 7, TaskKind.CALL, pickle.dumps(((), {})))))
     runner._run_pending()
-    assert seen == [42] and runner._page[0] == 0
+    assert seen == [42] and runner.page[0] == 0
 
 
 def test_references_are_held_until_the_task_has_ended(runner: TaskRunner, client: FakeClient) -> None:

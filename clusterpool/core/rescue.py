@@ -1,0 +1,175 @@
+"""What becomes of the tasks of a worker that is gone: they are run again, at once or after a while, or they fail.
+
+    not started --------------------------------------------> queued again
+    ended, but the result was still in the worker --+-------> queued again
+                                                    +-------> fails, where it may be started once only (no retries)
+    ran --+-- a chunk, and the item is known ---------------> the chunk goes on in spans (chunks.py)
+          +-- retries left --> [rests] ---------------------> queued again
+          +-- none -----------------------------------------> fails
+
+Whoever ran beside a task for whose sake we ended the worker (a limit of time, `cancel`) is not to blame: its attempt
+does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from heapq import heappop, heappush
+from typing import NamedTuple
+
+import msgspec
+
+from clusterpool.core.chunks import ChunkTable
+from clusterpool.core.dispatch import Task
+from clusterpool.core.messages import LastTask, TaskExtras, WorkerPart
+from clusterpool.core.owner_events import Command, FailTasks
+
+# A worker may die by chance once, so the first retry comes at once. What kills its workers again and again would else
+# keep a node busy with forking. (Doubling from 0.1 s to 10 s: ten retries take half a minute.)
+BACK_OFF_FIRST_S = 0.1
+BACK_OFF_MAX_S = 10.0
+
+
+def back_off_s(attempts: int) -> float:
+    """How long a task rests that has failed in so many attempts, 1 or more."""
+    return 0.0 if attempts <= 1 else min(BACK_OFF_MAX_S, BACK_OFF_FIRST_S * 2.0 ** min(attempts - 2, 30))
+
+
+class GoneWorker(NamedTuple):
+    """A worker that is no more. `target`: the number of the task for whose sake we ended it, 0 for none."""
+
+    worker: WorkerPart
+    text: str
+    last: LastTask
+    target: int = 0
+
+
+class Rescue:
+    """The tasks of one worker set that are between two attempts. `names`: of functions, by number."""
+
+    def __init__(self, names: Mapping[int, str], chunks: ChunkTable) -> None:
+        self.chunks = chunks
+        self._names = names
+        self._resting: list[tuple[float, int, Task]] = []  # a heap: when due, in which order they came, what
+        self._count = 0
+
+    def save(self, tasks: list[Task], gone: GoneWorker, now_s: float) -> tuple[list[Task], list[Command]]:
+        """What a gone worker had, in the order sent, which is the order run: what to queue again now, what else."""
+        again: list[Task] = []
+        failed: list[Task] = []
+        cancelled: list[Task] = []
+        commands: list[Command] = []
+        blamed = gone.target or _running(tasks, gone.last)
+        first_unstarted = _first_unstarted(tasks, gone.last)
+        for position, task in enumerate(tasks):
+            number = task.spec.number
+            if task.is_cancelled:
+                cancelled.append(task)
+            elif position >= first_unstarted and number != blamed:
+                again.append(task)
+            elif task.retries_left <= 0 and number not in self.chunks:
+                failed.append(task)
+            elif number != blamed:
+                again.append(task)  # its result was lost, or it was not its fault
+            elif not self.chunks.is_split(task, gone.last):
+                self.retry(task, now_s, again)
+            else:
+                commands += self._continue_chunk(task, gone, now_s, again)
+        for task in failed:
+            commands.append(FailTasks([task], "worker_died", self._why(task, gone, blamed), gone.worker))
+        if cancelled:
+            commands.append(FailTasks(cancelled, "cancelled", "the task was cancelled", gone.worker))
+        return again, commands
+
+    def _continue_chunk(self, task: Task, gone: GoneWorker, now_s: float, again: list[Task]) -> list[Command]:
+        text = f"{self.label(task)}, ended with its worker: {gone.text}"
+        attempts = self.chunks.died(task, gone.last, text)
+        ended = self.chunks.end_if_done(task, gone.worker)
+        if ended is not None:
+            return [ended]
+        self._rest(task, now_s + back_off_s(attempts), now_s, again)
+        return []
+
+    def retry(self, task: Task, now_s: float, again: list[Task]) -> None:
+        """An attempt has failed and counts: the task goes to `again`, or rests first. It must have retries left."""
+        assert task.retries_left > 0, f"task {task.spec.number} has no retries left"
+        task.retries_left -= 1
+        extras = task.spec.extras or TaskExtras()
+        attempt = extras.attempt + 1
+        task.spec = msgspec.structs.replace(task.spec, extras=msgspec.structs.replace(extras, attempt=attempt))
+        self._rest(task, now_s + back_off_s(attempt - 1), now_s, again)
+
+    def _rest(self, task: Task, due_s: float, now_s: float, again: list[Task]) -> None:
+        if due_s <= now_s:
+            again.append(task)
+            return
+        self._count += 1
+        heappush(self._resting, (due_s, self._count, task))
+
+    # --- those that rest
+
+    def __bool__(self) -> bool:
+        """Whether any task rests."""
+        return bool(self._resting)
+
+    def count(self) -> int:
+        """How many rest that shall still run."""
+        return sum(1 for _, _, task in self._resting if not task.is_cancelled)
+
+    def next_due_s(self) -> float | None:
+        """When the first of them is due."""
+        return self._resting[0][0] if self._resting else None
+
+    def due(self, now_s: float) -> list[Task]:
+        """Those that have rested long enough."""
+        tasks: list[Task] = []
+        while self._resting and (self._resting[0][0] <= now_s or self._resting[0][2].is_cancelled):
+            task = heappop(self._resting)[2]
+            if not task.is_cancelled:
+                tasks.append(task)
+        return tasks
+
+    def clear(self) -> list[Task]:
+        """All of them: they shall not run."""
+        tasks = [task for _, _, task in sorted(self._resting, key=lambda item: item[1]) if not task.is_cancelled]
+        self._resting.clear()
+        return tasks
+
+    # --- what people read
+
+    def label(self, task: Task) -> str:
+        """A task as errors name it."""
+        extras = task.spec.extras
+        name = extras.name if extras is not None and extras.name else self._names.get(task.spec.function, "")
+        attempt = extras.attempt if extras is not None else 1
+        span = extras.span if extras is not None else None
+        if span is not None:
+            attempt, attempts_max = self.chunks.attempts_of(task)
+        else:
+            attempts_max = attempt + task.retries_left
+        named = f"task {task.spec.number} ({name})" if name else f"task {task.spec.number}"
+        return f"{named}, attempt {attempt} of {attempts_max}"
+
+    def _why(self, task: Task, gone: GoneWorker, blamed: int) -> str:
+        if task.spec.number == blamed:
+            return f"{self.label(task)}, ended with its worker: {gone.text}"
+        return (
+            f"{self.label(task)}, had been started in a worker that ended before the result was sent, and without "
+            f"retries it may not be started twice: {gone.text}"
+        )
+
+
+def _running(tasks: list[Task], last: LastTask) -> int:
+    if last.running >= 0:
+        return last.running
+    return tasks[0].spec.number if tasks else 0  # they are run in order
+
+
+def _first_unstarted(tasks: list[Task], last: LastTask) -> int:
+    """The position of the first task that was surely never begun."""
+    if last.started < 0:
+        return len(tasks)
+    for position, task in enumerate(tasks):
+        if task.spec.number == last.started:
+            return position + 1
+    return 0  # the last that it began has ended, and its result is here: results come in order
