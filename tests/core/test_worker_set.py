@@ -65,8 +65,8 @@ class Set:
         self.set.finished(name, m.TasksFinished(list(results), 10**8), now_s)
         return self.set.advance(now_s)
 
-    def exit(self, name: str, exit_code: int = -9) -> list[Any]:
-        return self.set.exited(name, exit_code, "it was killed", NOW_S)
+    def exit(self, name: str, exit_code: int = -9, *, ran: int = -1) -> list[Any]:
+        return self.set.exited(name, exit_code, "it was killed", NOW_S, task=m.LastTask(ran, ran))
 
     def submit(self, *numbers: int, retries: int = 0) -> list[Any]:
         return self.set.submit([make_task(number, retries=retries) for number in numbers], NOW_S)
@@ -307,7 +307,7 @@ def test_the_first_task_of_a_dead_worker_is_blamed_and_the_others_run_elsewhere(
     group.join("w1")
     group.set.dispatcher._mean_s[1] = 1e-6
     group.submit(1, 2, 3, retries=retries)
-    commands = group.exit("w1")
+    commands = group.exit("w1", ran=1)
     assert failed(commands) == kind
     assert [task.spec.number for task in group.set.dispatcher.queue] == again
     assert [task.retries_left for task in group.set.dispatcher.queue] == [
