@@ -26,7 +26,7 @@ _OURS = tuple(
     for name in ("client", "core", "object_store", "processes", "serialization", "transport", "worker")
 )
 # Where a thread sleeps holds no lock, and the callers undo what they did.
-_SLEEPS = frozenset({Loop._turn.__code__, Loop._wait_for_role.__code__, *sleeps.CODES})
+_SLEEPS = frozenset({Loop._turn.__code__, Loop._poll_awake.__code__, Loop._wait_for_role.__code__, *sleeps.CODES})
 
 
 def may_raise(frame: FrameType | None, callers: frozenset[CodeType] = frozenset()) -> bool:

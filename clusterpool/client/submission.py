@@ -205,6 +205,11 @@ class TaskMaker:
         """
         if isinstance(function, _TABLED):
             number = table.number_of(function)
+            if not kwargs and extras is None and number not in table.held and all(map(_is_number, args)):
+                # A few numbers, the rule for many tiny tasks: a third of the way below.
+                payload = pickle.dumps((args, _EMPTY), 5)
+                if len(payload) <= INLINE_BYTES_MAX:
+                    return Task(TaskSpec(next(self._client.numbers), number, kind, payload), sink, index, retries), None
         else:
             number, args = 0, (function, *args)
         held = table.held.get(number, _HELD_NOTHING) if table.held else _HELD_NOTHING
@@ -323,3 +328,7 @@ def _slot(value: Any, found: list[ObjectRef]) -> Any:
         return value
     found.append(value)
     return Slot(len(found) - 1)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in _NUMBERS

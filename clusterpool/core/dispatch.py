@@ -64,8 +64,8 @@ class WorkerSlot:
     """One worker, as its dispatcher sees it."""
 
     __slots__ = (
-        "address", "functions_sent", "idle_since_s", "is_blocked", "is_long", "is_retiring", "is_taking_back", "lease",
-        "outstanding", "pid", "runs_left", "sent_s", "token",
+        "address", "finished_s", "functions_sent", "idle_since_s", "is_blocked", "is_long", "is_retiring",
+        "is_taking_back", "lease", "outstanding", "pid", "runs_left", "sent_s", "token",
     )  # fmt: skip
 
     def __init__(self, address: Address, *, lease: int, pid: int, runs_max: int | None, token: Any = None) -> None:
@@ -82,6 +82,7 @@ class WorkerSlot:
         self.is_long = False  # what was sent last takes long, or nobody knows how long
         self.idle_since_s = 0.0
         self.sent_s = 0.0
+        self.finished_s = 0.0  # when it last reported that it had run something
 
     @property
     def is_open(self) -> bool:
@@ -210,7 +211,13 @@ class Dispatcher:
         if not self._drop_cancelled() or not self.slots:
             return batches
         # Emptiest first, so that every worker has something before any has a backlog.
-        open_slots = sorted((slot for slot in self.slots.values() if slot.is_open), key=_backlog)
+        open_slots = [slot for slot in self.slots.values() if slot.is_open]
+        if len(open_slots) > 1:
+            open_slots.sort(key=_backlog)
+            if open_slots[-1].outstanding and self._is_too_little_to_split():
+                # One that has just reported is awake, and has done it before another has woken. (One that has not may
+                # be busy for long.)
+                open_slots.sort(key=lambda slot: not slot.outstanding or now_s - slot.finished_s > BACKLOG_S)
         for slot in open_slots:
             if not self._drop_cancelled():
                 break
@@ -218,6 +225,10 @@ class Dispatcher:
             if count > 0:
                 batches.append(self._take(slot, count, now_s))
         return batches
+
+    def _is_too_little_to_split(self) -> bool:
+        mean_s = self._mean_s.get(self.queue[0].spec.function)
+        return mean_s is not None and (len(self.queue) + self.outstanding_count) * mean_s <= SPLIT_MIN_S
 
     def idle_slot(self) -> WorkerSlot | None:
         """A worker with nothing to do, which may have a task."""
@@ -301,6 +312,8 @@ class Dispatcher:
     def take_back(self, now_s: float) -> list[tuple[WorkerSlot, int]]:
         """Whom to ask for how many unstarted tasks, because another worker has nothing to do."""
         if self.outstanding_count < 2 or self.queue or len(self.slots) < 2:
+            return []
+        if not self.has_room():
             return []
         idle = sum(1 for slot in self.slots.values() if not slot.outstanding and slot.is_open)
         asked: list[tuple[WorkerSlot, int]] = []

@@ -275,6 +275,8 @@ class WorkerSet:
             return [], None
         slot.is_blocked = message.is_blocked
         slot.idle_since_s = now_s
+        if message.run_ns:
+            slot.finished_s = now_s
         dispatcher = self.dispatcher
         finished = dispatcher.finish(process_id, message.results, message.run_ns)
         if self.stopping.has_deadlines and not slot.outstanding:

@@ -72,8 +72,12 @@ class Job:
         self._value, self._error = value, error
         self._is_done = True
         if self._callback is not None:
-            self._callbacks.run(self._callback, self)
-            self._callback = None
+            self._callbacks.run(self._call_back)
+
+    def _call_back(self) -> None:
+        callback, self._callback = self._callback, None
+        if callback is not None and not self._callbacks.has_ended():
+            callback(self)
 
     def done(self) -> bool:
         return self._is_done

@@ -71,4 +71,4 @@ def uniform_function(items: Sequence[tuple[Any, Any, Any]]) -> Callable[..., Any
     function: Any = items[0][0]
     if not isinstance(function, FunctionType):
         return None
-    return function if all(item[0] is function for item in items) else None
+    return function if len(items) == 1 or all(item[0] is function for item in items) else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from clusterpool.calls.callbacks import CallbackThread
 
@@ -22,15 +21,14 @@ class Callbacks:
         self._ident = 0
         self._is_ended = False
 
-    def run(self, callback: Callable[[Any], object], job: Any) -> None:
-        """Have `callback(job)` called soon."""
-
-        def call() -> None:
-            self._ident = threading.get_ident()
-            if not self._is_ended:
-                callback(job)
-
+    def run(self, call: Callable[[], object]) -> None:
+        """Have `call` called soon; it asks `has_ended` first."""
         self._thread.run(call)
+
+    def has_ended(self) -> bool:
+        """Whether the calls have ended meanwhile; asked by each callback before it does anything."""
+        self._ident = threading.get_ident()
+        return self._is_ended
 
     def end(self) -> None:
         """Call no more of them."""

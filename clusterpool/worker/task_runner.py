@@ -69,6 +69,7 @@ class TaskRunner:
         self._flushed_ns = 0
         self._is_blocked = False
         self._main_ident = threading.get_ident()
+        self.client.loop.stays_awake = True
         self.client.on_block = self._block
         self.client.on_unblock = self._unblock
 

@@ -370,3 +370,12 @@ def test_a_thread_turns_the_loop_until_it_has_something_to_do(harness: Harness) 
     harness.send(5)
     harness.loop.turn_for(lambda: harness.known[5] > 0, LIMIT_S)
     assert harness.known[5] == 1
+
+
+def test_a_loop_that_stays_awake_handles_the_same_messages(harness: Harness, threads: Threads) -> None:
+    harness.loop.stays_awake = True
+    for number in range(1, 200):
+        threads.start(lambda number=number: harness.send(number))
+        assert harness.wait_for(number)
+    assert harness.known[1:200] == [1] * 199
+    assert not harness.wait_for(200, 0.01)  # with nothing to come it sleeps until the time is over

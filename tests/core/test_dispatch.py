@@ -59,6 +59,23 @@ def test_a_backlog_is_worth_about_two_milliseconds(mean_s: float | None, tasks: 
     assert [len(batch.tasks) for batch in dispatcher.fill(NOW_S)] == shares
 
 
+@pytest.mark.parametrize(
+    ("mean_s", "silent_s", "worker"),
+    [
+        (SPLIT_MIN_S / 10, BACKLOG_S / 2, "w1"),  # it is awake, and has done so little before another has woken
+        (SPLIT_MIN_S / 10, BACKLOG_S * 2, "w2"),  # it may be busy for long
+        (SPLIT_MIN_S, BACKLOG_S / 2, "w2"),  # worth two workers
+    ],
+)
+def test_tiny_work_goes_to_a_worker_that_has_just_reported(mean_s: float, silent_s: float, worker: str) -> None:
+    dispatcher = dispatcher_with("w1", "w2", mean_s=mean_s)
+    dispatcher.submit(tasks_of(1))
+    assert numbers(dispatcher.fill(NOW_S)) == {"w1": [1]}
+    dispatcher.slots["w1"].finished_s = NOW_S
+    dispatcher.submit(tasks_of(2))
+    assert numbers(dispatcher.fill(NOW_S + silent_s)) == {worker: [2]}
+
+
 def test_tiny_tasks_are_refilled_in_halves() -> None:
     dispatcher = dispatcher_with("w1", mean_s=BACKLOG_S / 10)
     dispatcher.submit(tasks_of(*range(40)))
