@@ -32,7 +32,7 @@ from clusterpool.client.loop import Loop
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core import wire
-from clusterpool.core.coordination_messages import CoordinationDone, CoordinationFailed
+from clusterpool.core.coordination_messages import CoordinationDone, CoordinationFailed, CountHeld, HeldCounted
 from clusterpool.core.dispatch import Task
 from clusterpool.core.joining import RegistrationRefused, mismatch
 from clusterpool.core.messages import Address, Message
@@ -69,6 +69,7 @@ class Client:
         self.registered: m.Registered | None = None
         self.on_worker_message: Callable[[Address, Message], None] | None = None
         self.on_log_lines: Callable[[m.LogLines], None] | None = None
+        self.on_count_held = self._holds_nothing
         self.on_closed: Callable[[str], None] | None = None
         self.deliveries = Deliveries()
         self.on_block: Callable[[], None] | None = None  # in a worker: a task is about to wait
@@ -509,12 +510,18 @@ class Client:
             if self.on_log_lines is not None:
                 lines, show = message, self.on_log_lines
                 self.deliveries.queue.append(lambda: show(lines))  # type: ignore[arg-type]
+        elif kind is CountHeld:
+            self.on_count_held(message)  # type: ignore[arg-type]
         elif kind is m.LeftNode:
             self._mark_closed("clusterpool was shut down")
         elif kind is RegistrationRefused:
             self._refused(message.text)  # type: ignore[attr-defined]
         else:
             self._execute(self.machine.handle(e.MessageArrived(source, message), monotonic()))
+
+    def _holds_nothing(self, question: CountHeld) -> None:
+        """This process has never had anything to do with semaphores."""
+        self.send(self.node, HeldCounted(question.request, question.name, 0, 0))
 
     def _read_last_words(self, process_id: str) -> None:
         """A worker has ended: what it had sent us must be handled before the news of its end."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clusterpool import errors
+from clusterpool.client.token_counts import TokenCounts
 from clusterpool.core import coordination_messages as c
 from clusterpool.core.messages import Message
 
@@ -44,6 +45,7 @@ class Coordination:
         self._moved: set[str] = set()
         self._unmoved: dict[str, int] = {}  # by name, the counter at which it had not moved
         self._forgotten: deque[str] = deque()
+        self.counts = TokenCounts(client)
 
     # --- names and the moved page
 
@@ -129,6 +131,11 @@ class Coordination:
         Raises: ValueError when `maximum` tokens are there already; ObjectLost, NotConnected.
         """
         self._ask(lambda request: c.ReleaseToken(request, name, maximum))
+
+    def report_stuck(self, name: str, total: int) -> None:
+        """Tell the node that a token of a thin semaphore has been waited for in vain; it was made with `total`."""
+        if not self._client.is_closed:
+            self._client.send(self._client.node, c.ReportStuck(name, total))
 
     def value(self, name: str) -> int:
         """How many tokens nobody has."""

@@ -7,10 +7,14 @@
 The node bumps the moved page, then drains the thin semaphore: the tokens that it finds become those of the control
 store. A token that is posted later is taken back by whoever posted it, unless a thin waiter was faster; that one gives
 it to the store in its turn. So no token is ever lost or doubled, and nobody but a waiter needs to know of the move.
+
+What a dead process held comes free: who has waited for a second tells its node, which counts what the living hold
+(core/census.py; token_counts.py answers for this process).
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import weakref
@@ -19,8 +23,10 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from clusterpool.client import api, current, sleeps
+from clusterpool.client.recorded_tokens import RecordedTokens
 from clusterpool.errors import ObjectLost
 from clusterpool.processes.thin_files import semaphore_name
+from clusterpool.processes.token_records import mark_as_signal, remove_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,6 +37,11 @@ if TYPE_CHECKING:
 # A thin waiter looks at the moved page so often: shorter wakes idle processes for nothing, longer delays those who wait
 # while the semaphore moves, which happens once in its life.
 SLICE_S = 0.25
+# Who has waited for so long says so: shorter has nodes count for nothing where locks are held for long, longer delays
+# those who wait for a dead process.
+STUCK_S = 1.0
+# For how long a lock counts what it gives back when it was asked once only, because the holder was found.
+WATCHED_S = 3.0
 # The values of `multiprocessing.synchronize`, which C takes.
 RECURSIVE_MUTEX, SEMAPHORE = 0, 1
 SEM_VALUE_MAX: int = SemLock.SEM_VALUE_MAX
@@ -40,13 +51,16 @@ _ALWAYS_LOOK = -1  # is on no page
 
 # A semaphore that is unpickled twice is one object, so that all its copies agree on who holds it.
 _known: weakref.WeakValueDictionary[str, Semaphore] = weakref.WeakValueDictionary()
+# What was collected while this process held tokens of it: it is unpickled with them, perhaps, by the next task.
+_held_by_nobody: dict[str, tuple[Any, Any]] = {}
 
 
 class Semaphore:
     """`value` tokens of at most `maximum`, with the methods of `_multiprocessing.SemLock`; pickles at any time.
 
-    kind: RECURSIVE_MUTEX for a lock that its holding thread may acquire again. `is_lock`: there is one token, and it
-    comes back when its holder dies (which only the control store can tell).
+    kind: RECURSIVE_MUTEX for a lock that its holding thread may acquire again. `is_lock`: there is one token.
+    `is_owned`: who takes a token holds it, until it gives it back, or dies; else tokens are signals and belong to
+    nobody. A semaphore becomes one of signals, for ever, when a process gives a token back that it does not hold.
     Raises: OSError, OverflowError for values that a POSIX semaphore cannot have.
     """
 
@@ -54,51 +68,83 @@ class Semaphore:
         "__weakref__",
         "_cells",
         "_coordination",
+        "_count_asked",
+        "_count_given",
         "_finalizer",
         "_held",
         "_holder",
+        "_is_disowned",
         "_page",
         "_post",
+        "_recorded",
+        "_release",
+        "_rewire",
         "_seen",
         "_side",
+        "_stuck_s",
         "_thin",
         "_try",
+        "_was_asked_by",
+        "_watched",
+        "_watched_s",
         "home",
         "is_lock",
+        "is_owned",
         "kind",
         "maxvalue",
         "name",
+        "sleeping",
+        "total",
     )
 
     _coordination: Coordination | None
     _finalizer: weakref.finalize[..., Semaphore] | None
+    _post: Callable[[], None]
 
-    def __init__(self, value: int, maximum: int, *, kind: int = SEMAPHORE, is_lock: bool = False) -> None:
+    def __init__(
+        self, value: int, maximum: int, *, kind: int = SEMAPHORE, is_lock: bool = False, is_owned: bool = True
+    ) -> None:
         coordination = api.runtime().coordination
-        self._set(coordination.new_name(), coordination.node_id, kind, maximum, is_lock)
+        self._set(coordination.new_name(), coordination.node_id, kind, maximum, value if is_owned else -1)
+        self.is_lock = is_lock
         posix_name = semaphore_name(self.home, self.name)
         thin = SemLock(kind, value, maximum, posix_name, False)
-        self._finalizer = weakref.finalize(self, _remove, posix_name, os.getpid())
+        self._finalizer = weakref.finalize(self, _remove, self.home, self.name, os.getpid())
         self._be_thin(thin, coordination)
         _known[self.name] = self
 
-    def _set(self, name: str, home: str, kind: int, maximum: int, is_lock: bool) -> None:
+    def _set(self, name: str, home: str, kind: int, maximum: int, total: int) -> None:
         self.name = name
         self.home = home
         self.kind = kind
         self.maxvalue = maximum
-        self.is_lock = is_lock
+        self.total = total  # how many tokens it was made with; -1: they belong to nobody
+        self.is_owned = total >= 0
+        self.is_lock = False
         self._thin: Any = None
         self._side: Any = None  # the same semaphore, without counting what this process holds
         self._coordination = None
         self._finalizer = None
         self._try: Callable[..., bool] = _has_none
+        self._release: weakref.ref[Any] | None = None  # as a function, which has `acquire`; see `functions`
+        self._rewire: Callable[[], None] | None = None  # tells them where they lead now
         self._cells: weakref.WeakSet[Cell] | None = None
         # Of what came from the control store, as SemLock counts what is thin.
         self._held = 0
         self._holder = 0
         self._page: Sequence[int] = _STILL
         self._seen = 0
+        # For the census. Each thread that sleeps in C, with an object for this one sleep; how many tokens were ever
+        # given back, a counter in C since nothing else is as quick, and how often it was read, which counts as well.
+        self.sleeping: dict[int, object] = {}
+        self._count_given: Callable[[], int] = itertools.count().__next__
+        self._count_asked = 0
+        self._was_asked_by = 0
+        self._watched = 0  # the census for which a lock counts what it gives back, and since when
+        self._watched_s = 0.0
+        self._is_disowned = False
+        self._stuck_s = 0.0
+        self._recorded: RecordedTokens | None = None  # where nobody can ask
 
     def _be_thin(self, thin: Any, coordination: Coordination | None) -> None:
         self._thin = thin
@@ -107,6 +153,24 @@ class Semaphore:
         self._coordination = coordination
         if coordination is not None:
             self._page = coordination.page.cast("Q")
+        elif self.is_owned:
+            self._be_recorded()
+
+    def _be_recorded(self) -> None:
+        self._recorded = RecordedTokens(self._thin, self.home, self.name, is_recursive=self.kind == RECURSIVE_MUTEX)
+        self._try, self._post = self._recorded.acquire, self._recorded.release
+        self._wire_anew()
+
+    def _wire_anew(self) -> None:
+        if self._rewire is not None:
+            self._rewire()
+
+    def __del__(self, held_by_nobody: Any = _held_by_nobody) -> None:
+        thin = getattr(self, "_thin", None)
+        if thin is None or not thin._count() or self._recorded is not None:
+            return
+        if self._finalizer is None or not self._finalizer.alive:  # else nobody else knows it
+            held_by_nobody[self.name] = (thin, self._count_given)
 
     def _be_moved(self, coordination: Coordination) -> None:
         self._coordination = coordination
@@ -115,41 +179,108 @@ class Semaphore:
             self._seen = _ALWAYS_LOOK
             self._side = SemLock._rebuild(0, SEMAPHORE, SEM_VALUE_MAX, semaphore_name(self.home, self.name))
         self._post = self._post_moved
+        self._wire_anew()
 
     # --- the short way: as long as it is thin, one call into C and one look at the page
 
-    def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
-        """Take a token, waiting for `timeout` seconds (None: for ever); whether there was one."""
-        return self._try(False) or self._acquire_slowly(block, timeout)
+    def functions(self) -> tuple[Callable[..., bool], Callable[[], None]]:
+        """`acquire` and `release` as functions, which saves the look-ups that methods need: a quarter of the time."""
+        known = self._release() if self._release is not None else None
+        if known is None:
+            known = self._make_functions()
+            # Weakly: they would keep this object alive.
+            self._release = weakref.ref(known)
+        return known.acquire, known
 
-    def make_acquire(self) -> Callable[..., bool]:
-        """`acquire` as a function, which saves the look-ups that a method needs: a quarter of its time."""
-        # Not kept here: it would keep this object alive.
-        try_, acquire_slowly = self._try, self._acquire_slowly
+    def _make_functions(self) -> Any:
+        try_, acquire_slowly, post = self._try, self._acquire_slowly, self._leading_post()
+        page, seen, follow = self._page, self._seen, self._follow
+        count_given, disown = self._count_given, self._disown
+        watch = weakref.ref(self)
+        is_mine = False  # of a lock: acquired by this process; only when it is not need C be asked
+
+        def rewire() -> None:
+            nonlocal try_, post, page, seen
+            semaphore = watch()
+            if semaphore is not None:
+                try_, post = semaphore._try, semaphore._leading_post()
+                page, seen = semaphore._page, semaphore._seen
 
         def acquire(block: bool = True, timeout: float | None = None) -> bool:
             return try_(False) or acquire_slowly(block, timeout)
 
-        # It closes over C's, which no pickle can hold: whoever pickles it gets the method.
-        acquire.pickled_as = self.acquire  # type: ignore[attr-defined]
-        return acquire
+        def acquire_lock(block: bool = True, timeout: float | None = None) -> bool:
+            nonlocal is_mine
+            if try_(False) or acquire_slowly(block, timeout):
+                is_mine = True
+                return True
+            return False
+
+        def release() -> None:
+            post()
+            if page[0] != seen:
+                follow()
+
+        def release_lock() -> None:
+            nonlocal is_mine
+            if not is_mine:
+                disown()
+            is_mine = False
+            post()
+            if page[0] != seen:
+                follow()
+
+        def release_one() -> None:
+            disown()
+            count_given()  # before it is there for others: see core/census.py
+            post()
+            if page[0] != seen:
+                follow()
+
+        pair: tuple[Any, Any] = (acquire, release)
+        if self.is_owned and self.kind != RECURSIVE_MUTEX and self._thin is not None:
+            pair = (acquire_lock, release_lock) if self.total == 1 else (acquire, release_one)
+        # They close over C's, which no pickle can hold: whoever pickles them gets the methods.
+        pair[0].pickled_as, pair[1].pickled_as = self.acquire, self.release
+        pair[1].acquire = pair[0]
+        self._rewire = rewire
+        return pair[1]
+
+    def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
+        """Take a token, waiting for `timeout` seconds (None: for ever); whether there was one."""
+        return self.functions()[0](block, timeout)
 
     def release(self) -> None:
         """Give a token back.
 
         Raises: ValueError when `maximum` are there; AssertionError when another thread holds a recursive one.
         """
-        self._post()
-        if self._page[0] != self._seen:
-            self._follow()
+        self.functions()[1]()
 
     def __enter__(self) -> bool:
-        return self._try(False) or self._acquire_slowly(True, None)
+        return self.acquire()
 
     def __exit__(self, *args: object) -> None:
+        self.release()
+
+    def _disown(self) -> None:
+        """If this process gives back what it does not hold, nobody holds anything from here on."""
+        if self._is_disowned or self._side is not None or self._held or self._thin is None or self._thin._count():
+            return
+        mark_as_signal(self.home, self.name)
+        self._is_disowned = True
+
+    def _leading_post(self) -> Callable[[], None]:
+        """Where `release` leads now."""
+        return self._post_watched if self._watched and self._side is None else self._post
+
+    def _post_watched(self) -> None:
+        # Two questions of one census are never further apart, unless some process answers very late.
+        if monotonic() - self._watched_s > WATCHED_S:
+            self._watched = 0
+            self._wire_anew()
+        self._count_given()
         self._post()
-        if self._page[0] != self._seen:
-            self._follow()
 
     def value(self) -> int:
         """How many tokens nobody has."""
@@ -169,13 +300,62 @@ class Semaphore:
             deadline_s = monotonic() + max(timeout, 0.0)
         while not self._looks_moved():
             left_s = SLICE_S if deadline_s is None else min(SLICE_S, deadline_s - monotonic())
+            if left_s > 0 and self._sleep(left_s):
+                return True
+            if self.is_owned:
+                self._maybe_report()
             if left_s <= 0:
                 return False
-            if sleeps.acquire(self._thin, left_s):
-                return True
         if deadline_s is None:
             return self._acquire_moved(None)
         return self._acquire_moved(max(0.0, deadline_s - monotonic()))
+
+    def _sleep(self, left_s: float) -> bool:
+        if self._recorded is not None:
+            return self._recorded.acquire(True, left_s)
+        # From when it is in C, a thread may have a token that does not count yet.
+        ident = threading.get_ident()
+        self.sleeping[ident] = object()
+        try:
+            return sleeps.acquire(self._thin, left_s)
+        finally:
+            self.sleeping.pop(ident, None)
+            if self._coordination is not None:
+                self._coordination.counts.slept(self)
+
+    def _maybe_report(self) -> None:
+        now_s = monotonic()
+        if self._stuck_s == 0.0:
+            self._stuck_s = now_s
+        elif now_s - self._stuck_s >= STUCK_S:
+            self._stuck_s = now_s
+            if self._coordination is not None and not self._is_disowned:
+                self._coordination.report_stuck(self.name, self.total)
+
+    def count_held(self, census: int) -> tuple[int, int, bool]:
+        """The tokens that this process holds, how many it has given back, whether one is just changing.
+
+        census: its number. The same one asks twice, and only the difference matters. Locks, which are to be quick,
+        count what they give back from the first question to the second.
+        """
+        is_again = self._was_asked_by == census
+        is_late = is_again and self._watched != census and self.total == 1
+        self._was_asked_by = census
+        if self.total == 1 and not is_again:
+            self._watch(census)
+        given = self._count_given()
+        held = self._thin._count() if self._thin is not None else 0
+        is_busy = self._count_given() != given + 1
+        self._count_asked += 2
+        if is_again and self._watched:
+            self._watch(0)
+        is_recursive = self.kind == RECURSIVE_MUTEX
+        return (min(held, 1) if is_recursive else held), given - self._count_asked, is_busy or is_late
+
+    def _watch(self, census: int) -> None:
+        self._watched = census
+        self._watched_s = monotonic()
+        self._wire_anew()
 
     def _looks_moved(self) -> bool:
         """Whether it has moved; from when this says so, this object goes the other way."""
@@ -187,6 +367,7 @@ class Semaphore:
         assert self._coordination is not None
         if not self._coordination.is_moved(self.name):
             self._seen = seen
+            self._wire_anew()
             return False
         self._be_moved(self._coordination)
         return True
@@ -309,6 +490,12 @@ class Semaphore:
             self._thin._after_fork()
         # The child has no client to ask. What is thin works on, between parent, child and others of the host.
         self._page, self._seen = _STILL, 0
+        self.sleeping = {}
+        if self._thin is not None and self.is_owned and self._side is None:
+            self._coordination = None
+            self._be_recorded()
+        else:
+            self._wire_anew()
 
     # --- passing it on
 
@@ -316,10 +503,10 @@ class Semaphore:
         # From here on others may use it when this process no longer does: it lives as long as its job.
         if self._finalizer is not None:
             self._finalizer.detach()
-        return _unpickled, (self.name, self.home, self.kind, self.maxvalue, self.is_lock)
+        return _unpickled, (self.name, self.home, self.kind, self.maxvalue, self.total, self.is_lock)
 
 
-def _unpickled(name: str, home: str, kind: int, maximum: int, is_lock: bool) -> Semaphore:
+def _unpickled(name: str, home: str, kind: int, maximum: int, total: int, is_lock: bool) -> Semaphore:
     """The semaphore of that name: its home's processes use the thin one, all others have it moved.
 
     Raises: ObjectLost when its job or its home has ended.
@@ -328,7 +515,8 @@ def _unpickled(name: str, home: str, kind: int, maximum: int, is_lock: bool) -> 
     if known is not None:
         return known
     made = Semaphore.__new__(Semaphore)
-    made._set(name, home, kind, maximum, is_lock)
+    made._set(name, home, kind, maximum, total)
+    made.is_lock = is_lock
     thin = None
     if current.get_if_any() is None:
         # A child that the standard library started on the host of a cluster belongs to none, and need not. It does not
@@ -342,6 +530,7 @@ def _unpickled(name: str, home: str, kind: int, maximum: int, is_lock: bool) -> 
             thin = _open_thin(made)
             if thin is None:
                 raise ObjectLost(f"the semaphore or lock {name} is gone: the job that made it has ended")
+            thin, made._count_given = _held_by_nobody.pop(name, (thin, made._count_given))
             made._be_thin(thin, coordination)
         else:
             coordination.adopt("lock" if is_lock else "semaphore", name, home, maximum)
@@ -361,16 +550,31 @@ def _has_none(block: bool = False) -> bool:
     return False
 
 
-def _remove(posix_name: str, pid: int) -> None:
+def _remove(home: str, name: str, pid: int) -> None:
     if os.getpid() != pid:
         return
     try:
-        sem_unlink(posix_name)
+        sem_unlink(semaphore_name(home, name))
     except FileNotFoundError:  # its job has ended before
         pass
+    remove_records(home, name)
+
+
+def find_known(name: str) -> Semaphore | None:
+    """The semaphore of that name, if this process has it."""
+    return _known.get(name)
+
+
+def count_abandoned(name: str) -> int:
+    """How many tokens this process holds of a semaphore that it has collected."""
+    thin, _ = _held_by_nobody.get(name, (None, None))
+    return (
+        min(thin._count(), 1) if thin is not None and thin.kind == RECURSIVE_MUTEX else (thin._count() if thin else 0)
+    )
 
 
 def _forget_in_child() -> None:
+    _held_by_nobody.clear()
     for semaphore in list(_known.values()):
         semaphore._after_fork()
 

@@ -29,11 +29,12 @@ process holds (the token of a lock, an item that was reserved for it) the store 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from clusterpool.core import coordination_events as e
 from clusterpool.core import coordination_messages as c
+from clusterpool.core.census import TokenCensus
 from clusterpool.core.messages import Address, Message
 from clusterpool.core.node_events import MessageArrived, Send
 
@@ -84,10 +85,14 @@ def waiter_id(process: Address, request: int) -> str:
 
 
 class CoordinationMachine:
-    """Of one node; `handle` takes the events of coordination_events, and MessageArrived with messages of this part."""
+    """Of one node; `handle` takes the events of coordination_events, and MessageArrived with messages of this part.
 
-    def __init__(self, node_id: str) -> None:
+    processes: those of the node that are there now.
+    """
+
+    def __init__(self, node_id: str, processes: Callable[[], Iterable[Address]] = tuple) -> None:
         self.node_id = node_id
+        self._census = TokenCensus(processes)
         self._moves: dict[str, _Move] = {}  # by name
         self._adoptions: dict[str, _Adoption] = {}
         self._known: set[str] = set()  # adopted here: the store has them
@@ -108,6 +113,8 @@ class CoordinationMachine:
             e.GrantRead: self._granted,
             e.CarrierDrained: self._drained,
             e.CarrierMissing: self._missing,
+            e.ThinTokensRead: self._census.read,
+            e.ThinTokensMissing: self._census.missing,
         }
         self._message_handlers: dict[type, Callable[[Address, Any], Commands]] = {
             c.IsMoved: lambda source, message: [_done(source, message, int(message.name in self._moves))],
@@ -128,6 +135,8 @@ class CoordinationMachine:
             c.ForgetCarriers: lambda _, message: [e.RemoveCarriers(message.names)],
             c.MoveCarrier: self._move_for_node,
             c.CarrierMoved: self._moved,
+            c.ReportStuck: lambda _, message: [] if message.name in self._moves else self._census.reported(message),
+            c.HeldCounted: self._census.answered,
         }
 
     def handle(self, event: Any, now_s: float) -> Commands:
@@ -344,6 +353,7 @@ class CoordinationMachine:
         if node is not None:
             move.nodes.append(node)
         if is_new:
+            self._census.forget(lambda name: name == message.name)
             return [e.DrainCarrier(message.kind, message.name)]
         return self._tell(message.name, move) if move.is_done else []
 
@@ -386,6 +396,9 @@ class CoordinationMachine:
     # --- ends
 
     def _process_gone(self, event: e.ProcessGone) -> Commands:
+        return self._census.process_gone(event.address) + self._end_waits(event)
+
+    def _end_waits(self, event: e.ProcessGone) -> Commands:
         if event.address.process_id not in self._users:
             return []
         self._users.discard(event.address.process_id)
@@ -396,6 +409,7 @@ class CoordinationMachine:
     def _job_gone(self, event: e.JobGone) -> Commands:
         prefix = f"{event.job_id}-"
         self._known = {name for name in self._known if not name.startswith(prefix)}
+        self._census.forget(lambda name: name.startswith(prefix))
         commands: Commands = [e.RemoveJobCarriers(event.job_id)]
         text = "its job has ended"
         # Only an actor that outlives its driver can still be there to hear it.

@@ -93,6 +93,31 @@ class CarrierMissing(CoordinationEvent, frozen=True):
     text: str
 
 
+class ThinRecord(NamedTuple):
+    """What a process without a client has written down of one semaphore. `is_busy`: it is just taking or giving."""
+
+    process: str
+    held: int
+    given: int
+    is_busy: bool
+
+
+class ThinTokensRead(CoordinationEvent, frozen=True):
+    """Answer to ReadThinTokens. `records`: of living processes; `registrations`: how many ever wrote any."""
+
+    name: str
+    free: int
+    is_signal: bool = False
+    registrations: int = 0
+    records: tuple[ThinRecord, ...] = ()
+
+
+class ThinTokensMissing(CoordinationEvent, frozen=True):
+    """Answer to ReadThinTokens: there is no such thin semaphore (any more)."""
+
+    name: str
+
+
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -129,3 +154,16 @@ class RemoveJobCarriers(CoordinationCommand, frozen=True):
     """Remove all carriers of this node that belong to the job."""
 
     job_id: str
+
+
+class ReadThinTokens(CoordinationCommand, frozen=True):
+    """Look at a thin semaphore; answer ThinTokensRead or ThinTokensMissing, at once."""
+
+    name: str
+
+
+class ReturnTokens(CoordinationCommand, frozen=True):
+    """Give so many tokens to a thin semaphore: dead processes held them."""
+
+    name: str
+    count: int

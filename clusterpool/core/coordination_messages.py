@@ -121,6 +121,26 @@ class ForgetCarriers(CoordinationMessage, frozen=True):
     names: list[str]
 
 
+class ReportStuck(CoordinationMessage, frozen=True):
+    """I have waited for a token of this thin semaphore for long. `total`: how many it was made with."""
+
+    name: str
+    total: int
+
+
+class HeldCounted(CoordinationMessage, frozen=True):
+    """Answer to CountHeld: I hold so many of its tokens, and have given back so many ever.
+
+    is_busy: it changed while I looked.
+    """
+
+    request: int
+    name: str
+    held: int
+    given: int
+    is_busy: bool = False
+
+
 # --- a node to another ------------------------------------------------------------------------------------------------
 
 
@@ -141,6 +161,13 @@ class CarrierMoved(CoordinationMessage, frozen=True):
 
 
 # --- a node to its process --------------------------------------------------------------------------------------------
+
+
+class CountHeld(Message, frozen=True):
+    """How many tokens of this thin semaphore do you hold? Whoever of you waits for one must have looked since."""
+
+    request: int
+    name: str
 
 
 class CoordinationDone(Message, frozen=True):

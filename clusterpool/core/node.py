@@ -82,7 +82,9 @@ class NodeMachine:
         self.actors = NodeActors(self.node_id)
         self.membership = ms.Membership(self.node_id)
         self.environments = env.Environments()
-        self.coordination = CoordinationMachine(self.node_id)
+        self.coordination = CoordinationMachine(
+            self.node_id, lambda: [each.address for each in self.processes.values() if each.kind != "tool"]
+        )
         self.jobs = JobEnds()
         self._watchers: dict[str, set[Address]] = {}  # by process id
         self._departing: dict[Address, Address] = {}  # by driver elsewhere, the node to tell when its job has ended

@@ -26,7 +26,7 @@ AnyMessage = Union[  # noqa: UP007
     n.EndJob, n.JobEnded, n.LoadChanged, j.RegistrationRefused, p.OfferPackage, p.SendPackage, p.PackageAnswer,
     c.IsMoved, c.AdoptCarrier, c.AcquireToken, c.GetItem, c.CancelWait, c.ReleaseToken, c.ReturnToken, c.ReadValue,
     c.PutItem, c.ReturnItem, c.CountItems, c.ReadCell, c.WriteCell, c.ForgetCarriers, c.MoveCarrier, c.CarrierMoved,
-    c.CoordinationDone, c.CoordinationFailed,
+    c.CoordinationDone, c.CoordinationFailed, c.ReportStuck, c.CountHeld, c.HeldCounted,
     t.OpenTransfer, t.TransferOpened, t.TransferRefused, t.SendChunk, t.ChunkData, t.CloseTransfer,
     u.OpenTunnel, u.TunnelOpened, u.TunnelRefused, u.TunnelData, u.TunnelCredit, u.TunnelEnd, u.TunnelStop,
 ]  # fmt: skip

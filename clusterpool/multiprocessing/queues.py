@@ -17,6 +17,7 @@ from typing import Any
 
 from clusterpool.client import channel as channels
 from clusterpool.client.semaphore import SEM_VALUE_MAX
+from clusterpool.multiprocessing.synchronize import SignalSemaphore
 from clusterpool.serialization.packing import Serialized, dumps_value
 
 __all__ = ["JoinableQueue", "Queue", "SimpleQueue"]
@@ -96,7 +97,7 @@ class Queue(standard.Queue):  # type: ignore[type-arg]
         self._is_bounded = maxsize > 0
         self._maxsize = maxsize if maxsize > 0 else SEM_VALUE_MAX
         self._channel = channels.create()
-        self._sem = ctx.BoundedSemaphore(maxsize) if maxsize > 0 else ctx.Semaphore(0)
+        self._sem = SignalSemaphore(maxsize, maxsize) if maxsize > 0 else SignalSemaphore()
         self._opid = os.getpid()
         self._ignore_epipe = False
         self._reset()
@@ -202,7 +203,7 @@ class JoinableQueue(Queue, standard.JoinableQueue):  # type: ignore[type-arg]
 
     def __init__(self, maxsize: int = 0, *, ctx: Any) -> None:
         super().__init__(maxsize, ctx=ctx)
-        self._unfinished_tasks = ctx.Semaphore(0)
+        self._unfinished_tasks = SignalSemaphore()
         self._cond = ctx.Condition()
 
     def __getstate__(self) -> tuple[Any, ...]:  # type: ignore[override]

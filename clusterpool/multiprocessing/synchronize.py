@@ -26,19 +26,28 @@ class SemLock(_standard.SemLock):
     acquire: Any
     release: Any
 
-    def __init__(self, kind: int, value: int, maxvalue: int, *, ctx: Any = None, is_lock: bool = False) -> None:
-        self._semlock = _Carrier(value, maxvalue, kind=kind, is_lock=is_lock)
+    def __init__(
+        self,
+        kind: int,
+        value: int,
+        maxvalue: int,
+        *,
+        ctx: Any = None,
+        is_lock: bool = False,
+        is_owned: bool = True,
+    ) -> None:
+        self._semlock = _Carrier(value, maxvalue, kind=kind, is_lock=is_lock, is_owned=is_owned)
         self._make_methods()
 
     def _make_methods(self) -> None:
-        self.acquire = self._semlock.make_acquire()
-        self.release = self._semlock.release
+        self.acquire, self.release = self._semlock.functions()
 
     def __enter__(self) -> bool:
-        return self._semlock.acquire()
+        acquired: bool = self.acquire()
+        return acquired
 
     def __exit__(self, *args: object) -> None:
-        self._semlock.release()
+        self.release()
 
     def __getstate__(self) -> Any:
         return self._semlock
@@ -60,6 +69,16 @@ class BoundedSemaphore(Semaphore, _standard.BoundedSemaphore):
 
     def __init__(self, value: int = 1, *, ctx: Any = None) -> None:
         SemLock.__init__(self, SEMAPHORE, value, value)
+
+
+class SignalSemaphore(Semaphore):
+    """One whose tokens are released by other processes than those that acquire them, of `maximum` at the most.
+
+    So they belong to nobody, and are not given back when a process dies.
+    """
+
+    def __init__(self, value: int = 0, maximum: int = SEM_VALUE_MAX) -> None:
+        SemLock.__init__(self, SEMAPHORE, value, maximum, is_owned=False)
 
 
 class Lock(SemLock, _standard.Lock):
@@ -104,7 +123,7 @@ class _Factories:
 
     Lock = Lock
     RLock = RLock
-    Semaphore = Semaphore
+    Semaphore = SignalSemaphore
     Condition = Condition
 
 

@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any
 from clusterpool.core import coordination_events as e
 from clusterpool.errors import ClusterpoolError, NotConnected
 from clusterpool.node.store_thread import PATIENCE_S
-from clusterpool.processes.thin_files import cell_path, remove_thin_files, semaphore_name, semaphore_path
+from clusterpool.node.thin_tokens import drain_semaphore, read_tokens, return_tokens
+from clusterpool.processes.thin_files import cell_path, remove_thin_files, semaphore_path
+from clusterpool.processes.token_records import remove_records
 
 if TYPE_CHECKING:
     from clusterpool.node.shell import NodeShell
@@ -37,7 +39,6 @@ _PAGE_BYTES = 8
 _RETRY_S = 0.2
 _PATIENCE_S = PATIENCE_S
 _BLOCK_MS = 1000
-_SEMAPHORE_KIND = 1  # of _multiprocessing.SemLock: not recursive
 # Operations that change nothing have no number.
 _QUESTIONS = frozenset({"exists", "value", "length", "read_cell"})
 
@@ -71,6 +72,11 @@ class NodeCoordination:
             self._store.put(command)
         elif isinstance(command, e.DrainCarrier):
             self._shell.handle(self._drain(command))
+        elif isinstance(command, e.ReadThinTokens):
+            self._shell.handle(read_tokens(self._shell.node_id, command.name))
+        elif isinstance(command, e.ReturnTokens):
+            with contextlib.suppress(OSError):  # it has just been removed
+                return_tokens(self._shell.node_id, command.name, command.count)
         elif isinstance(command, e.RemoveCarriers):
             for name in command.names:
                 self._remove(name)
@@ -82,6 +88,7 @@ class NodeCoordination:
             return
         node_id = self._shell.node_id
         semaphore_path(node_id, name).unlink(missing_ok=True)
+        remove_records(node_id, name)
         cell_path(self._shell.arena.path, node_id, name).unlink(missing_ok=True)
         self._shell.descriptors.forget_channel(name)
 
@@ -102,21 +109,6 @@ class NodeCoordination:
         except (OSError, ValueError) as exc:
             logger.warning("%s %s could not be moved to the control store: %s", command.kind, name, exc)
             return e.CarrierMissing(name, f"the {command.kind} {name} is not on node {node_id}: {exc}")
-
-
-def drain_semaphore(node_id: str, name: str) -> int:
-    """Take all tokens of a thin semaphore; how many there were.
-
-    Raises: FileNotFoundError when there is none of this name.
-    """
-    import _multiprocessing  # type: ignore[import-not-found]
-
-    sem_lock = _multiprocessing.SemLock
-    semaphore = sem_lock._rebuild(0, _SEMAPHORE_KIND, sem_lock.SEM_VALUE_MAX, semaphore_name(node_id, name))
-    count = 0
-    while semaphore.acquire(False):
-        count += 1
-    return count
 
 
 class _StoreCalls:

@@ -1,6 +1,7 @@
 """The files of thin semaphores and cells: how they are named, and how those of a job or of a node are removed.
 
     /dev/shm/sem.clusterpool-<node id>-<job id>-<process id>-<n>    a POSIX semaphore
+    /dev/shm/clusterpool-<node id>-<job id>-<...>.held, .signal     what is known of a semaphore's tokens
     <arena's folder>/clusterpool-<node id>-<job id>-...             a cell
 
 Processes make them without telling anybody, so that they are found by their names alone, after kill -9 too.
@@ -28,6 +29,16 @@ def semaphore_name(node_id: str, name: str) -> str:
 def semaphore_path(node_id: str, name: str) -> Path:
     """Where the thin semaphore lies."""
     return SHARED_MEMORY_FOLDER / f"{_SEMAPHORE_PREFIX}clusterpool-{node_id}-{name}"
+
+
+def records_path(node_id: str, name: str) -> Path:
+    """Where processes that belong to no cluster write down what they hold of a thin semaphore."""
+    return SHARED_MEMORY_FOLDER / f"clusterpool-{node_id}-{name}.held"
+
+
+def signal_path(node_id: str, name: str) -> Path:
+    """What is there when a thin semaphore's tokens are nobody's."""
+    return SHARED_MEMORY_FOLDER / f"clusterpool-{node_id}-{name}.signal"
 
 
 def cell_path(arena_path: str | Path, node_id: str, name: str) -> Path:

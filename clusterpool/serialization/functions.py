@@ -49,7 +49,7 @@ _LruCacheWrapper: type = type(functools.lru_cache(lambda: None))
 _STABLE_PACKAGES = frozenset({"numpy", "pandas", "pyarrow", "scipy", "clusterpool"}) | sys.stdlib_module_names
 _STABLE_MAX = 4096
 DESCRIPTOR_MODULES = frozenset({"socket", "multiprocessing.connection"})  # of kinds that hold a descriptor
-_SEMAPHORES = "clusterpool.client.semaphore"  # whose `make_acquire` makes functions that stand for methods
+_SEMAPHORES = "clusterpool.client.semaphore"  # which makes functions that stand for methods
 _ALWAYS_PICKLABLE = frozenset({int, float, complex, str, bytes, bool, type(None), types.ModuleType})
 _stable_by_id: dict[int, Any] = {}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from clusterpool.node.coordination import drain_semaphore
+from clusterpool.node.thin_tokens import drain_semaphore
 from clusterpool.processes.thin_files import cell_path
 
 
@@ -23,6 +23,8 @@ class FakeCoordination:
         self.store = store
         self.adopted: list[tuple[str, str, str, int]] = []
         self.questions = 0
+        self.stuck: list[tuple[str, int]] = []
+        self.counts = SimpleNamespace(slept=lambda semaphore: None)
         self._prefix = f"jtest{os.getpid()}-d{os.urandom(4).hex()}-"
         self._numbers = itertools.count(1)
 
@@ -53,6 +55,9 @@ class FakeCoordination:
 
     def release(self, name: str, maximum: int) -> None:
         self.store.release(name, maximum)
+
+    def report_stuck(self, name: str, total: int) -> None:
+        self.stuck.append((name, total))
 
     def value(self, name: str) -> int:
         return self.store.tokens[name]
