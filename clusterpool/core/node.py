@@ -252,6 +252,9 @@ class NodeMachine:
     def _workers_requested(self, source: Address, message: m.RequestWorkers, _now_s: float) -> Commands:
         if source.node_id != self.node_id:
             self._told.setdefault(source.node_id, ())
+        origin = message.origin or source
+        if origin.node_id == self.node_id and origin.process_id not in self.processes:
+            return []  # it came home by way of another node, and its owner has ended meanwhile
         driver = self.processes.get(message.job.owner.process_id)
         is_leaving = (driver is not None and driver.is_leaving) or message.job.owner in self._departing
         if is_leaving and not message.job.detached:

@@ -11,7 +11,6 @@ from clusterpool.core import owner_events as e
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import Address, Reference, TaskStatus, ValuePart
 from clusterpool.core.ownership import BorrowedObject, Dropped, OwnedObject, OwnershipTable
-from clusterpool.core.stream_pace import step_for, step_of
 
 Commands = list[e.Command]
 
@@ -279,6 +278,8 @@ class OwnerObjects:
     def process_gone(self, address: Address, text: str) -> Commands:
         """A process ended: it borrows nothing, and what it owned is lost."""
         self._watched.discard(address)
+        # It will not answer.
+        self._asked = {request: asked for request, asked in self._asked.items() if asked.owner != address}
         commands = self._let_go(self.table.forget_process(address))
         for key, borrowed in list(self.table.borrowed.items()):
             if key[0] == address and borrowed.value is None:
@@ -315,9 +316,9 @@ class OwnerObjects:
 
     # --- streams
 
-    def open_stream(self, number: int, buffer: int = 0) -> e.Stream:
-        """A generator task is about to be submitted. `buffer`: as in TaskExtras."""
-        stream = self.streams[number] = e.Stream(step_of(buffer))
+    def open_stream(self, number: int) -> e.Stream:
+        """A generator task is about to be submitted."""
+        stream = self.streams[number] = e.Stream()
         return stream
 
     def close_stream(self, number: int, taken: int) -> Commands:
@@ -328,20 +329,9 @@ class OwnerObjects:
         stream.is_ended = True
         return self.dropped([(self.address, item) for item in stream.items[taken:]])
 
-    def items_taken(self, number: int, taken: int) -> Commands:
-        """Whoever iterates has got so far: the generator may go on."""
-        stream = self.streams.get(number)
-        if stream is None or stream.is_ended or taken <= stream.taken:
-            return []
-        stream.taken = taken
-        return [e.Send(stream.source, m.StreamTaken(number, taken))] if stream.source is not None else []
-
-    def stream_item(self, source: Address, message: m.StreamItem) -> Commands:
+    def stream_item(self, message: m.StreamItem) -> Commands:
         """A generator task has yielded."""
         stream = self.streams.get(message.number)
-        if stream is not None:
-            stream.source = source
-            stream.step = step_for(stream.step, _size_of(message.value))
         for inner in message.value.references:
             self.table.hold(inner, was_handed=True)
         if stream is None or message.index < len(stream.items):
@@ -349,9 +339,7 @@ class OwnerObjects:
             # the first one: it may only go when nobody has that any more.
             is_in_use = stream is not None and stream.items[message.index] in self.table.owned
             value = msgspec.structs.replace(message.value, stored=None) if is_in_use else message.value
-            commands = self._let_go([Dropped(self.address, 0, 0, value, value.references)])
-            # Nobody will take it, so nobody would tell.
-            return [*commands, e.Send(source, m.StreamTaken(message.number, message.index + 1))]
+            return self._let_go([Dropped(self.address, 0, 0, value, value.references)])
         number = next(self._numbers)
         self.table.create(number)
         stream.items.append(number)
@@ -376,10 +364,6 @@ class OwnerObjects:
         stream.items.append(item)
         stream.is_ended = True
         return [*self.set_value(item, value), e.StreamMoved(number)]
-
-
-def _size_of(value: ValuePart) -> int:
-    return value.stored.size_bytes if value.stored is not None else len(value.payload)
 
 
 def _value_of_result(result: m.TaskResult) -> ValuePart:

@@ -150,7 +150,8 @@ class OwnershipTable:
 
     def settle(self, record: OwnedObject) -> Dropped | None:
         """After those who waited were served: free the object if nobody is left."""
-        return self._maybe_free(record)
+        # A task that waited may have failed for this very value, and let go of the object already.
+        return self._maybe_free(record) if self.owned.get(record.number) is record else None
 
     # --- other processes
 

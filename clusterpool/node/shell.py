@@ -33,13 +33,13 @@ from clusterpool.core.joining import RegistrationRefused, mismatch
 from clusterpool.core.membership import JoinRequested, LeaveRequested
 from clusterpool.core.messages import Address, Message
 from clusterpool.core.node import TICK_S, NodeMachine
+from clusterpool.core.routes import Routes
 from clusterpool.errors import ProtocolError
 from clusterpool.node.coordination import NodeCoordination
 from clusterpool.node.descriptors import Descriptors
 from clusterpool.node.disk import DiskThread
 from clusterpool.node.memory import MemoryWatch
 from clusterpool.node.packages import PackageThread
-from clusterpool.node.routes import Routes
 from clusterpool.node.store_thread import StoreThread
 from clusterpool.node.workers import WorkerProcesses
 from clusterpool.object_store.arena import Arena

@@ -13,7 +13,7 @@ from clusterpool.control_store.store import ControlStore
 from clusterpool.core.cluster_view import NodeLoad, NodeRecord
 from clusterpool.core.membership import HeartbeatAnswer
 from clusterpool.errors import NameTaken
-from tests.contracts.fake_control_store import FakeControlStore
+from clusterpool.simulation.fake_control_store import FakeControlStore
 
 LOAD = NodeLoad(available={"CPU": 1.5}, queue_length=3, workers=2, arena_used_bytes=10, arena_size_bytes=100)
 Connect = Callable[[], ControlStorePort]

@@ -35,7 +35,7 @@ from clusterpool.core.membership import (
     WorkEnded,
 )
 from clusterpool.errors import NotConnected
-from tests.contracts.fake_control_store import FakeControlStore
+from clusterpool.simulation.fake_control_store import FakeControlStore
 
 STEP_S = 0.05
 LOAD = NodeLoad(available={"CPU": 1.0})

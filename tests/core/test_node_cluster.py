@@ -235,3 +235,14 @@ def test_stopping_all_nodes_tells_the_others_first() -> None:
     assert [command.destination.node_id for command in commands if isinstance(command, e.Send)] == ["n2", "n3"]
     assert isinstance(commands[-1], e.StopNode)
     assert sent(node.hear(tool, m.StopNode(False)), m.StopNode) == []
+
+
+def test_a_request_that_comes_home_after_the_end_of_its_owner_is_dropped() -> None:
+    node = Node()
+    node.join_driver()
+    worker = Address("n1", "w9")
+    node.handle(e.ProcessJoined(worker, "worker", 9, None, False))
+    node.handle(e.ProcessLeft(worker))
+    commands = node.request(THERE, JOB, hops=2, origin=worker)
+    assert of_type(commands, e.ForkWorker) == []
+    assert node.machine.scheduler.leases == {}

@@ -67,6 +67,23 @@ def test_the_error_of_an_argument_becomes_the_error_of_the_task(owner: Owner) ->
     assert owner.machine.tasks == {}
 
 
+def test_an_argument_that_nobody_else_has_goes_once_with_the_task_that_fails_for_it(owner: Owner) -> None:
+    owner.submit(make_task(1, sink=None))
+    submit_with(owner, 2, Reference(DRIVER, 1))
+    owner.handle(e.ReferencesDropped([(DRIVER, 1)]))
+    owner.grant(1, "w1")
+    owner.finish("w1", make_result(1, TaskStatus.ERROR, b"error"))
+    assert list(owner.machine.objects.table.owned) == [2]
+
+
+def test_a_question_to_a_process_that_has_died_is_forgotten(owner: Owner) -> None:
+    owner.handle(e.ReferencesHeld([THEIRS]))
+    owner.handle(e.ValueWanted(THEIRS))
+    owner.handle(e.MessageArrived(NODE, m.ProcessEnded(OTHER, "killed")))
+    owner.handle(e.ReferencesDropped([(OTHER, 7)]))
+    assert owner.machine.objects._asked == {}
+
+
 def test_a_cancelled_task_does_not_start_when_its_argument_comes(owner: Owner) -> None:
     owner.submit(make_task(1, sink=None))
     submit_with(owner, 2, Reference(DRIVER, 1))

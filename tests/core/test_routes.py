@@ -11,7 +11,7 @@ from clusterpool.core import wire
 from clusterpool.core.cluster_view import NodeEntry, NodeRecord, NodesSnapshot
 from clusterpool.core.membership import Membership
 from clusterpool.core.messages import Address, LeaveNode, Relay
-from clusterpool.node.routes import HELD_MAX, HOLD_S, Routes
+from clusterpool.core.routes import HELD_MAX, HOLD_S, Routes
 
 
 class RecordedPeers:
@@ -35,7 +35,7 @@ class Setting:
         self.membership.handle(ms.JoinRequested(record("na")), 0.0)
         self.membership.handle(ms.Registered(1), 0.0)
         self.returned: list[Relay] = []
-        self.routes = Routes(self.peers, self.membership, self.returned.append)  # type: ignore[arg-type]
+        self.routes = Routes(self.peers, self.membership, self.returned.append)
 
     def list_nodes(self, *node_ids: str, now_s: float = 0.0) -> None:
         nodes = [NodeEntry(record(node_id), 1, 1, 0.0) for node_id in ("na", *node_ids)]

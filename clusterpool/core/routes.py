@@ -12,19 +12,26 @@ Nothing that comes from a node whose end is known is let in, so that its news ca
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from clusterpool.core import wire
 from clusterpool.core.membership import Membership
 from clusterpool.core.messages import Relay
 
-if TYPE_CHECKING:
-    from clusterpool.node.peers import Peers
-
 # The change feed tells of a new node within milliseconds, the periodic read within half a second. Longer keeps the
 # senders to a node that will never be there waiting.
 HOLD_S = 5.0
 HELD_MAX = 10_000
+
+
+class Peers(Protocol):
+    """Connections to the other nodes; each keeps its frames in order."""
+
+    def send(self, node_id: str, address: tuple[str, int], frame: bytes) -> None:
+        """Send a frame to a node; lost if the node is gone."""
+
+    def forget(self, node_id: str) -> None:
+        """The node is gone: drop what was still to be sent to it."""
 
 
 class Routes:

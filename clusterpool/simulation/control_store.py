@@ -1,0 +1,321 @@
+"""The control store of a simulated cluster: one server with its outages, and each node's client of it.
+
+    up --crash--> down --restart--> up, perhaps without what it took in since its last fsync
+    up --pause--> paused --resume--> up, after it has carried out what had arrived meanwhile
+
+The client does what node/store_thread.py does: one call at a time, in order, and a feed of the changes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from clusterpool.control_store.port import EventsLost
+from clusterpool.control_store.records import JobRecord, encode_record
+from clusterpool.core import membership as ms
+from clusterpool.core import messages as m
+from clusterpool.core import node_events as e
+from clusterpool.core.cluster_view import NodesSnapshot
+from clusterpool.errors import ClusterpoolError, NotConnected
+from clusterpool.simulation.fake_control_store import FakeControlStore
+
+if TYPE_CHECKING:
+    from clusterpool.simulation.node import SimulatedNode
+    from clusterpool.simulation.world import World
+
+CALL_TIMEOUT_S = 5.0
+RETRY_S = 0.5
+CALL_RETRIES_S = 30.0
+FSYNC_PERIOD_S = 1.0
+_STATE = (
+    "_events", "_event_number", "_generation", "_generation_by_node", "_incarnation", "_entry_by_node",
+    "_record_by_job", "_actor_by_id", "_values",
+)  # fmt: skip
+
+Answer = Callable[[Any, BaseException | None], None]
+
+
+class StoreServer:
+    """The server. `snapshot_s`: how old a snapshot of the nodes may be; with a thousand nodes, they share one."""
+
+    def __init__(self, world: World, *, snapshot_s: float = 0.0) -> None:
+        self._world = world
+        self.fake = FakeControlStore(lambda: world.timeline.now_s)
+        self.is_down = False
+        self.is_paused = False
+        self.life = 0  # another number is another server: readers of its events have lost some
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._kept: dict[str, Any] = {}
+        self._feeds: list[Callable[[], None]] = []
+        self._told_event = 0
+        self._snapshot_s = snapshot_s
+        self._snapshot: tuple[float, NodesSnapshot] | None = None
+        self._keep()
+
+    def call(self, operation: Callable[[FakeControlStore], Any], answer: Answer) -> None:
+        """Carry out an operation, when the server does; raises nothing, answers always but while it is down."""
+        if self.is_down:
+            answer(None, NotConnected("the control store refuses connections"))
+        elif self.is_paused:
+            self._waiting.append(lambda: self._carry_out(operation, answer))
+        else:
+            self._carry_out(operation, answer)
+
+    def _carry_out(self, operation: Callable[[FakeControlStore], Any], answer: Answer) -> None:
+        try:
+            value = operation(self.fake)
+        except ClusterpoolError as exc:
+            answer(None, exc)
+        else:
+            answer(value, None)
+        number = self.fake._event_number
+        if number != self._told_event:
+            self._told_event = number
+            for feed in self._feeds:
+                feed()
+
+    def list_nodes(self, fake: FakeControlStore) -> NodesSnapshot:
+        """What `list_nodes` of the store gives."""
+        now_s = self._world.timeline.now_s
+        known = self._snapshot
+        if known is None or now_s - known[0] > self._snapshot_s or not self._snapshot_s:
+            known = self._snapshot = (now_s, fake.list_nodes())
+        return known[1]
+
+    def follow(self, feed: Callable[[], None]) -> None:
+        """Have `feed` called when there are new events."""
+        self._feeds.append(feed)
+
+    def _keep(self) -> None:
+        if not self.is_down:
+            self._kept = {name: _copied(getattr(self.fake, name)) for name in _STATE}
+        if self._world.has_store_outages:
+            self._world.timeline.after(FSYNC_PERIOD_S, self._keep)
+
+    # --- faults
+
+    def crash(self) -> None:
+        """It is killed."""
+        self.is_down = True
+        self._waiting.clear()
+
+    def restart(self, *, loses: str) -> None:
+        """It is back, without `"nothing"`, what came since the last `"fsync"`, or `"everything"`."""
+        self.is_down = self.is_paused = False
+        self.life += 1
+        self._snapshot = None
+        if loses == "everything":
+            self.fake.lose_everything()
+        elif loses == "fsync":
+            for name, value in self._kept.items():
+                setattr(self.fake, name, _copied(value))
+        self._told_event = -1
+
+    def pause(self) -> None:
+        """It is stopped; what is sent to it waits."""
+        self.is_paused = True
+
+    def resume(self) -> None:
+        """It goes on."""
+        self.is_paused = False
+        waiting, self._waiting = self._waiting, deque()
+        for carry_out in waiting:
+            carry_out()
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, (dict, list)) else value
+
+
+class StoreClient:
+    """One node's connection to the server."""
+
+    def __init__(self, node: SimulatedNode) -> None:
+        self._node = node
+        self._server = node.world.store
+        self._queue: deque[Any] = deque()
+        self._is_busy = False
+        self.is_cut = False
+        self._last_event: int | None = None
+        self._life = -1
+        self._is_feed_due = False
+        self._is_feed_busy = False
+
+    def put(self, command: Any) -> None:
+        """Carry out a command of the machine, after those before."""
+        self._queue.append(command)
+        self._next()
+
+    def start_feed(self) -> None:
+        """Follow the change feed."""
+        self._server.follow(lambda: self._node.after(self._node.world.latencies.store_s(), self._feed))
+        self._feed()
+
+    def _next(self) -> None:
+        if self._is_busy or not self._queue:
+            return
+        self._is_busy = True
+        command = self._queue.popleft()
+        if isinstance(command, e.CallStore):
+            self._call_store(command, self._node.now_s() + CALL_RETRIES_S)
+        else:
+            self._call(lambda fake: self._membership(fake, command), self._membership_answered)
+
+    def _call(self, operation: Callable[[FakeControlStore], Any], answer: Answer) -> None:
+        """One round trip; exactly one answer."""
+        node, world = self._node, self._node.world
+        is_answered = False
+
+        def answered_once(value: Any, error: BaseException | None) -> None:
+            nonlocal is_answered
+            if not is_answered:
+                is_answered = True
+                answer(value, error)
+
+        def executed(value: Any, error: BaseException | None) -> None:
+            if not self.is_cut:
+                node.after(world.latencies.store_s(), answered_once, value, error)
+
+        if not self.is_cut:
+            node.after(world.latencies.store_s(), self._server.call, operation, executed)
+        if self.is_cut or self._server.is_paused or world.has_store_outages:
+            lost = NotConnected("the control store did not answer")
+            world.timeline.after(CALL_TIMEOUT_S, node.act, answered_once, None, lost)
+
+    # --- the membership's commands
+
+    def _membership(self, fake: FakeControlStore, command: Any) -> Any:
+        node_id = self._node.node_id
+        if isinstance(command, ms.RegisterNode):
+            return ms.Registered(fake.register_node(command.record))
+        if isinstance(command, ms.RestoreNode):
+            return ms.Restored(fake.restore_node(command.record, command.incarnation))
+        if isinstance(command, ms.SendHeartbeat):
+            answer = fake.heartbeat(node_id, command.incarnation, command.load)
+            return ms.HeartbeatAnswered(answer, command.incarnation)
+        if isinstance(command, ms.ReadNodes):
+            return ms.NodesRead(self._server.list_nodes(fake))
+        if isinstance(command, ms.DeclareNodeDead):
+            fake.declare_node_dead(command.node_id, command.incarnation, command.reason)
+            return None
+        if isinstance(command, ms.RemoveNode):
+            fake.remove_node(node_id, command.incarnation)
+            return None
+        raise AssertionError(f"no such command of the membership: {command!r}")
+
+    def _membership_answered(self, value: Any, error: BaseException | None) -> None:
+        self._is_busy = False
+        event = ms.StoreFailed(str(error)) if error is not None else value
+        if event is not None:
+            self._node.event(event)
+        self._next()
+
+    # --- CallStore
+
+    def _call_store(self, call: e.CallStore, deadline_s: float) -> None:
+        def answered(value: Any, error: BaseException | None) -> None:
+            if isinstance(error, NotConnected) and self._node.now_s() < deadline_s:
+                self._node.after(RETRY_S, self._call_store, call, deadline_s)
+                return
+            self._is_busy = False
+            if error is not None:
+                self._node.event(e.StoreRaised(call.tag, type(error).__name__, str(error)))
+            else:
+                self._node.event(e.StoreReturned(call.tag, value))
+            if call.operation == "update_actor" and error is None:
+                self._node.event(e.ActorEventRead(call.arguments["actor"].actor_id))
+            self._next()
+
+        self._call(lambda fake: getattr(self, f"_op_{call.operation}")(fake, **call.arguments), answered)
+
+    def _op_register_job(self, fake: FakeControlStore, job: m.JobPart, pid: int) -> None:
+        record = JobRecord(job.job_id, self._node.node_id, job.owner.process_id, pid)
+        fake.register_job(job.job_id, encode_record(record))
+
+    def _op_finish_job(self, fake: FakeControlStore, job_id: str) -> None:
+        fake.finish_job(job_id)
+
+    def _op_create_actor(self, fake: FakeControlStore, actor: m.ActorPart) -> None:
+        if actor.name:
+            self._op_find_actor(fake, actor.namespace, actor.name)
+        record = msgspec.json.encode(actor)
+        fake.create_actor(actor.actor_id, record, state=actor.state, name=actor.name, namespace=actor.namespace)
+
+    def _op_update_actor(self, fake: FakeControlStore, actor: m.ActorPart) -> None:
+        address = ",".join(actor.address) if actor.address is not None else ""
+        fake.update_actor(actor.actor_id, (), actor.state, {"address": address, "text": actor.text})
+
+    def _op_find_actor(self, fake: FakeControlStore, namespace: str, name: str) -> m.ActorPart | None:
+        actor = _actor_of_entry(fake.find_actor(namespace, name))
+        if actor is None or actor.address is None or actor.address.node_id == self._node.node_id:
+            return actor
+        living = {node.record.node_id for node in fake.list_nodes().nodes}
+        if actor.address.node_id in living:
+            return actor
+        text = f"its node {actor.address.node_id} is gone"
+        fake.update_actor(actor.actor_id, (), "dead", {"address": "", "text": text})
+        return None
+
+    def _op_get_actor(self, fake: FakeControlStore, actor_id: str) -> m.ActorPart | None:
+        return _actor_of_entry(fake.get_actor(actor_id))
+
+    # --- the change feed
+
+    def _feed(self) -> None:
+        self._is_feed_due = True
+        if not self._is_feed_busy:
+            self._read_feed()
+
+    def _read_feed(self) -> None:
+        self._is_feed_due = False
+        self._is_feed_busy = True
+        last = self._last_event
+
+        def read(fake: FakeControlStore) -> Any:
+            if last is None:
+                return fake.last_event_id(), self._server.life
+            if self._life != self._server.life:
+                raise EventsLost("another server")
+            return fake.read_events(last), self._life
+
+        self._call(read, self._feed_read)
+
+    def _feed_read(self, value: Any, error: BaseException | None) -> None:
+        self._is_feed_busy = False
+        if isinstance(error, EventsLost):
+            self._last_event = None
+            self._read_feed()
+        elif error is not None:
+            self._node.after(RETRY_S, self._feed)
+        elif self._last_event is None:
+            self._last_event, self._life = value
+            self._node.event(ms.EventsMissed())
+            self._read_feed()
+        else:
+            for event in value[0]:
+                self._last_event = event.id
+                self._feed_event(event)
+            if self._is_feed_due or value[0]:
+                self._read_feed()
+
+    def _feed_event(self, event: Any) -> None:
+        fields = event.fields
+        if event.kind in ("node_joined", "node_left", "node_died"):
+            incarnation = int(fields.get("incarnation", "0"))
+            node_id = fields.get("node_id", "")
+            self._node.event(ms.NodeEventRead(event.kind, node_id, incarnation, fields.get("reason", "")))
+        elif event.kind in ("actor_changed", "actor_created"):
+            self._node.event(e.ActorEventRead(fields.get("actor_id", "")))
+
+
+def _actor_of_entry(entry: Any) -> m.ActorPart | None:
+    if entry is None:
+        return None
+    actor = msgspec.json.decode(entry.record, type=m.ActorPart)
+    address = entry.fields.get("address", "")
+    where = m.Address(*address.split(",")) if address else None
+    return msgspec.structs.replace(actor, state=entry.state, address=where, text=entry.fields.get("text", actor.text))

@@ -1,0 +1,395 @@
+"""A simulated worker: takes tasks, runs them one after the other or as an actor, as worker/task_runner.py does."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from clusterpool.core import messages as m
+from clusterpool.core import owner_events as e
+from clusterpool.core.messages import Address, Message, Reference, ResultExtras, TaskResult, TaskSpec, TaskStatus
+from clusterpool.simulation.client import BLOCK_PATIENCE_S, Client, Ref, View
+from clusterpool.simulation.party import Host
+from clusterpool.simulation.programs import (
+    Operation,
+    Outcome,
+    Payload,
+    decode_operation,
+    encode_payload,
+    mix,
+    put_number,
+    value_of,
+)
+from clusterpool.simulation.threads import Disconnected, Interrupted, Pause, Steps, Thread, Wait
+
+if TYPE_CHECKING:
+    from clusterpool.simulation.node import SimulatedNode
+    from clusterpool.simulation.world import World
+
+FLUSH_S = 0.001
+FLUSH_RESULTS = 1000
+# The I/O thread takes over the loop from a main thread that is busy for so long.
+TAKE_OVER_S = 0.002
+SIGTERM, SIGKILL = 15, 9
+_ACTOR_KINDS = (m.TaskKind.CREATE_ACTOR, m.TaskKind.ACTOR_CALL)
+Key = tuple[Address, int]
+
+
+class _Failed(Exception):
+    """An input has no value: the task raises what it got."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+
+
+class Worker(Client):
+    """A worker process."""
+
+    kind = "worker"
+
+    def __init__(self, world: World, host: Host, address: Address, job: m.JobPart, node: SimulatedNode) -> None:
+        super().__init__(world, host, address, job, node)
+        self.pending: deque[tuple[Address, TaskSpec]] = deque()
+        self.setups: deque[tuple[Address, m.SetupWorker]] = deque()
+        self.known_functions: set[Key] = set()
+        self.is_retiring = False
+        self.task_page = 0  # the number of the task that runs
+        self.exit_code: int | None = None
+        self.actor: Actor | None = None
+        self._started = 0
+        self._lingers = False
+        self._results: list[TaskResult] = []
+        self._results_owner: Address | None = None
+        self._run_s = 0.0
+        self._flushed_s = 0.0
+        self._is_blocked = False
+        self._cancelled: set[Key] = set()
+        self._current: Key | None = None
+        self._main: Thread | None = None
+        self._views: list[View] = []
+
+    def begin(self) -> None:
+        """The process is there: join the node, and run tasks."""
+        self.join()
+        self._main = Thread(self, self._run(), lambda code: self.exit(int(code or 0)))
+        self.threads.append(self._main)
+        self._main.start()
+        self.turn()
+
+    def exit(self, code: int) -> None:
+        """The process ends by itself, or by a signal (negative)."""
+        if not self.is_alive:
+            return
+        self.exit_code = code
+        for view in self._views:
+            view.close()
+        self.note("exit", code)
+        self.vanish()
+        self.node_party.worker_is_gone(self)
+
+    def last_task(self) -> m.LastTask:
+        """What its node reads of it when it has ended."""
+        return m.LastTask(self.task_page, self._started)
+
+    # --- the main thread
+
+    def _run(self) -> Steps:
+        while True:
+            yield Wait(lambda: bool(self.pending or self.setups or self.is_retiring or self.is_closed))
+            if self.is_closed:
+                return 0
+            if self.setups:
+                owner, setup = self.setups.popleft()
+                yield from self._set_up(owner, setup)
+            if self.pending:
+                yield from self._run_pending()
+            elif self.is_retiring and not self.setups:
+                self.flush()
+                if self._lingers:
+                    yield Wait(lambda: self.is_closed or not self.machine.is_needed())
+                return 0
+
+    def _set_up(self, owner: Address, setup: m.SetupWorker) -> Steps:
+        if setup.name == "group":
+            yield Pause(self.world.chance.setup_s())
+        if setup.payload:
+            for reference in setup.references:
+                self.released.append((reference.owner, reference.number))
+        self.send(owner, m.WorkerReady(setup.lease))
+
+    def _run_pending(self) -> Steps:
+        while self.pending:
+            owner, spec = self.pending.popleft()
+            key = self._current = (owner, spec.number)
+            if key in self._cancelled:
+                self._cancelled.discard(key)
+                self._current = None
+                self._drop_references(spec)
+                self._add_result(owner, TaskResult(spec.number, TaskStatus.CANCELLED, b""))
+                continue
+            self.task_page = self._started = spec.number
+            started_s = self.now_s()
+            self.world.monitor.started(self, owner, spec)
+            try:
+                result = yield from self._result_of(owner, spec)
+            except Disconnected:
+                return
+            self.task_page = 0
+            self._current = None
+            self._cancelled.discard(key)
+            self._run_s += self.now_s() - started_s
+            self._add_result(owner, result)
+            is_due = self.now_s() - self._flushed_s > FLUSH_S or len(self._results) >= FLUSH_RESULTS
+            if is_due and self.pending:
+                self.flush()
+        self.flush()
+
+    def _result_of(self, owner: Address, spec: TaskSpec) -> Steps:
+        """Run a task; its result."""
+        views: list[View] = []
+        self._views = views
+        try:
+            if spec.function and (owner, spec.function) not in self.known_functions:
+                self.world.monitor.fail(f"{self.name} has never got function {spec.function} of {owner}")
+            if spec.kind == m.TaskKind.CREATE_ACTOR:
+                self.actor = Actor(self, mix(spec.payload))
+                return TaskResult(spec.number, TaskStatus.OK, encode_payload(Payload("ok", 0)))
+            operation = decode_operation(spec.payload)
+            arguments, inner = yield from self._inputs_of(owner, spec, operation, views)
+            if operation.duration_s > TAKE_OVER_S:
+                self.after(TAKE_OVER_S, self._taken_over)
+            yield Pause(operation.duration_s)
+            if self.actor is not None:
+                number = self.actor.called(operation, arguments)
+                return (yield from self._returned(owner, spec, operation, number, []))
+            children = yield from self._children_of(operation)
+            if operation.fails:
+                raise _Failed(Outcome("error", operation.salt))
+            references = yield from self._boxes_of(owner, spec, operation)
+            number = value_of(operation, arguments, inner, children)
+            return (yield from self._returned(owner, spec, operation, number, references))
+        except Interrupted:
+            return TaskResult(spec.number, TaskStatus.CANCELLED, b"")
+        except _Failed as failed:
+            outcome = failed.outcome
+            payload = Payload(outcome.kind, outcome.number, 8, outcome.text)
+            return TaskResult(spec.number, TaskStatus.ERROR, encode_payload(payload))
+        finally:
+            self._views = []
+            for view in views:
+                view.close()
+            self._drop_references(spec)
+
+    def _inputs_of(self, owner: Address, spec: TaskSpec, operation: Operation, views: list[View]) -> Steps:
+        arguments: list[int] = []
+        inner: list[int] = []
+        extras = spec.extras
+        for part in extras.arguments if extras is not None else ():
+            outcome, view = yield from self.load(part)
+            if view is not None:
+                views.append(view)
+            arguments.append(_number(outcome))
+        if operation.inner and extras is not None:
+            refs = [Ref(self, reference, is_counted=False) for reference in extras.references]
+            try:
+                for ref in refs:
+                    inner.append(_number((yield from self.get(ref))))
+            finally:
+                for ref in refs:
+                    ref.drop()
+        return arguments, inner
+
+    def _children_of(self, operation: Operation) -> Steps:
+        if not operation.children:
+            return []
+        number = self.task_set({"CPU": 1.0})
+        refs = [self.submit(number, child) for child in operation.children]
+        numbers: list[int] = []
+        try:
+            for ref in refs:
+                assert ref is not None
+                numbers.append(_number((yield from self.get(ref))))
+        finally:
+            for ref in refs:
+                if ref is not None:
+                    ref.drop()
+        return numbers
+
+    def _boxes_of(self, owner: Address, spec: TaskSpec, operation: Operation) -> Steps:
+        """The references that the task returns; each is held here until the result is sent."""
+        refs: list[Ref] = []
+        try:
+            for child in operation.boxed:
+                ref = self.submit(self.task_set({"CPU": 1.0}), child)
+                assert ref is not None
+                refs.append(ref)
+            for position, size_bytes in enumerate(operation.put_bytes):
+                put = yield from self.put(put_number(operation.salt, position), size_bytes)
+                if isinstance(put, Outcome):
+                    raise _Failed(put)
+                refs.append(put)
+            if operation.peeks and spec.extras is not None:
+                refs += [Ref(self, reference, is_counted=False) for reference in spec.extras.references]
+            references = [ref.part for ref in refs]
+            if references:
+                self.event(e.ReferencesMade(references))
+                self._hand_over(owner, references)
+            return references
+        finally:
+            for ref in refs:
+                ref.drop()
+
+    def _hand_over(self, receiver: Address, references: list[Reference]) -> None:
+        self._drain()
+        for command in self.machine.objects.hand_over(receiver, references):
+            assert isinstance(command, e.Send)
+            self.send(command.destination, command.message)
+
+    def _returned(
+        self, owner: Address, spec: TaskSpec, operation: Operation, number: int, references: list[Reference]
+    ) -> Steps:
+        object_id = f"{owner.process_id}.{spec.number}"
+        part = yield from self.part_of(object_id, number, operation.result_bytes, references)
+        if isinstance(part, Outcome):
+            self.released.extend((reference.owner, reference.number) for reference in references)
+            raise _Failed(part)
+        if part.stored is None and not references:
+            return TaskResult(spec.number, TaskStatus.OK, part.payload)
+        return TaskResult(spec.number, TaskStatus.STORED, b"", ResultExtras(part))
+
+    # --- results
+
+    def _add_result(self, owner: Address, result: TaskResult) -> None:
+        if owner != self._results_owner:
+            self.flush()
+            self._results_owner = owner
+        self._results.append(result)
+
+    def flush(self) -> None:
+        """Send the results that have gathered."""
+        self._flushed_s = self.now_s()
+        results, owner = self._results, self._results_owner
+        if not results or owner is None:
+            return
+        self._results = []
+        run_s, self._run_s = self._run_s, 0.0
+        self.send(owner, m.TasksFinished(results, round(run_s * 1e9), self._is_blocked))
+        for result in results:
+            if result.extras is not None and result.extras.value is not None:
+                references = result.extras.value.references
+                self.released.extend((reference.owner, reference.number) for reference in references)
+
+    def _taken_over(self) -> None:
+        self.flush()
+        self.turn()
+
+    # --- waiting inside a task
+
+    def _wait(self, is_due: Any) -> Steps:
+        done = yield Wait(lambda: is_due() or self.is_closed, BLOCK_PATIENCE_S)
+        if done:
+            return
+        self._block()
+        try:
+            yield Wait(lambda: is_due() or self.is_closed)
+        finally:
+            self._unblock()
+
+    def _block(self) -> None:
+        if self._current is None:
+            return
+        owner = self._current[0]
+        self._is_blocked = True
+        returned = self._give_back(owner, len(self.pending))
+        self.flush()
+        self.send(owner, m.TasksFinished(returned, 0, True))
+        self.send(self.node, m.WorkerBlocked())
+
+    def _unblock(self) -> None:
+        if not self._is_blocked:
+            return
+        self._is_blocked = False
+        self.send(self.node, m.WorkerUnblocked())
+        if self._current is not None:
+            self.send(self._current[0], m.TasksFinished([], 0, False))
+
+    def _give_back(self, owner: Address, count: int) -> list[TaskResult]:
+        returned: list[TaskResult] = []
+        kept: list[tuple[Address, TaskSpec]] = []
+        while self.pending and len(returned) < count:
+            source, spec = self.pending.pop()
+            if source == owner and spec.kind not in _ACTOR_KINDS:
+                key = (owner, spec.number)
+                status = TaskStatus.CANCELLED if key in self._cancelled else TaskStatus.RETURNED
+                self._cancelled.discard(key)
+                returned.append(TaskResult(spec.number, status, b""))
+                self._drop_references(spec)
+            else:
+                kept.append((source, spec))
+        self.pending.extend(reversed(kept))
+        returned.reverse()
+        return returned
+
+    # --- messages
+
+    def worker_message(self, source: Address, message: Message) -> None:
+        """Take note of what an owner wants."""
+        if isinstance(message, m.StartTasks):
+            self.known_functions.update((source, function.number) for function in message.functions)
+            for spec in message.tasks:
+                references = _references_of(spec)
+                if references:
+                    self.event(e.ReferencesHeld(references))
+                self.pending.append((source, spec))
+        elif isinstance(message, m.ForgetFunctions):
+            self.known_functions.difference_update((source, number) for number in message.numbers)
+        elif isinstance(message, m.TakeBackTasks):
+            returned = self._give_back(source, message.count)
+            self.send(source, m.TasksFinished(returned, 0, self._is_blocked))
+        elif isinstance(message, m.CancelTasks):
+            for number in message.numbers:
+                self._cancel((source, number))
+        elif isinstance(message, m.SetupWorker):
+            if message.references:
+                self.event(e.ReferencesHeld(message.references))
+            self.setups.append((source, message))
+        elif isinstance(message, m.RetireWorker):
+            self.is_retiring = True
+            self._lingers = message.lingers
+
+    def _cancel(self, key: Key) -> None:
+        if key == self._current and self._main is not None:
+            self._main.interrupt(Interrupted())
+        elif any((source, spec.number) == key for source, spec in self.pending):
+            self._cancelled.add(key)
+
+    def _drop_references(self, spec: TaskSpec) -> None:
+        self.released.extend((reference.owner, reference.number) for reference in _references_of(spec))
+
+
+class Actor:
+    """The instance in a worker: counts the calls of each caller, so that one too many or out of order shows."""
+
+    def __init__(self, worker: Worker, salt: int) -> None:
+        self.worker = worker
+        self.salt = salt
+        self.count_by_caller: dict[str, int] = {}
+
+    def called(self, operation: Operation, arguments: list[int]) -> int:
+        """The value of a call."""
+        count = self.count_by_caller.get(operation.caller, 0)
+        self.count_by_caller[operation.caller] = count + 1
+        return mix(operation.salt, operation.caller, count, *arguments)
+
+
+def _references_of(spec: TaskSpec) -> list[Reference]:
+    extras = spec.extras
+    if extras is None:
+        return []
+    return [*extras.references, *(inner for part in extras.arguments for inner in part.references)]
+
+
+def _number(outcome: Outcome) -> int:
+    if outcome.kind != "ok":
+        raise _Failed(outcome)
+    return outcome.number

@@ -1,0 +1,122 @@
+"""Many small clusters in virtual time, each from its seed, and what the simulator itself must do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from clusterpool.simulation.__main__ import attempt, main
+from clusterpool.simulation.world import Plan, World
+
+# Each of these found something once; what it was stands beside it.
+FOUND = {
+    44: "questions to a borrowed object's owner that had died were kept for ever",
+    150: "a request that came back from another node was granted to its owner, which had ended meanwhile",
+    114: "an object was freed twice when a task that waited for it failed for its value, nobody else having it",
+}
+BATCHES = 5
+SEEDS_A_BATCH = 12
+
+
+def run(plan: Plan) -> World:
+    world = World(plan)
+    error = attempt(world)
+    if error is not None:
+        raise AssertionError(f"again: python -m clusterpool.simulation --seed {plan.seed}\n{error!r}") from error
+    return world
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_small_worlds_end_well(batch: int) -> None:
+    for seed in range(batch * SEEDS_A_BATCH, (batch + 1) * SEEDS_A_BATCH):
+        run(Plan(seed))
+
+
+@pytest.mark.parametrize("seed", FOUND)
+def test_what_was_found_once_is_gone(seed: int) -> None:
+    run(Plan(seed))
+
+
+def test_without_faults_nothing_is_lost() -> None:
+    for seed in range(1000, 1010):
+        world = run(Plan(seed, nodes=3, faults=0))
+        assert world.monitor.outcomes > 0
+        assert set(world.monitor.losses) <= {"cancelled", "store_full"}
+
+
+def test_faults_strike_and_work_goes_on() -> None:
+    world = run(Plan(7, nodes=4, faults=15))
+    assert len(world.monitor.happened & {fault.kind for fault in world.faults}) >= 4
+    assert world.monitor.outcomes > 20
+
+
+def test_the_same_seed_is_the_same_world_under_any_hash_seed() -> None:
+    def digest(hash_seed: str) -> str:
+        script = (
+            "from clusterpool.simulation.world import Plan, World\n"
+            "for seed in (3, 4, 5):\n"
+            "    world = World(Plan(seed, nodes=4, faults=8)); world.run(); print(world.trace.digest())\n"
+        )
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        ran = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        )
+        return ran.stdout
+
+    assert digest("1") == digest("2")
+
+
+def test_another_seed_is_another_world() -> None:
+    assert run(Plan(3, faults=0)).trace.digest() != run(Plan(4, faults=0)).trace.digest()
+
+
+# --- the simulator itself
+
+
+def test_a_lost_lease_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from clusterpool.core.scheduler import Scheduler
+
+    # A node that forgets to take back what a lease had used.
+    monkeypatch.setattr(Scheduler, "_free", lambda self, lease: self.leases.pop(lease.number, None))
+    assert main(["--seed", "5", "--faults", "0"]) == 1
+    printed = capsys.readouterr().out
+    assert "are said to be free" in printed and "--seed 5" in printed
+
+
+def test_an_object_freed_too_early_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from clusterpool.core.ownership import OwnedObject
+
+    # An owner that forgets its borrowers.
+    unused = property(lambda record: record.local <= 0 and record.pins == 0 and not record.askers)
+    monkeypatch.setattr(OwnedObject, "is_unused", unused)
+    assert main(["--seeds", "0-40", "--faults", "0"]) == 1
+
+
+def test_a_leaked_pin_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from clusterpool.core.store_index import StoreIndex
+
+    monkeypatch.setattr(StoreIndex, "_on_unpinned", lambda self, event, now_s: None)
+    assert main(["--seeds", "0-40", "--faults", "0"]) == 1
+
+
+def test_a_failure_shrinks_to_the_faults_that_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from clusterpool.core.rescue import Rescue
+
+    # An owner that forgets the tasks of a worker that has died.
+    monkeypatch.setattr(Rescue, "save", lambda self, tasks, gone, now_s: ([], []))
+    assert main(["--seed", "5", "--faults", "10", "--shrink"]) == 1
+    printed = capsys.readouterr().out
+    assert "--only" in printed
+    assert printed.count("\nfault ") < 10
+
+
+def test_the_command_says_what_was_never_reached(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seed", "3", "--faults", "0", "--coverage"]) == 0
+    printed = capsys.readouterr().out
+    assert "never taken: NodeMachine: StopNode" in printed
+    assert "never run: core/worker_set.py" in printed
