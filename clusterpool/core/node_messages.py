@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clusterpool.core.task_messages import Address, LastTask, Message, Part, StoredValue
+from clusterpool.core.task_messages import Address, Amount, LastTask, Message, Part, SizeBytes, StoredValue, WorkerCount
 
 # --- processes and their node ---------------------------------------------------------------------------------------
 
@@ -66,7 +66,7 @@ class WorkerDemand(Part, frozen=True):
     """What kind of worker is wanted."""
 
     kind: int
-    resources: dict[str, float]
+    resources: dict[str, Amount]
     name: str = ""
     env: dict[str, str] = {}
     strategy: str = ""  # "", "spread", "node:<id>" (must be there), "near:<id>" (rather there)
@@ -80,7 +80,7 @@ class RequestWorkers(Message, frozen=True):
     """Lease me `count` workers of this kind."""
 
     request: int
-    count: int
+    count: WorkerCount
     demand: WorkerDemand
     job: JobPart
     hops: int = 0
@@ -189,7 +189,7 @@ class CreateObject(Message, frozen=True):
 
     request: int
     object_id: str
-    size_bytes: int
+    size_bytes: SizeBytes
 
 
 class ObjectCreated(Message, frozen=True):

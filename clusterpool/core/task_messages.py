@@ -8,11 +8,18 @@ each field's type, so that malformed bytes are refused at the border and nothing
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 
 PROTOCOL_VERSION = 3
+
+
+# What a number may be is checked where messages are decoded, so that no machine has to doubt what it is told. The
+# bounds are far above what anybody can have, and low enough for sums and loops over them to end.
+SizeBytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
+Amount = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
+WorkerCount = Annotated[int, msgspec.Meta(ge=0, le=100_000)]
 
 
 class Address(NamedTuple):
@@ -77,7 +84,7 @@ class StoredValue(Part, frozen=True):
     """A value that lies in one or more arenas."""
 
     object_id: str
-    size_bytes: int
+    size_bytes: SizeBytes
     node_ids: list[str]
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import msgspec
 
-from clusterpool.core.messages import Message
+from clusterpool.core.messages import Message, SizeBytes
 
 # --- on the wire, node to node ----------------------------------------------------------------------------
 
@@ -32,7 +32,7 @@ class TransferOpened(Message, frozen=True):
     """It is ready, and so large."""
 
     transfer: int
-    size_bytes: int
+    size_bytes: SizeBytes
 
 
 class TransferRefused(Message, frozen=True):
@@ -47,15 +47,15 @@ class SendChunk(Message, frozen=True):
     """Send me these bytes."""
 
     transfer: int
-    offset: int
-    size_bytes: int
+    offset: SizeBytes
+    size_bytes: SizeBytes
 
 
 class ChunkData(Message, frozen=True):
     """Here they are."""
 
     transfer: int
-    offset: int
+    offset: SizeBytes
     chunk: bytes
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 # contracts: one suite a port, on the fake and on the real thing; faults: kill -9 on real processes;
 # cluster: several nodes on one machine; acceptance: the user's view of the whole; examples, benchmarks,
 # compat_tests: the programs of those folders.
-NAMED_FOLDERS = {"acceptance", "benchmarks", "cluster", "compat_tests", "contracts", "examples", "faults"}
+NAMED_FOLDERS = {"acceptance", "benchmarks", "cluster", "compat_tests", "contracts", "examples", "faults", "fuzz"}
 NAMED_FOLDERS |= {"simulation", "tidy"}
 
 
