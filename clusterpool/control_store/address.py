@@ -12,10 +12,11 @@ sentinel_password.
 from __future__ import annotations
 
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 from clusterpool.errors import AuthenticationFailed, NotConnected, ProtocolError, StoreFull
@@ -29,7 +30,22 @@ RETRIES = 4
 # An idle connection is tried before it is used, because a firewall may have dropped it silently.
 HEALTH_CHECK_S = 15
 SENTINEL_PORT = 26379
+SERVER_PORT = 6379
 _SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
+
+
+class Route(Protocol):
+    """Another way to the server than the one that the address names."""
+
+    @property
+    def is_relayed(self) -> bool:
+        """Whether new connections go this way."""
+
+    def dial(self) -> socket.socket:
+        """A connection whose bytes go to the server, or to the master that sentinels know.
+
+        Raises: OSError.
+        """
 
 
 def open_client(
@@ -39,6 +55,7 @@ def open_client(
     password: str | None = None,
     on_connect: Callable[[Any], None] | None = None,
     answer_timeout_s: float = ANSWER_TIMEOUT_S,
+    route: Route | None = None,
 ) -> Any:
     """A redis-py client that connects at its first command. A user or password in the URL wins.
 
@@ -72,8 +89,54 @@ def open_client(
         options["socket_connect_timeout"] = CONNECT_TIMEOUT_S
         options["socket_keepalive"] = True
     if scheme.endswith("+sentinel"):
-        return _open_sentinel_client(url, options)
-    return redis.Redis.from_url(url, **options)
+        return _open_sentinel_client(url, options, route)
+    if route is None or scheme == "unix":
+        return redis.Redis.from_url(url, **options)
+    bases = (redis.SSLConnection, redis.Connection) if scheme == "rediss" else (redis.Connection,)
+    options["connection_class"] = _routed(bases, route)
+    return redis.Redis(connection_pool=redis.ConnectionPool.from_url(url, **options))
+
+
+def connect_to_server(url: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
+    """A connection to the server (to the master) on which nothing was said yet, for others to use.
+
+    Raises: OSError; NotConnected when no sentinel knows the master.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.connect(parts.path)
+        return connection
+    if parts.scheme.endswith("+sentinel"):
+        with errors_mapped(redacted(url)):
+            address = open_client(url).connection_pool.get_master_address()
+    else:
+        address = (parts.hostname or "localhost", parts.port or SERVER_PORT)
+    connection = socket.create_connection(address, timeout_s)
+    connection.settimeout(None)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return connection
+
+
+def _routed(bases: tuple[Any, ...], route: Route) -> Any:
+    """The class of connections `bases[0]`, whose bytes go by the route where that says so.
+
+    bases: it, and the class it is derived from whose `_connect` makes the socket (TLS then wraps what it makes).
+    """
+
+    base: Any = bases[-1]
+
+    class Routed(base):  # type: ignore[misc]
+        def _connect(self) -> socket.socket:
+            if not route.is_relayed:
+                direct: socket.socket = super()._connect()
+                return direct
+            connection = route.dial()
+            connection.settimeout(self.socket_timeout)
+            return connection
+
+    return Routed if len(bases) == 1 else type("RoutedTls", (bases[0], Routed), {})
 
 
 def _worth_another_try(redis: Any) -> tuple[type[Exception], ...]:
@@ -115,12 +178,21 @@ def _after_connect(on_connect: Callable[[Any], None]) -> Callable[[Any], None]:
     return connected
 
 
-def _open_sentinel_client(url: str, options: dict[str, Any]) -> Any:
+def _open_sentinel_client(url: str, options: dict[str, Any], route: Route | None) -> Any:
     import redis.connection
     import redis.sentinel
 
     parse_url: Any = redis.connection.parse_url
+    managed: Any = redis.sentinel.SentinelManagedConnection
+    managed_tls: Any = redis.sentinel.SentinelManagedSSLConnection
+
     sentinel_class: Any = redis.sentinel.Sentinel
+
+    class Sentinel(sentinel_class):  # type: ignore[misc]
+        def discover_master(self, service_name: str) -> Any:
+            # Who passes us on asks the sentinels, which we may be unable to reach as well.
+            is_relayed = route is not None and route.is_relayed
+            return ("localhost", 0) if is_relayed else super().discover_master(service_name)
 
     parts = urlsplit(url)
     query = {name: values[0] for name, values in parse_qs(parts.query).items()}
@@ -141,7 +213,9 @@ def _open_sentinel_client(url: str, options: dict[str, Any]) -> Any:
     if is_tls:
         options["ssl"] = True
     shared = {name: value for name, value in options.items() if name.startswith(("ssl", "socket_"))}
-    sentinel = sentinel_class(
+    if route is not None:
+        options["connection_class"] = _routed((managed_tls, managed) if is_tls else (managed,), route)
+    sentinel: Any = Sentinel(
         [_host_and_port(host) for host in hosts.split(",")],
         # A sentinel that is gone must not hold us up: the next one in the list is asked.
         sentinel_kwargs={**shared, **credentials, "protocol": 2, "socket_timeout": CONNECT_TIMEOUT_S},
@@ -181,6 +255,13 @@ def errors_mapped(where: str) -> Iterator[None]:
         raise NotConnected(f"the control store at {where} did not answer: {exc}; {_remedy(exc)}") from exc
     except redis.ResponseError as exc:
         raise _response_error(where, exc) from exc
+
+
+def had_no_answer(error: NotConnected) -> bool:
+    """Whether the server, or the network, was silent until the patience ran out, rather than refused us."""
+    import redis
+
+    return isinstance(error.__cause__, redis.TimeoutError)
 
 
 def _response_error(where: str, exc: Exception) -> Exception:

@@ -17,6 +17,7 @@ import msgspec
 from clusterpool.control_store import scripts
 from clusterpool.control_store.address import (
     ANSWER_TIMEOUT_S,
+    Route,
     check_url,
     errors_mapped,
     open_client,
@@ -66,10 +67,12 @@ class ControlStore:
         timeout_s: float = 5.0,
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
         replicas_min: int = 0,
+        route: Route | None = None,
     ) -> ControlStore:
         """Connect and check that the server answers, trying for `timeout_s`. For `url` see `address`.
 
-        answer_timeout_s: how long one command may take before the server counts as not connected.
+        answer_timeout_s: how long one command may take before the server counts as not connected. route: asked at
+            each new connection whether it is to go another way.
 
         replicas_min: changes are acknowledged only once so many replicas have them, so that a failover
         loses none.
@@ -85,6 +88,7 @@ class ControlStore:
                 password=password,
                 on_connect=store._connected,
                 answer_timeout_s=answer_timeout_s,
+                route=route,
             )
         deadline_s = time.monotonic() + timeout_s
         while True:

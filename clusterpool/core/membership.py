@@ -8,7 +8,8 @@ Every node sends a heartbeat to the control store and reads all nodes' heartbeat
 Silence is counted here, between two reads that both succeeded, and never taken from the server's clock
 alone: while the store is away nobody can be heard, and nobody may be declared dead for it. Any member may
 declare a silent node dead; the store accepts the first (compare and set on the incarnation) and refuses
-that incarnation's heartbeats from then on.
+that incarnation's heartbeats from then on. Before, it asks the node itself: one that only the store
+does not hear is not dead.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ from clusterpool.core.membership_events import (
     LeaveRequested,
     NodeDied,
     NodeEventRead,
+    NodeHeard,
     NodeJoined,
     NodeLeft,
     NodesRead,
     NodeSuspected,
     NodeTrusted,
+    ProbeNode,
     ReadNodes,
     RefuseSelf,
     Registered,
@@ -52,6 +55,9 @@ from clusterpool.errors import InvalidTransition
 HEARTBEAT_PERIOD_S = 0.5
 # Shorter suspects nodes whose host is only busy; longer sends work to a node that will not answer.
 SUSPECT_AFTER_S = 2.0
+# Before suspicion, so that a node which answers is never suspected, only because it cannot reach the store. Sooner asks
+# nodes whose heartbeat is merely late.
+PROBE_AFTER_S = 1.0
 # With one period to notice the last heartbeat and one to notice the limit, death is known within 4.75 s:
 # the promise is 5 s. Shorter kills nodes that a long pause of the host (swap, a suspended virtual machine)
 # would have given back.
@@ -118,6 +124,9 @@ class Membership:
                 return self._event_read(event)
             case EventsMissed():
                 return self._ask_for_nodes()
+            case NodeHeard(node_id, incarnation):
+                self._heard(node_id, incarnation)
+                return []
             case StoreFailed():
                 self._is_beat_pending = self._is_read_pending = False
                 self._last_read_s = None
@@ -300,12 +309,19 @@ class Membership:
         if is_suspect is not watch.is_suspect:
             watch.is_suspect = is_suspect
             commands.append(NodeSuspected(watch.node_id) if is_suspect else NodeTrusted(watch.node_id))
+        if watch.silence_s >= min(PROBE_AFTER_S, self._suspect_after_s):
+            commands.append(ProbeNode(watch.node_id, watch.incarnation))
         # Said again at each read until the node is gone from the list: the store takes the first and
         # ignores the rest.
         if watch.silence_s >= self._dead_after_s and self._may_declare(watch.node_id):
             reason = f"it sent no heartbeat for {watch.silence_s:.1f} s"
             commands.append(DeclareNodeDead(watch.node_id, watch.incarnation, reason))
         return commands
+
+    def _heard(self, node_id: str, incarnation: int) -> None:
+        watch = self._watch_by_node.get(node_id)
+        if watch is not None and watch.incarnation == incarnation:
+            watch.silence_s = watch.absence_s = 0.0
 
     def _may_declare(self, node_id: str) -> bool:
         return self.state is State.MEMBER and node_id != self.node_id
@@ -320,7 +336,7 @@ class Membership:
             return []  # the answer to our next heartbeat tells why
         watch.absence_s += elapsed_s
         if watch.absence_s < self._suspect_after_s:
-            return []
+            return [ProbeNode(watch.node_id, watch.incarnation)]
         reason = "it is no longer registered in the control store"
         return self._end(watch.node_id, watch.incarnation, reason, has_left=False)
 

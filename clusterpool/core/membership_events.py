@@ -66,6 +66,13 @@ class EventsMissed(NamedTuple):
     """The event stream was trimmed past this reader, or another server took over."""
 
 
+class NodeHeard(NamedTuple):
+    """A peer has answered us itself: this life of it goes on (the answer to `ProbeNode`)."""
+
+    node_id: str
+    incarnation: int
+
+
 class StoreFailed(NamedTuple):
     """A command of this machine failed because the store could not be reached."""
 
@@ -89,6 +96,7 @@ Event = (
     | NodesRead
     | NodeEventRead
     | EventsMissed
+    | NodeHeard
     | StoreFailed
     | WorkEnded
     | LeaveRequested
@@ -117,6 +125,13 @@ class SendHeartbeat(NamedTuple):
 
 class ReadNodes(NamedTuple):
     """Read the snapshot of all living nodes."""
+
+
+class ProbeNode(NamedTuple):
+    """Ask a peer that is silent in the store whether it lives; `NodeHeard` if it answers."""
+
+    node_id: str
+    incarnation: int
 
 
 class DeclareNodeDead(NamedTuple):
@@ -183,6 +198,7 @@ Command = (
     | RestoreNode
     | SendHeartbeat
     | ReadNodes
+    | ProbeNode
     | DeclareNodeDead
     | RemoveNode
     | FenceSelf

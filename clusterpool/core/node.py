@@ -23,6 +23,7 @@ from clusterpool.core import membership as ms
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
 from clusterpool.core import store_messages as s
+from clusterpool.core.cluster_description import candidate_of, part_of
 from clusterpool.core.cluster_view import NodeLoad, NodeRecord, NodeView
 from clusterpool.core.coordination import CoordinationMachine
 from clusterpool.core.coordination_messages import CoordinationMessage
@@ -31,9 +32,8 @@ from clusterpool.core.memory_monitor import THRESHOLD_DEFAULT, MemoryMonitor
 from clusterpool.core.messages import Address
 from clusterpool.core.node_actors import NodeActors
 from clusterpool.core.node_objects import NodeObjects
-from clusterpool.core.peer_messages import EndJob, JobEnded, LoadChanged
-from clusterpool.core.placement import Candidate
-from clusterpool.core.resources import to_amounts, to_numbers
+from clusterpool.core.peer_messages import AskAlive, EndJob, JobEnded, LoadChanged, StillAlive
+from clusterpool.core.resources import to_numbers
 from clusterpool.core.scheduler import Scheduler
 
 TICK_S = 0.5
@@ -130,6 +130,10 @@ class NodeMachine:
             LoadChanged: self._load_changed,
             EndJob: self._end_job,
             JobEnded: self._job_ended,
+            AskAlive: self._asked_alive,
+            StillAlive: lambda source, message, now_s: self._membership(
+                ms.NodeHeard(source.node_id, message.incarnation), now_s
+            ),
         }
 
     def handle(self, event: Any, now_s: float) -> Commands:
@@ -357,7 +361,7 @@ class NodeMachine:
     def _load_changed(self, _source: Address, message: LoadChanged, _now_s: float) -> Commands:
         if not self.membership.view.hear(message.node_id, message.load):
             return []
-        return list(self.scheduler.peers_changed([_candidate(view) for view in self._peers()]))
+        return list(self.scheduler.peers_changed([candidate_of(view) for view in self._peers()]))
 
     def load(self) -> NodeLoad:
         """What the node says about itself, with a heartbeat or in between."""
@@ -385,13 +389,21 @@ class NodeMachine:
                 commands.append(e.PeerJoined(command.view.node_id))
             elif isinstance(command, ms.FenceSelf):
                 commands += self._fenced(command.reason, now_s)
+            elif isinstance(command, ms.ProbeNode):
+                commands.append(e.Send(Address(command.node_id, command.node_id), AskAlive(command.incarnation)))
             elif isinstance(command, ms.RefuseSelf):
                 commands.append(e.StopNode(command.reason))
             elif not isinstance(command, (ms.NodeSuspected, ms.NodeTrusted)):
                 commands.append(command)
         if self.membership.view.version != version:
-            commands += self.scheduler.peers_changed([_candidate(view) for view in self._peers()])
+            commands += self.scheduler.peers_changed([candidate_of(view) for view in self._peers()])
         return commands
+
+    def _asked_alive(self, source: Address, message: AskAlive, _now_s: float) -> Commands:
+        membership = self.membership
+        if membership.state is not ms.State.MEMBER or membership.incarnation != message.incarnation:
+            return []
+        return [e.Send(source, StillAlive(message.incarnation))]
 
     def _peers(self) -> list[NodeView]:
         return self.membership.view.trusted_peers()
@@ -440,7 +452,7 @@ class NodeMachine:
         nodes = [self._own_part()]
         for view in self.membership.view:
             if view.node_id != self.node_id:
-                nodes.append(_part_of_view(view))
+                nodes.append(part_of(view))
         return [e.Send(source, m.ClusterDescribed(message.request, nodes))]
 
     def _own_part(self) -> m.NodePart:
@@ -471,27 +483,3 @@ class NodeMachine:
 
 def _is_node(address: Address) -> bool:
     return address.process_id == address.node_id
-
-
-def _candidate(view: NodeView) -> Candidate:
-    free = {name: round(amount * 10_000) for name, amount in view.available.items()}
-    return Candidate(view.node_id, to_amounts(view.total), free, view.queue_length, view.leases, False)
-
-
-def _part_of_view(view: NodeView) -> m.NodePart:
-    host, port = view.address
-    return m.NodePart(
-        node_id=view.node_id,
-        host=view.host_name or host,
-        alive=not view.is_suspect,
-        is_head=view.labels.get("head") == "yes",
-        total=view.total,
-        available={name: view.available.get(name, 0.0) for name in view.total},
-        workers=view.workers,
-        queue_length=view.queue_length,
-        store_bytes=view.arena_size_bytes,
-        store_used_bytes=view.arena_used_bytes,
-        spilled_bytes=view.spilled_bytes,
-        pid=view.pid,
-        address=f"{host}:{port}",
-    )

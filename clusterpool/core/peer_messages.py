@@ -13,6 +13,18 @@ class LoadChanged(Message, frozen=True):
     load: NodeLoad
 
 
+class AskAlive(Message, frozen=True):
+    """To a node whose heartbeats are missing in the control store: does this incarnation of it live?"""
+
+    incarnation: int
+
+
+class StillAlive(Message, frozen=True):
+    """Answer to AskAlive, if it does."""
+
+    incarnation: int
+
+
 class EndJob(Message, frozen=True):
     """From the node of a driver that leaves, to a node that has workers of its job: end them."""
 

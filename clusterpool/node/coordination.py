@@ -39,6 +39,7 @@ _PAGE_BYTES = 8
 _RETRY_S = 0.2
 _PATIENCE_S = PATIENCE_S
 _BLOCK_MS = 1000
+_STOP_S = 1.5
 # Operations that change nothing have no number.
 _QUESTIONS = frozenset({"exists", "value", "length", "read_cell"})
 
@@ -148,7 +149,7 @@ class _StoreCalls:
         if not self._shell.config.is_embedded:
             self._queue.put((e.CallCoordination(0, "end_node", (self._shell.node_id, True)), 0.0))
         self._queue.put(None)
-        self._thread.join(5.0)
+        self._thread.join(_STOP_S)
 
     # --- the calling thread
 

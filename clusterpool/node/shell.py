@@ -26,7 +26,7 @@ from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
 from clusterpool.core import package_messages as p
 from clusterpool.core import wire
-from clusterpool.core.cluster_view import NodeRecord
+from clusterpool.core.cluster_view import NodeRecord, NodeView
 from clusterpool.core.coordination_events import CoordinationCommand
 from clusterpool.core.environments import DropPackage, FetchPackage
 from clusterpool.core.joining import RegistrationRefused, mismatch
@@ -40,7 +40,9 @@ from clusterpool.node.descriptors import Descriptors
 from clusterpool.node.disk import DiskThread
 from clusterpool.node.memory import MemoryWatch
 from clusterpool.node.packages import PackageThread
+from clusterpool.node.store_route import RELAY_NAME
 from clusterpool.node.store_thread import StoreThread
+from clusterpool.node.tunnels import OnAnswer
 from clusterpool.node.workers import WorkerProcesses
 from clusterpool.object_store.arena import Arena
 from clusterpool.processes.death import open_pidfd
@@ -79,7 +81,11 @@ class NodeShell:
         self.host = socket.gethostname()
         self.workers = WorkerProcesses(self, zygote)
         self.memory = MemoryWatch(self)
-        self.store = StoreThread(self.config, self.post, session_fd=start.lock.session_fd)
+        self.store = StoreThread(
+            self.config,
+            self.post,
+            open_tunnel=self._open_tunnel_to_store if self.config.listen_port is not None else None,
+        )
         self.packages = PackageThread(self.paths.folder / "packages", self.post, self.store.connect_another)
         self.descriptors = Descriptors(self)
         self.coordination = NodeCoordination(self)
@@ -120,6 +126,8 @@ class NodeShell:
         self.workers.open()
         self.descriptors.open()
         self.coordination.open()
+        if self.routes is not None:
+            self.store.start_relay(self.paths.folder / "l")
         self._watch_driver()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.post(e.StopNode("it got a signal to end")))
@@ -223,6 +231,8 @@ class NodeShell:
 
     def _close(self) -> None:
         self.workers.close()
+        if self.store.route is not None:
+            self.store.route.stop()
         if not self.config.is_embedded:
             # The others need not wait until our silence is noticed.
             self.execute(self.machine.handle(LeaveRequested(), monotonic()))
@@ -250,6 +260,8 @@ class NodeShell:
             event = self._posted.popleft()
             if isinstance(event, e.StopNode):
                 self.stop(event.text)
+            elif callable(event):  # what another thread wants this one to do
+                event()
             else:
                 self.handle(event)
         if not self._is_reported and self.machine.membership.is_settled:
@@ -451,6 +463,18 @@ class NodeShell:
             logger.warning("node %s: node %s is gone: %s", self.node_id, command.node_id, command.text)
             self.routes.lost(command.node_id)
             self.descriptors.tunnels.node_gone(command.node_id)
+        if self.store.route is not None:
+            peers = self.machine.membership.view.trusted_peers()
+            # The head is likely to be where the store is.
+            self.store.route.set_peers([view.node_id for view in sorted(peers, key=_is_no_head)])
+
+    def _open_tunnel_to_store(self, node_id: str, on_answer: OnAnswer) -> None:
+        """Called by threads that use the control store."""
+        self.post(lambda: self.descriptors.tunnels.open(node_id, "connect", RELAY_NAME, on_answer))
+
+
+def _is_no_head(view: NodeView) -> bool:
+    return view.labels.get("head") != "yes"
 
 
 def _worker_ids() -> Iterator[str]:

@@ -20,6 +20,7 @@ from clusterpool.control_store.server import ServerProcess
 from clusterpool.core import server_restarts as sr
 from clusterpool.errors import StartFailed
 from clusterpool.processes.death import open_pidfd
+from clusterpool.processes.session_folder import make_or_join_session
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +34,8 @@ _LOAD_TIMEOUT_S = 60.0
 class StoreServer:
     """Of one node; a thread of its own, to which an embedded server's life is tied."""
 
-    def __init__(self, config: NodeConfig, *, session_fd: int = -1) -> None:
+    def __init__(self, config: NodeConfig) -> None:
         self._config = config
-        self._session_fd = session_fd
         self._server: ServerProcess | None = None
         self._restarts = sr.ServerRestarts()
         self._stop_read, self._stop_write = os.pipe()
@@ -162,10 +162,14 @@ class StoreServer:
         """Raises: StartFailed; the server is ended then."""
         assert self._server is not None
         is_embedded = self._config.control_store_url is None
-        # The session's lock goes with the server: as long as it lives no sweep takes the session for dead.
-        pass_fds = (self._session_fd,) if self._session_fd >= 0 and not is_embedded else ()
         try:
-            self._server.start_again(dies_with_parent=is_embedded, pass_fds=pass_fds)
+            # A lock on the session goes with the server: as long as it lives no sweep takes the session for dead. It is
+            # not this node's lock, which would then end with the server.
+            lock = make_or_join_session(self._config.paths.session)
+            try:
+                self._server.start_again(dies_with_parent=is_embedded, pass_fds=() if is_embedded else (lock,))
+            finally:
+                os.close(lock)
             self._server.wait_ready(_LOAD_TIMEOUT_S)
         except OSError as exc:
             raise StartFailed(f"the folder {self._server.folder} of the control store cannot be used: {exc}") from exc

@@ -21,6 +21,7 @@ from clusterpool.core import membership as ms
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
 from clusterpool.errors import ClusterpoolError, NotConnected
+from clusterpool.node.store_route import NodeStoreRoute, OpenTunnel, StoreRelay
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +30,26 @@ logger = logging.getLogger(__name__)
 PATIENCE_S = 90.0
 _RETRY_S = 0.5
 # Of the thread that sends the heartbeats: longer than a busy server takes, shorter than the others' suspicion.
-_ANSWER_S = 2.5
+_ANSWER_S = 2.0
+_PROBE_ANSWER_S = 1.0
+# That this node leaves is good to know, but not worth being killed for: a node that ends has five seconds for all.
+_STOP_S = 2.5
 _ADDRESS_FIELD = "actor"
 
 
 class StoreThread:
     """Calls the control store for a node; answers are posted as events."""
 
-    def __init__(self, config: NodeConfig, post: Callable[[Any], None], *, session_fd: int = -1) -> None:
+    def __init__(
+        self,
+        config: NodeConfig,
+        post: Callable[[Any], None],
+        *,
+        open_tunnel: OpenTunnel | None = None,
+    ) -> None:
         self._config = config
-        self._session_fd = session_fd
+        self.route = NodeStoreRoute(open_tunnel, self._probe) if open_tunnel is not None else None
+        self._relay: StoreRelay | None = None
         self._server: Any = None  # a StoreServer, where there is one to care for
         self._post = post
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -75,12 +86,27 @@ class StoreThread:
             raise NotConnected("the control store could not be started or reached yet; the node's log says why")
         return self._connect_feed(store_class)
 
+    def start_relay(self, folder: Path) -> None:
+        """Let other nodes reach the store through this one. folder: of the node's listeners."""
+        self._relay = StoreRelay(folder, self._connect_for_another)
+        self._relay.start()
+
+    def _connect_for_another(self) -> Any:
+        from clusterpool.control_store.address import connect_to_server
+
+        return connect_to_server(self._config.control_store_url or f"unix://{self._config.paths.valkey_socket}")
+
+    def _probe(self) -> None:
+        self._connect_feed(route=None, answer_timeout_s=_PROBE_ANSWER_S).close()
+
     def stop(self) -> None:
         """Finish what is queued, disconnect, and end the server that was started here."""
         self._is_stopping = True
+        if self._relay is not None:
+            self._relay.stop()
         if self._is_started:
             self._queue.put(None)
-            self._thread.join(5.0)
+            self._thread.join(_STOP_S)
         if self._store is not None:
             with contextlib.suppress(Exception):
                 self._store.close()
@@ -120,7 +146,11 @@ class StoreThread:
                 return ""
         return "the node ends"
 
-    def _is_away(self, exc: Exception) -> None:
+    def _is_away(self, exc: NotConnected) -> None:
+        if self.route is not None:
+            from clusterpool.control_store.address import had_no_answer
+
+            self.route.failed(had_no_answer=had_no_answer(exc))
         if self._away_since_s is None:
             self._away_since_s = time.monotonic()
             logger.warning(
@@ -129,6 +159,8 @@ class StoreThread:
             )  # fmt: skip
 
     def _is_back(self) -> None:
+        if self.route is not None:
+            self.route.worked()
         if self._away_since_s is not None:
             logger.warning("the control store is back after %.1f s", time.monotonic() - self._away_since_s)
             self._away_since_s = None
@@ -140,7 +172,7 @@ class StoreThread:
         if self._server is None and self._has_server():
             from clusterpool.node.store_server import StoreServer
 
-            self._server = StoreServer(config, session_fd=self._session_fd)
+            self._server = StoreServer(config)
             self._server.start()
         if config.control_store_url is None:
             self._server.wait_started()
@@ -282,7 +314,7 @@ class StoreThread:
             password = Path(config.control_store_password_file).read_text().strip()
         url = config.control_store_url or f"unix://{config.paths.valkey_socket}"
         return (store_class or ControlStore).connect(
-            url, cluster_id=config.cluster_id, password=password, timeout_s=0, **options
+            url, cluster_id=config.cluster_id, password=password, timeout_s=0, **{"route": self.route, **options}
         )
 
     def _has_server(self) -> bool:

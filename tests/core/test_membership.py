@@ -25,11 +25,13 @@ from clusterpool.core.membership import (
     Membership,
     NodeDied,
     NodeEventRead,
+    NodeHeard,
     NodeJoined,
     NodeLeft,
     NodesRead,
     NodeSuspected,
     NodeTrusted,
+    ProbeNode,
     ReadNodes,
     RefuseSelf,
     Registered,
@@ -64,13 +66,18 @@ def member(node_id: str = "n1", incarnation: int = 1) -> Membership:
 
 
 class Peers:
-    """Lets a member read one snapshot per heartbeat period, in which the `beating` peers beat."""
+    """Lets a member read one snapshot per heartbeat period, in which the `beating` peers beat.
+
+    `answering`: those that answer when they are asked whether they live; the questions are in `probes`.
+    """
 
     def __init__(self, machine: Membership, peers: list[str]) -> None:
         self.machine = machine
         self.now_s = 0.0
         self.beat_by_node = dict.fromkeys(peers, 0)
         self.silent_since_s = dict.fromkeys(peers, 0.0)
+        self.answering: dict[str, int] = {}
+        self.probes: list[ProbeNode] = []
 
     def read(self, beating: list[str], *, after_s: float = HEARTBEAT_PERIOD_S) -> list[Command]:
         self.now_s += after_s
@@ -81,7 +88,13 @@ class Peers:
             entry(node_id, beat, silence_s=self.now_s - self.silent_since_s[node_id])
             for node_id, beat in self.beat_by_node.items()
         ]
-        return self.machine.handle(NodesRead(NodesSnapshot(entries)), self.now_s)
+        commands = self.machine.handle(NodesRead(NodesSnapshot(entries)), self.now_s)
+        self.probes = [command for command in commands if isinstance(command, ProbeNode)]
+        for probe in self.probes:
+            if probe.node_id in self.answering:
+                heard = NodeHeard(probe.node_id, self.answering[probe.node_id])
+                assert self.machine.handle(heard, self.now_s) == []
+        return [command for command in commands if not isinstance(command, ProbeNode)]
 
     def read_until(self, kind: type[Any], beating: list[str], limit_s: float = 60.0) -> list[Command]:
         end_s = self.now_s + limit_s
@@ -253,6 +266,41 @@ def test_death_is_declared_again_until_the_store_confirms_it() -> None:
     assert peers.machine.handle(event, peers.now_s) == []
 
 
+def test_a_peer_that_only_the_store_does_not_hear_is_neither_suspected_nor_declared_dead() -> None:
+    peers = watching("n2", "n3")
+    peers.answering = {"n2": 1}
+    assert [command for _ in range(100) for command in peers.read(["n3"])] == []
+    assert not any(view.is_suspect for view in peers.machine.view)
+    # Its death is found as quickly as any other: counted from its last answer.
+    peers.answering = {}
+    silent_s = peers.now_s
+    peers.read_until(DeclareNodeDead, ["n3"])
+    assert peers.now_s - silent_s <= DEAD_AFTER_S + HEARTBEAT_PERIOD_S
+
+
+def test_the_answer_of_another_life_of_a_peer_says_nothing() -> None:
+    peers = watching("n2")
+    peers.answering = {"n2": 7}
+    peers.read_until(DeclareNodeDead, [], limit_s=DEAD_AFTER_S + 1)
+
+
+def test_a_peer_that_beats_is_not_asked() -> None:
+    peers = watching("n2")
+    for _ in range(20):
+        peers.read(["n2"])
+        assert peers.probes == []
+
+
+def test_a_peer_that_the_store_has_forgotten_is_kept_while_it_answers() -> None:
+    peers = watching("n2")
+    listed = peers.beat_by_node
+    peers.beat_by_node = {}
+    peers.answering = {"n2": 1}
+    assert [command for _ in range(50) for command in peers.read([])] == []
+    peers.beat_by_node = listed
+    assert peers.read(["n2"]) == []  # at last it could restore itself
+
+
 def test_silence_that_the_server_saw_before_our_read_counts() -> None:
     peers = watching("n2")
     peers.read([])
@@ -421,7 +469,7 @@ def test_fenced_node_ends_its_work_and_joins_anew(event: Any) -> None:
     assert machine.handle(Registered(9), 2.1)[-1:] in ([ReadNodes()], [])
     assert machine.state is State.MEMBER
     commands = machine.handle(NodesRead(NodesSnapshot([entry("n1", incarnation=9), entry("n2")])), 2.2)
-    assert commands == []  # it neither mourns nor greets itself
+    assert commands == [ProbeNode("n2", 1)]  # it neither mourns nor greets itself
     assert machine.handle(NodeEventRead("node_died", "n1", 3, "late"), 2.3) == []
 
 
