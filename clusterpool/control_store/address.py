@@ -6,7 +6,8 @@
 
 The options of redis-py's own URLs may stand in the query (ssl_ca_certs, ssl_certfile, ssl_keyfile,
 ssl_cert_reqs, ssl_check_hostname, socket_timeout, db); of Sentinel also sentinel_username and
-sentinel_password.
+sentinel_password. `replicas_min=N` is our own: each change is acknowledged only once N replicas have it.
+Without it, changes wait for one replica where the address is of sentinels, as long as there is one.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def open_client(
     from redis.retry import Retry
 
     scheme = check_url(url)
+    url, _ = split_replicas_min(url)
     options: dict[str, Any] = {
         "protocol": 2,  # the answers of RESP3 have other shapes
         "socket_timeout": answer_timeout_s,
@@ -158,6 +160,19 @@ def check_url(url: str) -> str:
             "(TLS), unix:///path/to/socket or redis+sentinel://host:port,host:port/service_name"
         )
     return parts.scheme
+
+
+def split_replicas_min(url: str) -> tuple[str, int | None]:
+    """The URL without our own option, and the option.
+
+    Raises: ValueError when it is no number.
+    """
+    found = re.search(r"([?&])replicas_min=([^&#]*)(&|(?=#|$))", url)
+    if found is None:
+        return url, None
+    if not found[2].isdecimal():
+        raise ValueError(f"replicas_min in the address of the control store is a number, not {found[2]!r}")
+    return url[: found.start()] + (found[1] if found[3] else "") + url[found.end() :], int(found[2])
 
 
 def redacted(url: str) -> str:

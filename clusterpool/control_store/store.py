@@ -7,6 +7,7 @@ could race for is a Lua script (`scripts`); the rest are single commands or tran
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Collection, Mapping
@@ -22,6 +23,7 @@ from clusterpool.control_store.address import (
     errors_mapped,
     open_client,
     redacted,
+    split_replicas_min,
 )
 from clusterpool.control_store.keys import Keys
 from clusterpool.control_store.port import DEAD, ActorEntry, Event, EventsLost, package_digest
@@ -40,6 +42,9 @@ PACKAGE_TTL_S = 7 * 86400
 # Why an actor died can be asked for this long.
 DEAD_ACTOR_TTL_S = 3600
 REPLICA_WAIT_MS = 1000
+# How often a store without replicas is asked whether it has one. Each change until then is a risk.
+_ALONE_PERIOD_S = 2.0
+logger = logging.getLogger(__name__)
 _ANSWERS = {0: HeartbeatAnswer.FENCED, 1: HeartbeatAnswer.ACCEPTED, 2: HeartbeatAnswer.FORGOTTEN}
 
 
@@ -51,6 +56,9 @@ class ControlStore:
         self.keys = Keys(cluster_id)
         self._client = client
         self._replicas_min = replicas_min
+        self._needs_replicas = True  # else changes are acknowledged without replicas while there are none
+        self._is_alone = False
+        self._look_again_s = 0.0  # for replicas, while it is alone
         self._generation = ""  # of the store when this process registered its node
         self._server_run = ""  # changes when a server restarts or another takes over
         self._connection_id = 0  # of our connection, as the server counts
@@ -66,7 +74,7 @@ class ControlStore:
         password: str | None = None,
         timeout_s: float = 5.0,
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
-        replicas_min: int = 0,
+        replicas_min: int | None = None,
         route: Route | None = None,
     ) -> ControlStore:
         """Connect and check that the server answers, trying for `timeout_s`. For `url` see `address`.
@@ -74,13 +82,18 @@ class ControlStore:
         answer_timeout_s: how long one command may take before the server counts as not connected. route: asked at
             each new connection whether it is to go another way.
 
-        replicas_min: changes are acknowledged only once so many replicas have them, so that a failover
-        loses none.
+        replicas_min: changes are acknowledged only once so many replicas have them, so that a failover loses none;
+            fewer that are there are not enough. None: as the address says; if it says nothing, one, where it is of
+            sentinels and a replica is there.
 
         Raises: ValueError for a malformed address; NotConnected; AuthenticationFailed.
         """
-        check_url(url)
-        store = cls(None, address=redacted(url), cluster_id=cluster_id, replicas_min=replicas_min)
+        scheme = check_url(url)
+        if replicas_min is None:
+            _, replicas_min = split_replicas_min(url)
+        store = cls(None, address=redacted(url), cluster_id=cluster_id, replicas_min=replicas_min or 0)
+        if replicas_min is None and scheme.endswith("+sentinel"):
+            store._replicas_min, store._needs_replicas = 1, False
         with errors_mapped(store.address):
             store._client = open_client(
                 url,
@@ -332,7 +345,7 @@ class ControlStore:
 
     def _change(self, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
         """Run a script whose effect must survive a failover."""
-        if not self._replicas_min:
+        if not self._waits_for_replicas():
             return self._eval(script, keys, *arguments)
         answer = self._run_durably("EVALSHA", script.sha1, len(keys), *keys, *arguments)
         if type(answer).__name__ == "NoScriptError":
@@ -341,7 +354,7 @@ class ControlStore:
 
     def _write(self, *command: Any) -> None:
         """Run a single command whose effect must survive a failover."""
-        if self._replicas_min:
+        if self._waits_for_replicas():
             self._run_durably(*command)
         else:
             self._run(*command)
@@ -361,13 +374,34 @@ class ControlStore:
             for outcome in (answer, replicas):
                 if isinstance(outcome, Exception) and type(outcome).__name__ != "NoScriptError":
                     raise outcome
-        if replicas < self._replicas_min:
+        if replicas < self._replicas_min and self._waits_for_replicas(has_failed=True):
             raise NotConnected(
                 f"the control store at {self.address} took the change, but only {replicas} of the "
                 f"{self._replicas_min} replicas asked for confirmed it within {REPLICA_WAIT_MS} ms: check "
                 "them"
             )
         return answer
+
+    def _waits_for_replicas(self, *, has_failed: bool = False) -> bool:
+        """Whether changes are to wait; has_failed: one did, in vain."""
+        if self._needs_replicas:
+            return self._replicas_min > 0
+        now_s = time.monotonic()
+        if has_failed or (self._is_alone and now_s >= self._look_again_s):
+            self._look_again_s = now_s + _ALONE_PERIOD_S
+            was_alone, self._is_alone = self._is_alone, self._online_replicas() < self._replicas_min
+            if self._is_alone and not was_alone:
+                logger.warning(
+                    "the control store at %s has no replica: what it acknowledges from now on is lost if it is",
+                    self.address,
+                )
+            elif was_alone and not self._is_alone:
+                logger.warning("the control store at %s has a replica again: changes wait for it", self.address)
+        return not self._is_alone
+
+    def _online_replicas(self) -> int:
+        facts = self._run("INFO", "replication")  # redis-py makes a dict of it
+        return sum(1 for name, fact in facts.items() if name.startswith("slave") and "online" in str(fact))
 
     def _connected(self, connection: Any) -> None:
         """Note which server this is: the client reconnects silently, and a failover may lose events."""

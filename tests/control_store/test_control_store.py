@@ -13,7 +13,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import quote
@@ -21,6 +21,7 @@ from urllib.parse import quote
 import pytest
 
 from clusterpool.control_store import scripts
+from clusterpool.control_store.address import connect_to_server
 from clusterpool.control_store.port import EventsLost
 from clusterpool.control_store.server import ServerProcess, find_server_binary
 from clusterpool.control_store.store import ControlStore
@@ -422,7 +423,7 @@ def test_sentinel_failover_loses_nothing_and_is_noticed() -> None:
         stack.enter_context(sentinel_process(folder, port_of(master), port))
         dead_sentinel = free_port()  # the first in the list does not answer, which must not matter
         url = f"redis+sentinel://127.0.0.1:{dead_sentinel},127.0.0.1:{port}/main?db=0"
-        store = stack.enter_context(connected(url, password=PASSWORD, timeout_s=20, replicas_min=1))
+        store = stack.enter_context(connected(url + "&replicas_min=1", password=PASSWORD, timeout_s=20))
         incarnation = store.register_node(RECORD)
         wait_for(lambda: f"+slave slave 127.0.0.1:{port_of(replica)}" in (folder / "sentinel.log").read_text())
         os.kill(master.pid, signal.SIGKILL)
@@ -432,6 +433,73 @@ def test_sentinel_failover_loses_nothing_and_is_noticed() -> None:
             store.read_events(store.last_event_id())
         with pytest.raises(NotConnected, match="only 0 of the 1 replicas"):
             store.register_job("j1", b"{}")
+
+
+def test_without_a_number_changes_wait_for_a_replica_while_there_is_one(caplog: pytest.LogCaptureFixture) -> None:
+    with tcp_server() as master, connected(master.url, password=PASSWORD) as store:
+        store._replicas_min, store._needs_replicas = 1, False  # as `connect` does for sentinels
+        assert store.register_node(RECORD) == 1
+        assert "has no replica" in caplog.text
+        with tcp_server(replica_of=("127.0.0.1", port_of(master))) as replica:
+            wait_for(lambda: has_replica(master))
+            store._look_again_s = 0.0
+            store.put_value("k", b"v")
+            assert "has a replica again" in caplog.text
+            with connected(replica.url, password=PASSWORD) as reader:
+                assert reader.get_value("k") == b"v"
+            # One that is there but does not confirm is waited for.
+            os.kill(replica.pid, signal.SIGSTOP)
+            try:
+                with pytest.raises(NotConnected, match="only 0 of the 1 replicas"):
+                    store.put_value("k", b"w")
+            finally:
+                os.kill(replica.pid, signal.SIGCONT)
+
+
+def test_everything_can_go_through_a_peer_with_sentinels_and_without(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        master = stack.enter_context(tcp_server())
+        port = free_port()
+        stack.enter_context(sentinel_process(stack.enter_context(short_folder()), port_of(master), port))
+        for url in (master.url, f"redis+sentinel://127.0.0.1:{port}/main"):
+            wait_for(lambda url=url: can_connect(url))  # type: ignore[misc]
+            # The addresses lead nowhere from here: all bytes must go by the route.
+            nowhere = url.replace(f":{port}/", ":1/").replace(f":{port_of(master)}/", ":1/")
+            route = Relayed(lambda url=url: connect_to_server(url))  # type: ignore[misc]
+            with connected(nowhere, password=PASSWORD, route=route) as store:
+                store.put_value("k", b"v")
+                assert store.get_value("k") == b"v"
+                assert route.dialed == 1
+
+
+class Relayed:
+    is_relayed = True
+
+    def __init__(self, connect: Callable[[], socket.socket]) -> None:
+        self._connect = connect
+        self.dialed = 0
+
+    def dial(self) -> socket.socket:
+        self.dialed += 1
+        return self._connect()
+
+
+def can_connect(url: str) -> bool:
+    try:
+        ControlStore.connect(url, password=PASSWORD, timeout_s=0).close()
+    except NotConnected:
+        return False
+    return True
+
+
+def test_tls_goes_end_to_end_through_a_peer(tls_port: int, certificate: tuple[Path, Path]) -> None:
+    url = f"rediss://127.0.0.1:{tls_port}/0"
+    route = Relayed(lambda: connect_to_server(url))
+    nowhere = f"rediss://127.0.0.1:1/0?ssl_ca_certs={quote(str(certificate[0]))}"
+    with connected(nowhere, password=PASSWORD, route=route) as store:
+        store.put_value("k", b"v")
+        assert store.get_value("k") == b"v"
+    assert route.dialed == 1
 
 
 def accepts(store: ControlStore, incarnation: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import redis
 
-from clusterpool.control_store.address import check_url, errors_mapped, open_client, redacted
+from clusterpool.control_store.address import check_url, errors_mapped, open_client, redacted, split_replicas_min
 from clusterpool.errors import AuthenticationFailed, NotConnected, ProtocolError, StoreFull
 
 
@@ -79,6 +79,25 @@ def test_sentinel_address_is_read_whole() -> None:
         assert {one["ssl_ca_certs"] for one in sentinels} == {"/ca.pem"}
         assert "Sentinel" in pool.connection_class.__name__
         assert "SSL" in pool.connection_class.__name__
+
+
+@pytest.mark.parametrize(
+    ("url", "rest", "replicas"),
+    [
+        ("redis://h:1/0", "redis://h:1/0", None),
+        ("redis://h:1/0?replicas_min=2", "redis://h:1/0", 2),
+        ("redis://h:1/0?replicas_min=0&db=3", "redis://h:1/0?db=3", 0),
+        ("redis://h:1/0?db=3&replicas_min=1", "redis://h:1/0?db=3", 1),
+        ("redis://h:1/0?db=3&replicas_min=1&ssl=1", "redis://h:1/0?db=3&ssl=1", 1),
+    ],
+)
+def test_number_of_replicas_is_taken_out_of_the_address(url: str, rest: str, replicas: int | None) -> None:
+    assert split_replicas_min(url) == (rest, replicas)
+
+
+def test_number_of_replicas_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="replicas_min"):
+        open_client("redis://h:1/0?replicas_min=many")
 
 
 @pytest.mark.parametrize(
