@@ -59,6 +59,10 @@ class ObjectLost(ClusterpoolError, RuntimeError):
     """An object's last copy is gone and it could not be rebuilt."""
 
 
+class LockLost(ClusterpoolError, ValueError):
+    """A lock was given to another process because its holder was taken for dead: what it does now does not count."""
+
+
 class OwnerDied(ObjectLost):
     """The process that created the reference ended, and the object with it."""
 

@@ -111,10 +111,12 @@ class Cell:
             self._version[0] = version
         self._before = bytes(self._view)
 
-    def publish(self) -> None:
+    def publish(self, token: int = 0, *, is_thin: bool = False) -> None:
         """The guard is about to be released: store the bytes if they have changed.
 
-        Also if it is not known what they were, since it moved while the guard was held.
+        Also if it is not known what they were, since it moved while the guard was held. `token`, `is_thin`: as in
+        `Coordination.write_cell`.
+        Raises: LockLost when the guard was taken from this process: the bytes of its last holder stay.
         """
         before, self._before = self._before, None
         if not self._looks_moved():
@@ -122,7 +124,9 @@ class Cell:
         content = bytes(self._view)
         if content != before:
             assert self._coordination is not None
-            self._version[0] = self._coordination.write_cell(self.name, content)
+            guard = self.guard
+            assert guard is not None, "only its guard has it published"
+            self._version[0] = self._coordination.write_cell(self.name, content, guard.name, token, is_thin=is_thin)
 
     def _looks_moved(self) -> bool:
         if not self._is_moved and self._coordination is not None:

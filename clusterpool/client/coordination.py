@@ -32,6 +32,24 @@ _PAGE_BYTES = 8
 _UNMOVED_MAX = 1000
 
 
+class Token(int):
+    """The fencing number of a token, which knows the `request` that brought it: by that the store knows its holder."""
+
+    request: int
+
+    def __new__(cls, number: int, request: int) -> Token:
+        made = super().__new__(cls, number)
+        made.request = request
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Token, (int(self), self.request)
+
+
+def _request_of(token: int) -> int:
+    return token.request if isinstance(token, Token) else 0
+
+
 class Coordination:
     """One per client; `Runtime.coordination`. Any thread may use it."""
 
@@ -84,16 +102,16 @@ class Coordination:
             self._unmoved[name] = counter
         return is_moved
 
-    def adopt(self, kind: str, name: str, home: str, maximum: int = 0) -> None:
+    def adopt(self, kind: str, name: str, home: str, maximum: int = 0, total: int = -1) -> None:
         """Have a carrier that was made on node `home` moved to the control store; at once when it is there.
 
-        kind: "semaphore", "channel", "cell", or "lock": a semaphore of one token that comes back when its holder dies.
-        A cell's lock must be adopted before it.
+        kind: "channel", "cell", "semaphore", "guard": a semaphore whose `total` tokens come back when their holder
+        dies, or "lock": one of one token. A cell's lock must be adopted before it.
 
         Raises: ObjectLost when its home is gone and it had never moved, or its job has ended.
         """
         if name not in self._moved:
-            self._ask(lambda request: c.AdoptCarrier(request, kind, name, home, maximum))
+            self._ask(lambda request: c.AdoptCarrier(request, kind, name, home, maximum, total))
             self._moved.add(name)
 
     def forget(self, name: str) -> None:
@@ -111,26 +129,32 @@ class Coordination:
 
     # --- semaphores
 
-    def acquire(self, name: str, timeout_s: float | None) -> int:
+    def acquire(self, name: str, timeout_s: float | None) -> Token:
         """A token: its fencing number, greater than that of all tokens before; 0 when `timeout_s` went by.
 
         timeout_s: None waits for ever, 0 not at all.
         Raises: ObjectLost when there is no such semaphore, NotConnected.
         """
         waits = timeout_s is None or timeout_s > 0
+        requests: list[int] = []
+
+        def make(request: int) -> Message:
+            requests.append(request)
+            return c.AcquireToken(request, name, waits)
 
         def give_back(request: int, answer: c.CoordinationDone) -> None:
             self._client.send(self._client.node, c.ReturnToken(request, name))
 
-        answer = self._wait(lambda request: c.AcquireToken(request, name, waits), timeout_s, give_back)
-        return answer.number
+        answer = self._wait(make, timeout_s, give_back)
+        return Token(answer.number, requests[0])
 
-    def release(self, name: str, maximum: int) -> None:
+    def release(self, name: str, maximum: int, token: int = 0, *, is_thin: bool = False) -> None:
         """Give a token, to the process that has waited longest if any does.
 
-        Raises: ValueError when `maximum` tokens are there already; ObjectLost, NotConnected.
+        token: what `acquire` returned; 0 when this process does not hold it. is_thin: it was taken before the move.
+        Raises: ValueError when `maximum` tokens are there already; LockLost; ObjectLost, NotConnected.
         """
-        self._ask(lambda request: c.ReleaseToken(request, name, maximum))
+        self._ask(lambda request: c.ReleaseToken(request, name, maximum, _request_of(token), is_thin))
 
     def report_stuck(self, name: str, total: int) -> None:
         """Tell the node that a token of a thin semaphore has been waited for in vain; it was made with `total`."""
@@ -168,9 +192,12 @@ class Coordination:
         answer = self._ask(lambda request: c.ReadCell(request, name, known_version))
         return (answer.number, answer.content) if answer.number else None
 
-    def write_cell(self, name: str, content: bytes) -> int:
-        """Replace the cell's bytes; their version. The caller holds the lock that guards them."""
-        return self._ask(lambda request: c.WriteCell(request, name, content)).number
+    def write_cell(self, name: str, content: bytes, guard: str = "", token: int = 0, *, is_thin: bool = False) -> int:
+        """Replace the cell's bytes; their version. The caller holds `guard`, by `token` or `is_thin` as in `release`.
+
+        Raises: LockLost when it does not any more.
+        """
+        return self._ask(lambda request: c.WriteCell(request, name, content, guard, _request_of(token), is_thin)).number
 
     # --- requests
 

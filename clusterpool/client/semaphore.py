@@ -14,7 +14,6 @@ What a dead process held comes free: who has waited for a second tells its node,
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import weakref
@@ -24,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from clusterpool.client import api, current, sleeps
 from clusterpool.client.recorded_tokens import RecordedTokens
-from clusterpool.errors import ObjectLost
+from clusterpool.client.token_counts import HeldTokens
+from clusterpool.errors import LockLost, ObjectLost
 from clusterpool.processes.thin_files import semaphore_name
 from clusterpool.processes.token_records import mark_as_signal, remove_records
 
@@ -40,8 +40,6 @@ SLICE_S = 0.25
 # Who has waited for so long says so: shorter has nodes count for nothing where locks are held for long, longer delays
 # those who wait for a dead process.
 STUCK_S = 1.0
-# For how long a lock counts what it gives back when it was asked once only, because the holder was found.
-WATCHED_S = 3.0
 # The values of `multiprocessing.synchronize`, which C takes.
 RECURSIVE_MUTEX, SEMAPHORE = 0, 1
 SEM_VALUE_MAX: int = SemLock.SEM_VALUE_MAX
@@ -68,8 +66,6 @@ class Semaphore:
         "__weakref__",
         "_cells",
         "_coordination",
-        "_count_asked",
-        "_count_given",
         "_finalizer",
         "_held",
         "_holder",
@@ -83,17 +79,15 @@ class Semaphore:
         "_side",
         "_stuck_s",
         "_thin",
+        "_tokens",
         "_try",
-        "_was_asked_by",
-        "_watched",
-        "_watched_s",
+        "counted",
         "home",
         "is_lock",
         "is_owned",
         "kind",
         "maxvalue",
         "name",
-        "sleeping",
         "total",
     )
 
@@ -132,16 +126,10 @@ class Semaphore:
         # Of what came from the control store, as SemLock counts what is thin.
         self._held = 0
         self._holder = 0
+        self._tokens: list[int] = []
         self._page: Sequence[int] = _STILL
         self._seen = 0
-        # For the census. Each thread that sleeps in C, with an object for this one sleep; how many tokens were ever
-        # given back, a counter in C since nothing else is as quick, and how often it was read, which counts as well.
-        self.sleeping: dict[int, object] = {}
-        self._count_given: Callable[[], int] = itertools.count().__next__
-        self._count_asked = 0
-        self._was_asked_by = 0
-        self._watched = 0  # the census for which a lock counts what it gives back, and since when
-        self._watched_s = 0.0
+        self.counted = HeldTokens(is_recursive=kind == RECURSIVE_MUTEX, is_quick=total == 1)
         self._is_disowned = False
         self._stuck_s = 0.0
         self._recorded: RecordedTokens | None = None  # where nobody can ask
@@ -170,7 +158,7 @@ class Semaphore:
         if thin is None or not thin._count() or self._recorded is not None:
             return
         if self._finalizer is None or not self._finalizer.alive:  # else nobody else knows it
-            held_by_nobody[self.name] = (thin, self._count_given)
+            held_by_nobody[self.name] = (thin, self.counted)
 
     def _be_moved(self, coordination: Coordination) -> None:
         self._coordination = coordination
@@ -195,7 +183,7 @@ class Semaphore:
     def _make_functions(self) -> Any:
         try_, acquire_slowly, post = self._try, self._acquire_slowly, self._leading_post()
         page, seen, follow = self._page, self._seen, self._follow
-        count_given, disown = self._count_given, self._disown
+        count_given, disown = self.counted.count_given, self._disown
         watch = weakref.ref(self)
         is_mine = False  # of a lock: acquired by this process; only when it is not need C be asked
 
@@ -272,14 +260,13 @@ class Semaphore:
 
     def _leading_post(self) -> Callable[[], None]:
         """Where `release` leads now."""
-        return self._post_watched if self._watched and self._side is None else self._post
+        return self._post_watched if self.counted.is_watched and self._side is None else self._post
 
     def _post_watched(self) -> None:
-        # Two questions of one census are never further apart, unless some process answers very late.
-        if monotonic() - self._watched_s > WATCHED_S:
-            self._watched = 0
+        if self.counted.is_watched_in_vain:
+            self.counted.unwatch()
             self._wire_anew()
-        self._count_given()
+        self.counted.count_given()
         self._post()
 
     def value(self) -> int:
@@ -315,11 +302,11 @@ class Semaphore:
             return self._recorded.acquire(True, left_s)
         # From when it is in C, a thread may have a token that does not count yet.
         ident = threading.get_ident()
-        self.sleeping[ident] = object()
+        self.counted.sleeping[ident] = object()
         try:
             return sleeps.acquire(self._thin, left_s)
         finally:
-            self.sleeping.pop(ident, None)
+            self.counted.sleeping.pop(ident, None)
             if self._coordination is not None:
                 self._coordination.counts.slept(self)
 
@@ -332,30 +319,16 @@ class Semaphore:
             if self._coordination is not None and not self._is_disowned:
                 self._coordination.report_stuck(self.name, self.total)
 
+    def look_for_dead(self) -> None:
+        """Somebody waits for tokens that others hold, otherwise than by `acquire`: have those of the dead found."""
+        if self._looks_moved():
+            return  # the control store hears of the end of its holders without being asked
+        if self._recorded is None:
+            self._maybe_report()
+
     def count_held(self, census: int) -> tuple[int, int, bool]:
-        """The tokens that this process holds, how many it has given back, whether one is just changing.
-
-        census: its number. The same one asks twice, and only the difference matters. Locks, which are to be quick,
-        count what they give back from the first question to the second.
-        """
-        is_again = self._was_asked_by == census
-        is_late = is_again and self._watched != census and self.total == 1
-        self._was_asked_by = census
-        if self.total == 1 and not is_again:
-            self._watch(census)
-        given = self._count_given()
-        held = self._thin._count() if self._thin is not None else 0
-        is_busy = self._count_given() != given + 1
-        self._count_asked += 2
-        if is_again and self._watched:
-            self._watch(0)
-        is_recursive = self.kind == RECURSIVE_MUTEX
-        return (min(held, 1) if is_recursive else held), given - self._count_asked, is_busy or is_late
-
-    def _watch(self, census: int) -> None:
-        self._watched = census
-        self._watched_s = monotonic()
-        self._wire_anew()
+        """For the census of this number, as `HeldTokens.count`."""
+        return self.counted.count(self._thin, census, self._wire_anew)
 
     def _looks_moved(self) -> bool:
         """Whether it has moved; from when this says so, this object goes the other way."""
@@ -374,8 +347,12 @@ class Semaphore:
 
     def _follow(self) -> None:
         """A token was posted, and something has moved: this semaphore, perhaps, and perhaps before the post."""
-        if self._looks_moved():
-            self._give_to_store_what_is_thin()
+        self.counted.giving.append(None)
+        try:
+            if self._looks_moved():
+                self._give_to_store_what_is_thin()
+        finally:
+            self.counted.giving.pop()
 
     # --- moved
 
@@ -383,9 +360,10 @@ class Semaphore:
         if self.kind == RECURSIVE_MUTEX and self._is_held_by_this_thread():
             self._held += 1
             return True
-        assert self._coordination is not None
-        if not self._coordination.acquire(self.name, timeout_s):
+        token = self._ours().acquire(self.name, timeout_s)
+        if not token:
             return False
+        self._tokens.append(token)
         self._held += 1
         self._holder = threading.get_ident()
         # Not for a thin token: it has been with processes of this host all the time, and what they wrote is newer than
@@ -400,12 +378,12 @@ class Semaphore:
                 cell.refresh()
         except BaseException:  # Ctrl-C, or the node is gone: the caller will not release what it did not get
             self._held -= 1
-            assert self._coordination is not None
-            self._coordination.release(self.name, self.maxvalue)
+            self._ours().release(self.name, self.maxvalue, self._tokens.pop())
             raise
 
     def _post_moved(self) -> None:
         thin = self._thin
+        self.counted.count_given()
         if self.kind == RECURSIVE_MUTEX:
             is_thin = thin is not None and thin._is_mine()
             if not is_thin and not self._is_held_by_this_thread():
@@ -418,38 +396,60 @@ class Semaphore:
                 return
         else:
             is_thin = thin is not None and thin._count() > 0
-        # Ctrl-C, or a store that is away, ends the publishing; it must not keep the lock from all others for ever.
+        # What is on its way from here to there is with nobody, but not lost.
+        self.counted.giving.append(None)
         try:
-            self._publish_cells()
+            # Ctrl-C, or a store that is away, ends the publishing; it must not keep the lock from all others for ever.
+            try:
+                self._publish_cells(is_thin)
+            finally:
+                self._release_moved(is_thin)
         finally:
-            self._release_moved(is_thin)
+            self.counted.giving.pop()
 
     def _release_moved(self, is_thin: bool) -> None:
         if is_thin:
             self._thin.release()
             self._give_to_store_what_is_thin()
             return
-        assert self._coordination is not None
+        coordination = self._ours()
         # Before the other side can take it: another thread of this process may be the one.
         self._held -= 1
         try:
-            self._coordination.release(self.name, self.maxvalue)
+            token = self._tokens.pop()
+        except IndexError:  # it is another process that holds it
+            token = 0
+        try:
+            coordination.release(self.name, self.maxvalue, token)
+        except LockLost:
+            raise
         except Exception:  # but Ctrl-C, which ends the wait for the answer: the token is on its way then
             self._held += 1
+            if token:
+                self._tokens.append(token)
             raise
 
     def _give_to_store_what_is_thin(self) -> None:
         if not self._side.acquire(False):
             return  # a waiter of this host was faster, and will come here when it is done
-        assert self._coordination is not None
         try:
-            self._publish_cells()
+            self._publish_cells(True)
         finally:
-            self._coordination.release(self.name, self.maxvalue)
+            self._ours().release(self.name, self.maxvalue, is_thin=self.is_owned)
 
-    def _publish_cells(self) -> None:
+    def _ours(self) -> Coordination:
+        assert self._coordination is not None, "it has moved, so that this process has a node"
+        return self._coordination
+
+    def _publish_cells(self, is_thin: bool) -> None:
         for cell in list(self._cells or ()):
-            cell.publish()
+            cell.publish(0 if is_thin else self.token, is_thin=is_thin and self.is_owned)
+
+    @property
+    def token(self) -> int:
+        """The fencing token of what this process holds: greater than any that others got before; 0 while it is thin."""
+        tokens = self._tokens
+        return tokens[-1] if tokens else 0
 
     def _is_held_by_this_thread(self) -> bool:
         return self._held > 0 and self._holder == threading.get_ident()
@@ -486,11 +486,12 @@ class Semaphore:
     def _after_fork(self) -> None:
         """In the child: what the parent holds is not ours."""
         self._held = self._holder = 0
+        self._tokens = []
         if self._thin is not None:
             self._thin._after_fork()
         # The child has no client to ask. What is thin works on, between parent, child and others of the host.
         self._page, self._seen = _STILL, 0
-        self.sleeping = {}
+        self.counted.forget_threads()
         if self._thin is not None and self.is_owned and self._side is None:
             self._coordination = None
             self._be_recorded()
@@ -530,10 +531,11 @@ def _unpickled(name: str, home: str, kind: int, maximum: int, total: int, is_loc
             thin = _open_thin(made)
             if thin is None:
                 raise ObjectLost(f"the semaphore or lock {name} is gone: the job that made it has ended")
-            thin, made._count_given = _held_by_nobody.pop(name, (thin, made._count_given))
+            thin, made.counted = _held_by_nobody.pop(name, (thin, made.counted))
             made._be_thin(thin, coordination)
         else:
-            coordination.adopt("lock" if is_lock else "semaphore", name, home, maximum)
+            kind_there = "lock" if is_lock else "guard" if made.is_owned else "semaphore"
+            coordination.adopt(kind_there, name, home, maximum, total)
             made._be_moved(coordination)
     return _known.setdefault(name, made)
 

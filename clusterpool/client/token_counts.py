@@ -6,14 +6,77 @@ was under way at the question has ended, which takes a slice of one at the most.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from time import monotonic
+from typing import TYPE_CHECKING, Any
 
 from clusterpool.core import coordination_messages as c
 
 if TYPE_CHECKING:
     from clusterpool.client.client import Client
     from clusterpool.client.semaphore import Semaphore
+
+
+# For how long a lock counts what it gives back after a first question. Often there is no second, since the holder was
+# found; two questions of one census are never further apart, unless some process answers very late.
+WATCHED_S = 3.0
+
+
+class HeldTokens:
+    """What must be known of one semaphore in this process, apart from what C counts. `is_quick`: for locks, below."""
+
+    def __init__(self, *, is_recursive: bool, is_quick: bool) -> None:
+        self._is_recursive = is_recursive
+        self._is_quick = is_quick
+        # Called for each token that is given back: a counter in C, since nothing else is as quick. Looking counts too.
+        self.count_given: Callable[[], int] = itertools.count().__next__
+        self._looks = 0
+        self.sleeping: dict[int, object] = {}  # by thread that sleeps in C, an object for this one sleep
+        self.giving: list[None] = []  # one for each thread that brings a token from here to the control store
+        self._asked_by = 0
+        self._watched = 0  # the census for which it is watched, and since when
+        self._watched_s = 0.0
+
+    def count(self, thin: Any, census: int, rewire: Callable[[], None]) -> tuple[int, int, bool]:
+        """The tokens that this process holds, how many it has given back, whether that is just changing.
+
+        census: its number. The same one asks twice, and only the difference matters. Locks, which are to be quick,
+        count what they give back from the first question to the second alone; `rewire` has that begin or end.
+        """
+        is_again = self._asked_by == census
+        is_late = self._is_quick and is_again and self._watched != census
+        self._asked_by = census
+        if self._is_quick and not is_again:
+            self._watched, self._watched_s = census, monotonic()
+            rewire()
+        given = self.count_given()
+        held = thin._count() if thin is not None else 0
+        is_busy = self.count_given() != given + 1 or is_late or bool(self.giving)
+        self._looks += 2
+        if is_again and self._watched:
+            self.unwatch()
+            rewire()
+        return (min(held, 1) if self._is_recursive else held), given - self._looks, is_busy
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether a lock is to count what it gives back."""
+        return self._watched != 0
+
+    @property
+    def is_watched_in_vain(self) -> bool:
+        """Whether there will be no second question."""
+        return monotonic() - self._watched_s > WATCHED_S
+
+    def unwatch(self) -> None:
+        """Count no longer."""
+        self._watched = 0
+
+    def forget_threads(self) -> None:
+        """After a fork, in the child."""
+        self.sleeping, self.giving = {}, []
 
 
 class TokenCounts:
@@ -33,7 +96,7 @@ class TokenCounts:
         if semaphore is None:
             self._send(question, count_abandoned(question.name), 0, False)
             return
-        sleeping = frozenset(list(semaphore.sleeping.values()))
+        sleeping = frozenset(list(semaphore.counted.sleeping.values()))
         if sleeping:
             self._waiting.append((question, semaphore, sleeping))
         else:
@@ -47,7 +110,7 @@ class TokenCounts:
     def _answer_due(self) -> None:
         for _ in range(len(self._waiting)):
             question, semaphore, sleeping = self._waiting.popleft()
-            if sleeping.isdisjoint(list(semaphore.sleeping.values())):
+            if sleeping.isdisjoint(list(semaphore.counted.sleeping.values())):
                 self._send(question, *semaphore.count_held(question.request))
             else:
                 self._waiting.append((question, semaphore, sleeping))

@@ -12,7 +12,7 @@ from clusterpool.control_store import coordination_scripts as scripts
 from clusterpool.control_store.scripts import Script
 from clusterpool.control_store.store import ControlStore
 from clusterpool.core.coordination_events import Contents
-from clusterpool.errors import ClusterpoolError
+from clusterpool.errors import ClusterpoolError, LockLost
 
 # What `acquire` and `get` answer, as in core/coordination.py.
 REFUSED, GRANTED, WAITING = 0, 1, 2
@@ -45,14 +45,15 @@ class CoordinationPort(Protocol):
     def create(self, number: int, name: str, kind: str, maximum: int, contents: Contents) -> bool:
         """Does nothing if it exists; False when its job has ended.
 
-        kind: "semaphore", "lock", "channel" or "cell".
+        kind: "lock", "guard" (a semaphore whose tokens are held), "semaphore" (whose tokens are nobody's), "channel" or
+        "cell". The content of the first two is `<home> <tokens that processes there hold>`.
         """
 
     def exists(self, name: str) -> bool: ...
 
     def acquire(self, number: int, name: str, waiter: str, waits: bool) -> tuple[int, int]:
         """REFUSED; GRANTED and the fencing token; or WAITING: a grant will be read. A waiter known already is not
-        entered twice. The token of a "lock" is held by the waiter until it is released."""
+        entered twice. The token of a "lock" or "guard" is held by the waiter until it is released."""
 
     def get(self, number: int, name: str, waiter: str, waits: bool) -> tuple[int, bytes]:
         """REFUSED; GRANTED and the item; or WAITING: a grant will be read, then `pop`."""
@@ -66,8 +67,13 @@ class CoordinationPort(Protocol):
     def give_back(self, number: int, name: str, waiter: str) -> bool:
         """What was granted to this waiter did not reach it."""
 
-    def release(self, number: int, name: str, maximum: int) -> bool:
-        """False: there were `maximum` tokens."""
+    def release(self, number: int, name: str, maximum: int, holder: str = "") -> bool:
+        """False: there were `maximum` tokens.
+
+        holder: the waiter that got the token, `<home>/thin` for one that was taken thin, "" for neither: what is
+        released is then another's, and a "guard" a "semaphore" for ever.
+        Raises: LockLost when that token was given back for it, because it was taken for dead.
+        """
 
     def value(self, name: str) -> int: ...
 
@@ -80,8 +86,11 @@ class CoordinationPort(Protocol):
 
     def read_cell(self, name: str, known_version: int) -> tuple[int, bytes] | None: ...
 
-    def write_cell(self, number: int, name: str, content: bytes) -> int:
-        """The new version."""
+    def write_cell(self, number: int, name: str, content: bytes, guard: str = "", holder: str = "") -> int:
+        """The new version. guard: the lock that `holder` must hold, if both are given.
+
+        Raises: LockLost when it holds it no longer.
+        """
 
     def end_process(self, number: int, prefix: str) -> int:
         """Give back all that the process holds, and end its waits. prefix: `node_id/process_id/`."""
@@ -141,8 +150,8 @@ class CoordinationStore(ControlStore):
     def give_back(self, number: int, name: str, waiter: str) -> bool:
         return bool(self._do(scripts.GIVE_BACK, number, name, waiter)[0])
 
-    def release(self, number: int, name: str, maximum: int) -> bool:
-        return bool(self._do(scripts.RELEASE, number, name, maximum)[0])
+    def release(self, number: int, name: str, maximum: int, holder: str = "") -> bool:
+        return bool(self._do(scripts.RELEASE, number, name, maximum, holder)[0])
 
     def value(self, name: str) -> int:
         return int(self._known(name, self._run("HGET", self.keys.carrier(name), "value")))
@@ -165,8 +174,8 @@ class CoordinationStore(ControlStore):
         version, content = self._run("HMGET", self.keys.carrier(name), "version", "content")
         return int(self._known(name, version)), content
 
-    def write_cell(self, number: int, name: str, content: bytes) -> int:
-        return int(self._do(scripts.WRITE_CELL, number, name, content)[0])
+    def write_cell(self, number: int, name: str, content: bytes, guard: str = "", holder: str = "") -> int:
+        return int(self._do(scripts.WRITE_CELL, number, name, content, guard, holder)[0])
 
     def end_process(self, number: int, prefix: str) -> int:
         return int(self._do(scripts.END_PROCESS, number, prefix)[0])
@@ -191,6 +200,8 @@ class CoordinationStore(ControlStore):
         answer = self._change(script, (self._last_operation,), self.keys.prefix, number, name, *arguments)
         if answer[0] == -2:
             raise _unknown(name)
+        if answer[0] == -3:
+            raise lock_lost(name)
         return answer
 
     def _known(self, name: str, value: Any) -> Any:
@@ -201,6 +212,15 @@ class CoordinationStore(ControlStore):
 
 def _unknown(name: str) -> CarrierUnknown:
     return CarrierUnknown(f"the cluster has no {name} (any more): its job has ended, or the control store lost it")
+
+
+def lock_lost(name: str) -> LockLost:
+    """What a process is told that was taken for dead while it held a lock."""
+    return LockLost(
+        f"the lock or semaphore {name} was taken from this process: its node was silent for so long that it was "
+        "declared dead (was the host suspended, or cut off from the control store?). Another process may hold it now, "
+        "so what this one wrote under it since is not kept; begin again with what it guards"
+    )
 
 
 def _grant(entry_id: bytes, fields: Any) -> Grant:

@@ -38,7 +38,7 @@ local function waits(waiter) return PREFIX .. 'waits:' .. node_of(waiter) end
 local function grants(node_id) return PREFIX .. 'grants:' .. node_id end
 local function is_there(name) return redis.call('EXISTS', carrier(name)) == 1 end
 
--- Give a token to a waiter. That of a plain semaphore is not held: as in the standard library, anybody may release it.
+-- Give a token to a waiter, who holds it from then on; but those of kind 'semaphore' are signals, which nobody holds.
 local function grant(name, waiter)
   local token = redis.call('HINCRBY', carrier(name), 'token', 1)
   local kind = redis.call('HGET', carrier(name), 'kind')
@@ -63,13 +63,27 @@ local function free(name)
   redis.call('XADD', grants(node_of(waiter)), '*', 'waiter', waiter, 'name', name, 'token', token)
 end
 
+-- Tokens that processes of the home had when the carrier moved are held by '<home>/thin/<name>#1' and so on.
+local function forget_thin(name, holder)
+  if string.find(holder, '/thin/', 1, true) then redis.call('HINCRBY', carrier(name), 'thin', -1) end
+end
+
 -- The holder of a lock, whoever it was, holds it no more.
 local function clear_holder(name)
   local holder = redis.call('HGET', carrier(name), 'holder')
   if holder then
     redis.call('HDEL', carrier(name), 'holder')
     redis.call('HDEL', waits(holder), holder)
+    forget_thin(name, holder)
   end
+end
+
+-- '<home>/thin' stands for the last of those; who holds nothing any more, since it was taken for dead, gets false.
+local function holder_of(name, holder)
+  if string.match(holder, '^[^/]+/thin$') then
+    holder = holder .. '/' .. name .. '#' .. (redis.call('HGET', carrier(name), 'thin') or 0)
+  end
+  return redis.call('HGET', waits(holder), holder) == 'h' .. name and holder
 end
 
 -- A wait is over without success: it waits, and holds, no more.
@@ -80,8 +94,9 @@ local function undo(waiter)
   local name = string.sub(state, 2)
   if string.sub(state, 1, 1) == 'w' then
     redis.call('LREM', waiters(name), 1, waiter)
-  else
+  elseif redis.call('HGET', carrier(name), 'kind') ~= 'semaphore' then
     redis.call('HDEL', carrier(name), 'holder')
+    forget_thin(name, waiter)
     free(name)
   end
   return 1
@@ -102,7 +117,8 @@ end
 
 _KNOWN = "if not is_there(NAME) then return {-2} end\n"
 
-# ARGV: ..., name, kind, maximum, count, content, then the items. Returns 1, or 0 when its job has ended.
+# ARGV: ..., name, kind, maximum, count, content, then the items. Returns 1, or 0 when its job has ended. Of a lock or
+# guard, the content is '<home> <how many tokens processes there hold>'.
 CREATE = Script(
     _LIBRARY
     + """
@@ -112,6 +128,15 @@ if is_there(NAME) then return done(1) end
 redis.call('SADD', PREFIX .. 'carriers:' .. job, NAME)
 redis.call('HSET', carrier(NAME), 'kind', ARGV[4], 'maximum', ARGV[5], 'value', ARGV[6], 'token', 0)
 if ARGV[4] == 'cell' then redis.call('HSET', carrier(NAME), 'version', 1, 'content', ARGV[7]) end
+if ARGV[4] == 'lock' or ARGV[4] == 'guard' then
+  local home, count = string.match(ARGV[7], '^(%S+) (%d+)$')
+  for index = 1, tonumber(count or 0) do
+    local holder = home .. '/thin/' .. NAME .. '#' .. index
+    redis.call('HSET', waits(holder), holder, 'h' .. NAME)
+    redis.call('HSET', carrier(NAME), 'thin', index)
+    if ARGV[4] == 'lock' then redis.call('HSET', carrier(NAME), 'holder', holder) end
+  end
+end
 for index = 8, #ARGV do redis.call('RPUSH', items(NAME), ARGV[index]) end
 return done(1)
 """
@@ -184,13 +209,20 @@ return done(1)
 """
 )
 
-# ARGV: ..., name, maximum. Returns {1}, {0} when there were that many, or {-2}.
+# ARGV: ..., name, maximum, who holds it ('' for a process that holds nothing: a lock may be released by any). Returns
+# {1}, {0} when there were that many, {-2}, or {-3}: it held a token, which has been taken from it.
 RELEASE = Script(
     _LIBRARY
     + _KNOWN
     + """
+local kind = redis.call('HGET', carrier(NAME), 'kind')
+if kind ~= 'semaphore' and ARGV[5] ~= '' then
+  local holder = holder_of(NAME, ARGV[5])
+  if not holder then return done(-3) end
+  return done(undo(holder))
+end
 if tonumber(redis.call('HGET', carrier(NAME), 'value')) >= tonumber(ARGV[4]) then return done(0) end
-clear_holder(NAME)
+if kind == 'lock' then clear_holder(NAME) else redis.call('HSET', carrier(NAME), 'kind', 'semaphore') end
 free(NAME)
 return done(1)
 """
@@ -207,11 +239,15 @@ return done(1)
 """
 )
 
-# ARGV: ..., name, content. Returns {version} or {-2}.
+# ARGV: ..., name, content, the lock that guards it or '', who holds that or ''. Returns {version}, {-2}, or {-3}: the
+# lock has been taken from the writer.
 WRITE_CELL = Script(
     _LIBRARY
     + _KNOWN
     + """
+if ARGV[5] ~= '' and ARGV[6] ~= '' and redis.call('HGET', carrier(ARGV[5]), 'kind') ~= 'semaphore' then
+  if not holder_of(ARGV[5], ARGV[6]) then return done(-3) end
+end
 redis.call('HSET', carrier(NAME), 'content', ARGV[4])
 return done(redis.call('HINCRBY', carrier(NAME), 'version', 1))
 """

@@ -16,6 +16,8 @@ otherwise ends the census without a result: an answer in between two steps of a 
 process that ended meanwhile (the census begins anew), one that has never answered (it is stopped, or C code of it keeps
 the GIL: it may be the holder). A token given back late is only slow; given back wrongly, two would hold one lock.
 
+Of a semaphore that has moved to the control store, the total is what processes of its home still had then.
+
 Invariant on which it stands: each process gives back only tokens that it holds. Who is about to do otherwise marks the
 semaphore first, for ever: its tokens are signals, which belong to nobody, and nothing is ever given back.
 """
@@ -60,6 +62,10 @@ class TokenCensus:
         if message.name in self._running:
             return []
         return self._begin(message.name, message.total)
+
+    def token_given(self, name: str) -> None:
+        """A process has given a token of a moved semaphore to the store: another total from here on."""
+        self._running.pop(name, None)
 
     def _begin(self, name: str, total: int) -> Commands:
         self._last_number += 1

@@ -35,12 +35,15 @@ from typing import Any
 from clusterpool.core import coordination_events as e
 from clusterpool.core import coordination_messages as c
 from clusterpool.core.census import TokenCensus
-from clusterpool.core.messages import Address, Message
+from clusterpool.core.coordination_answers import answer, done, failed, waiter_id
+from clusterpool.core.messages import Address
 from clusterpool.core.node_events import MessageArrived, Send
 
 Commands = list[Any]
 # The store's answers to `acquire` and `get`.
 REFUSED, GRANTED, WAITING = 0, 1, 2
+# In the store, the holder of what processes of a carrier's home held when it moved; no process has such an id.
+THIN = "thin"
 
 
 class _Move:
@@ -49,6 +52,8 @@ class _Move:
     def __init__(self, message: c.MoveCarrier) -> None:
         self.kind = message.kind
         self.maximum = message.maximum
+        self.total = 1 if message.kind == "lock" else message.total
+        self.held = 0  # tokens that processes here had when it was drained, and have not given to the store
         self.drained: e.CarrierDrained | None = None
         self.is_creating = False
         self.is_done = False
@@ -77,11 +82,6 @@ class _Wait:
     @property
     def wants_item(self) -> bool:
         return isinstance(self.message, c.GetItem)
-
-
-def waiter_id(process: Address, request: int) -> str:
-    """How the control store calls one wait of one process."""
-    return f"{process.node_id}/{process.process_id}/{request}"
 
 
 class CoordinationMachine:
@@ -113,11 +113,11 @@ class CoordinationMachine:
             e.GrantRead: self._granted,
             e.CarrierDrained: self._drained,
             e.CarrierMissing: self._missing,
-            e.ThinTokensRead: self._census.read,
+            e.ThinTokensRead: lambda event: self._lost(self._census.read(event)),
             e.ThinTokensMissing: self._census.missing,
         }
         self._message_handlers: dict[type, Callable[[Address, Any], Commands]] = {
-            c.IsMoved: lambda source, message: [_done(source, message, int(message.name in self._moves))],
+            c.IsMoved: lambda source, message: [done(source, message, int(message.name in self._moves))],
             c.AdoptCarrier: self._adopt,
             c.AcquireToken: self._wait_for,
             c.GetItem: self._wait_for,
@@ -129,13 +129,11 @@ class CoordinationMachine:
             c.ReturnItem: lambda _, message: self._call("put_back", (message.name, message.content)),
             c.CountItems: lambda source, message: self._relay(source, message, "length", (message.name,)),
             c.ReadCell: self._read_cell,
-            c.WriteCell: lambda source, message: self._relay(
-                source, message, "write_cell", (message.name, message.content)
-            ),
+            c.WriteCell: self._write_cell,
             c.ForgetCarriers: lambda _, message: [e.RemoveCarriers(message.names)],
             c.MoveCarrier: self._move_for_node,
             c.CarrierMoved: self._moved,
-            c.ReportStuck: lambda _, message: [] if message.name in self._moves else self._census.reported(message),
+            c.ReportStuck: self._stuck,
             c.HeldCounted: self._census.answered,
         }
 
@@ -178,7 +176,7 @@ class CoordinationMachine:
         """An operation that the store answers at once, with a number."""
 
         def on_answer(value: Any, kind: str, text: str) -> Commands:
-            return [_failed(source, message, kind, text) if kind else _done(source, message, int(value or 0))]
+            return [failed(source, message, kind, text) if kind else done(source, message, int(value or 0))]
 
         return self._call(operation, arguments, on_answer)
 
@@ -186,16 +184,29 @@ class CoordinationMachine:
         def on_answer(value: Any, kind: str, text: str) -> Commands:
             if not kind and not value:
                 kind, text = "ValueError", "semaphore or lock released too many times"
-            return [_failed(source, message, kind, text) if kind else _done(source, message)]
+            return [failed(source, message, kind, text) if kind else done(source, message)]
 
-        return self._call("release", (message.name, message.maximum), on_answer)
+        move = self._moves.get(message.name)
+        if message.is_thin and move is not None and move.held > 0:
+            move.held -= 1
+            self._census.token_given(message.name)
+        return self._call("release", (message.name, message.maximum, self._holder(source, message)), on_answer)
+
+    def _holder(self, source: Address, message: c.ReleaseToken | c.WriteCell) -> str:
+        if message.is_thin:
+            return f"{self.node_id}/{THIN}"
+        return waiter_id(source, message.acquired) if message.acquired else ""
+
+    def _write_cell(self, source: Address, message: c.WriteCell) -> Commands:
+        arguments = (message.name, message.content, message.guard, self._holder(source, message))
+        return self._relay(source, message, "write_cell", arguments)
 
     def _read_cell(self, source: Address, message: c.ReadCell) -> Commands:
         def on_answer(value: Any, kind: str, text: str) -> Commands:
             if kind:
-                return [_failed(source, message, kind, text)]
+                return [failed(source, message, kind, text)]
             version, content = value if value is not None else (0, b"")
-            return [_done(source, message, version, content)]
+            return [done(source, message, version, content)]
 
         return self._call("read_cell", (message.name, message.known_version), on_answer)
 
@@ -246,13 +257,13 @@ class CoordinationMachine:
     def _token_came(self, waiter: str, name: str, token: int) -> Commands:
         wait = self._waits.pop(waiter, None)
         if wait is not None:
-            return [_done(wait.source, wait.message, token)]
+            return [done(wait.source, wait.message, token)]
         return self._give_back(name, waiter) if token else []
 
     def _item_came(self, waiter: str, name: str, item: bytes | None) -> Commands:
         wait = self._waits.pop(waiter, None)
         if wait is not None:
-            return [_done(wait.source, wait.message, int(item is not None), item or b"")]
+            return [done(wait.source, wait.message, int(item is not None), item or b"")]
         return self._call("put_back", (name, item)) if item is not None else []
 
     def _give_back(self, name: str, waiter: str) -> Commands:
@@ -264,14 +275,14 @@ class CoordinationMachine:
             return []
         # The store may have taken the question in, and only its answer got lost.
         cancel = [] if kind == "CarrierUnknown" else self._call("cancel", (wait.message.name, waiter))
-        return [_failed(wait.source, wait.message, kind, text), *cancel]
+        return [failed(wait.source, wait.message, kind, text), *cancel]
 
     def _cancel(self, source: Address, message: c.CancelWait) -> Commands:
         waiter = waiter_id(source, message.request)
         wait = self._waits.pop(waiter, None)
         if wait is None:
             return []  # its answer is on its way to the process
-        return [_done(source, message), *self._call("cancel", (wait.message.name, waiter))]
+        return [done(source, message), *self._call("cancel", (wait.message.name, waiter))]
 
     def _ask_again(self) -> Commands:
         """Whoever waits must be known to the store; it takes a question that it knows for the same one."""
@@ -285,10 +296,10 @@ class CoordinationMachine:
 
     def _adopt(self, source: Address, message: c.AdoptCarrier) -> Commands:
         if message.home == self.node_id:
-            move = c.MoveCarrier(message.name, message.kind, message.maximum)
+            move = c.MoveCarrier(message.name, message.kind, message.maximum, message.total)
             return self._move(move, process=(source, message.request))
         if message.name in self._known:
-            return [_done(source, message)]
+            return [done(source, message)]
         adoption = self._adoptions.get(message.name)
         if adoption is not None:
             adoption.processes.append((source, message.request))
@@ -311,7 +322,8 @@ class CoordinationMachine:
                 )
                 return self._adopted(name, "ObjectLost", text)
             adoption.is_home_asked = True
-            move = c.MoveCarrier(name, adoption.message.kind, adoption.message.maximum)
+            asked = adoption.message
+            move = c.MoveCarrier(name, asked.kind, asked.maximum, asked.total)
             return [Send(Address(home, home), move)]
 
         return self._call("exists", (name,), on_answer)
@@ -325,7 +337,7 @@ class CoordinationMachine:
             return []
         if not kind:
             self._known.add(name)
-        return [_answer(process, request, kind, text) for process, request in adoption.processes]
+        return [answer(process, request, kind, text) for process, request in adoption.processes]
 
     def _home_unreachable(self, node_id: str) -> Commands:
         commands: Commands = []
@@ -362,6 +374,11 @@ class CoordinationMachine:
         if move is None:
             return []
         move.drained = event
+        if move.kind in ("lock", "guard"):
+            if event.is_signal and move.kind == "guard":
+                move.kind = "semaphore"
+            else:
+                move.held = max(0, move.total - event.contents.tokens)
         return self._create(event.name, move)
 
     def _create(self, name: str, move: _Move) -> Commands:
@@ -380,7 +397,10 @@ class CoordinationMachine:
                 move.drained = None  # a channel's items may be large
             return self._tell(name, move, kind, text)
 
-        arguments = (name, move.kind, move.maximum, drained.contents)
+        contents = drained.contents
+        if move.held:
+            contents = contents._replace(content=f"{self.node_id} {move.held}".encode())
+        arguments = (name, move.kind, move.maximum, contents)
         return self._call("create", arguments, on_created)
 
     def _missing(self, event: e.CarrierMissing) -> Commands:
@@ -388,7 +408,7 @@ class CoordinationMachine:
         return self._tell(event.name, move, "ObjectLost", event.text) if move is not None else []
 
     def _tell(self, name: str, move: _Move, kind: str = "", text: str = "") -> Commands:
-        commands: Commands = [_answer(process, request, kind, text) for process, request in move.processes]
+        commands: Commands = [answer(process, request, kind, text) for process, request in move.processes]
         commands += [Send(node, c.CarrierMoved(name, kind, text)) for node in move.nodes]
         move.processes, move.nodes = [], []
         return commands
@@ -396,7 +416,32 @@ class CoordinationMachine:
     # --- ends
 
     def _process_gone(self, event: e.ProcessGone) -> Commands:
-        return self._census.process_gone(event.address) + self._end_waits(event)
+        commands = self._census.process_gone(event.address)
+        for name, move in self._moves.items():
+            if move.held and move.is_done:  # it may have been held by this one
+                commands += self._census.reported(c.ReportStuck(name, move.held))
+        return commands + self._end_waits(event)
+
+    def _stuck(self, _source: Address, message: c.ReportStuck) -> Commands:
+        move = self._moves.get(message.name)
+        if move is None:
+            return self._census.reported(message)
+        # Whoever reports has not yet seen that it has moved.
+        return self._census.reported(c.ReportStuck(message.name, move.held)) if move.held and move.is_done else []
+
+    def _lost(self, commands: Commands) -> Commands:
+        """Of a carrier that has moved, what the dead held here goes to the store."""
+        given: Commands = []
+        for command in commands:
+            move = self._moves.get(command.name) if isinstance(command, e.ReturnTokens) else None
+            if move is None:
+                given.append(command)
+                continue
+            count = min(command.count, move.held)
+            move.held -= count
+            for _ in range(count):
+                given += self._call("release", (command.name, move.maximum, f"{self.node_id}/{THIN}"))
+        return given
 
     def _end_waits(self, event: e.ProcessGone) -> Commands:
         if event.address.process_id not in self._users:
@@ -416,7 +461,7 @@ class CoordinationMachine:
         for waiter, wait in list(self._waits.items()):
             if wait.message.name.startswith(prefix):
                 del self._waits[waiter]
-                commands.append(_failed(wait.source, wait.message, "ObjectLost", text))
+                commands.append(failed(wait.source, wait.message, "ObjectLost", text))
         for name in [name for name in self._adoptions if name.startswith(prefix)]:
             commands += self._adopted(name, "ObjectLost", text)
         for name in [name for name in self._moves if name.startswith(prefix)]:
@@ -431,21 +476,3 @@ class CoordinationMachine:
             *self._call("end_node", (event.node_id, False), starts=False),
             *self._home_unreachable(event.node_id),
         ]
-
-
-def _done(source: Address, message: Any, number: int = 0, content: bytes = b"") -> Send:
-    return Send(source, c.CoordinationDone(message.request, number, content))
-
-
-def _failed(source: Address, message: Any, kind: str, text: str) -> Send:
-    return _answer(source, message.request, kind, text)
-
-
-def _answer(process: Address, request: int, kind: str, text: str) -> Send:
-    if not kind:
-        answer: Message = c.CoordinationDone(request)
-    elif kind == "CarrierUnknown":
-        answer = c.CoordinationFailed(request, "ObjectLost", text)
-    else:
-        answer = c.CoordinationFailed(request, kind, text)
-    return Send(process, answer)

@@ -80,10 +80,11 @@ class GrantRead(CoordinationEvent, frozen=True):
 
 
 class CarrierDrained(CoordinationEvent, frozen=True):
-    """Answer to DrainCarrier: what was in it."""
+    """Answer to DrainCarrier: what was in it. is_signal: the tokens of this semaphore are nobody's."""
 
     name: str
     contents: Contents
+    is_signal: bool = False
 
 
 class CarrierMissing(CoordinationEvent, frozen=True):

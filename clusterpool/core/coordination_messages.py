@@ -27,10 +27,11 @@ class AdoptCarrier(CoordinationMessage, frozen=True):
     """A carrier that was made on node `home` is wanted here: have it in the control store, then answer."""
 
     request: int
-    kind: str  # "semaphore", "lock", "channel" or "cell"
+    kind: str  # "lock", "guard", "semaphore", "channel" or "cell"
     name: str
     home: str
     maximum: int
+    total: int = -1  # of a guard: how many tokens it was made with
 
 
 class AcquireToken(CoordinationMessage, frozen=True):
@@ -56,11 +57,16 @@ class CancelWait(CoordinationMessage, frozen=True):
 
 
 class ReleaseToken(CoordinationMessage, frozen=True):
-    """One token more. Fails with ValueError when there are `maximum` already."""
+    """One token more. Fails with ValueError when there are `maximum` already, with LockLost when it was taken from me.
+
+    acquired: the request that brought it; 0 for none. is_thin: it was taken before the semaphore moved.
+    """
 
     request: int
     name: str
     maximum: int
+    acquired: int = 0
+    is_thin: bool = False
 
 
 class ReturnToken(CoordinationMessage, frozen=True):
@@ -108,11 +114,17 @@ class ReadCell(CoordinationMessage, frozen=True):
 
 
 class WriteCell(CoordinationMessage, frozen=True):
-    """New bytes for a cell. Answer: `number` is their version."""
+    """New bytes for a cell. Answer: `number` is their version. Fails with LockLost when I hold `guard` no longer.
+
+    acquired, is_thin: as above, of the guard.
+    """
 
     request: int
     name: str
     content: bytes
+    guard: str = ""
+    acquired: int = 0
+    is_thin: bool = False
 
 
 class ForgetCarriers(CoordinationMessage, frozen=True):
@@ -150,6 +162,7 @@ class MoveCarrier(CoordinationMessage, frozen=True):
     name: str
     kind: str
     maximum: int
+    total: int = -1
 
 
 class CarrierMoved(CoordinationMessage, frozen=True):

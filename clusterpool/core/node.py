@@ -395,6 +395,9 @@ class NodeMachine:
                 commands.append(e.StopNode(command.reason))
             elif not isinstance(command, (ms.NodeSuspected, ms.NodeTrusted)):
                 commands.append(command)
+        if isinstance(event, (ms.Registered, ms.Restored)):
+            # Until then others may have ended waits of this node's processes, as those of a dead one.
+            commands += self.coordination.handle(ce.StoreChanged(), now_s)
         if self.membership.view.version != version:
             commands += self.scheduler.peers_changed([candidate_of(view) for view in self._peers()])
         return commands

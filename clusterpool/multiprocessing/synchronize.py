@@ -19,6 +19,15 @@ from clusterpool.client.semaphore import Semaphore as _Carrier
 __all__ = ["Barrier", "BoundedSemaphore", "Condition", "Event", "Lock", "RLock", "Semaphore"]
 
 
+# How many may wait for one condition; as many tokens are moved, one by one, when it goes to another host.
+_SLEEPERS_MAX = 4096
+# How long `notify` waits for somebody to wake before it looks whether anybody is left. Those whose time is up at
+# that very moment do not say so.
+_WOKEN_PATIENCE_S = 0.02
+# How long whoever comes to a barrier waits for those of the last round to leave before it looks whether they live.
+_LEAVING_PATIENCE_S = 0.3
+
+
 class SemLock(_standard.SemLock):
     """What the four that follow have in common; `_semlock` is the carrier, with the methods of C's SemLock."""
 
@@ -41,6 +50,16 @@ class SemLock(_standard.SemLock):
 
     def _make_methods(self) -> None:
         self.acquire, self.release = self._semlock.functions()
+
+    @property
+    def fencing_token(self) -> int | None:
+        """A number for what is changed under the lock, if that is outside the cluster; None while it is not held.
+
+        It is greater than that of every earlier holder on another node (and 0 as long as all are on one host). A store
+        that has seen a greater one should refuse: whoever asks was taken for dead, and another has the lock.
+        """
+        held = self._semlock
+        return held.token if held._count() else None
 
     def __enter__(self) -> bool:
         acquired: bool = self.acquire()
@@ -95,20 +114,94 @@ class RLock(SemLock, _standard.RLock):
         SemLock.__init__(self, RECURSIVE_MUTEX, 1, 1, is_lock=True)
 
 
+class _Sleepers:
+    """How many wait: each holds a token of a semaphore meanwhile, so that those who are killed do not count for ever.
+
+    Beside that, what the standard library's Condition and its tests ask their counter of sleepers.
+    """
+
+    def __init__(self, semaphore: BoundedSemaphore) -> None:
+        self.semaphore = semaphore
+
+    @property
+    def _semlock(self) -> _Sleepers:
+        return self
+
+    def _get_value(self) -> int:
+        carrier = self.semaphore._semlock
+        return carrier.total - carrier.value()
+
+    get_value = _get_value
+
+
 class Condition(_standard.Condition):
-    """Lets processes wait, with the lock given up, until another one notifies them."""
+    """Lets processes wait, with the lock given up, until another one notifies them.
+
+    A process that is killed while it waits holds nobody up for longer than it takes to find that out, a second or two
+    of one `notify`; a notification that only it could have got is lost with it.
+    """
+
+    # Invariant: outside `notify`, which holds the lock, there are no tokens to wake sleepers with, nor such as say that
+    # one has woken.
 
     _lock: Any
-    _sleeping_count: Semaphore
-    _woken_count: Semaphore
-    _wait_semaphore: Semaphore
+    _sleeping_count: _Sleepers
+    _woken_count: SignalSemaphore
+    _wait_semaphore: SignalSemaphore
 
     def __init__(self, lock: Any = None, *, ctx: Any = None) -> None:
         # Ours whatever the context is: the standard context's would not leave this host.
-        super().__init__(lock, ctx=_factories)
+        sleepers = _Sleepers(BoundedSemaphore(_SLEEPERS_MAX))
+        self.__setstate__((lock or RLock(), sleepers, SignalSemaphore(), SignalSemaphore()))
 
     def __getstate__(self) -> Any:
         return self._lock, self._sleeping_count, self._woken_count, self._wait_semaphore
+
+    __setstate__: Any
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Give up the lock until notified, or for `timeout` seconds; whether it was notified. Then the lock is held."""
+        carrier = self._lock._semlock
+        assert carrier._is_mine(), "must acquire() condition before using wait()"
+        sleepers = self._sleeping_count.semaphore
+        released = 0
+        is_woken: bool = False
+        sleepers.acquire()
+        try:
+            for _ in range(carrier._count()):
+                self._lock.release()
+                released += 1
+            is_woken = self._wait_semaphore.acquire(True, timeout)
+        finally:
+            sleepers.release()
+            if is_woken:
+                self._woken_count.release()
+            for _ in range(released):
+                self._lock.acquire()
+        return is_woken
+
+    def notify(self, n: int = 1) -> None:
+        """Wake `n` of those who wait, at the most. The lock must be held; it is when this returns."""
+        assert self._lock._semlock._is_mine(), "lock is not owned"
+        number = self._sleeping_count.get_value()
+        if number == 0:
+            return
+        left = max(0, number - n)
+        for _ in range(min(n, number)):
+            self._wait_semaphore.release()
+        # All of them must be off before the next may come, who would take what is meant for them. One that is killed
+        # never goes; its token comes back when somebody asks for it.
+        while self._sleeping_count.get_value() > left:
+            if not self._woken_count.acquire(True, _WOKEN_PATIENCE_S):
+                self._sleeping_count.semaphore._semlock.look_for_dead()
+        # Some may have gone because their time was up, or been killed.
+        for semaphore in (self._wait_semaphore, self._woken_count):
+            while semaphore.acquire(False):
+                pass
+
+    def notify_all(self) -> None:
+        """Wake all who wait."""
+        self.notify(_SLEEPERS_MAX)
 
 
 class Event(_standard.Event):
@@ -134,7 +227,7 @@ class Barrier(_standard.Barrier):
     """Lets `parties` processes wait for one another; `action` is called by one of them."""
 
     _cond: Any
-    __setstate__: Any
+    _state: int
 
     def __init__(
         self,
@@ -147,7 +240,37 @@ class Barrier(_standard.Barrier):
         condition = Condition()
         counters = Cell(2 * struct.calcsize("i"))
         counters.guard_by(condition._lock._semlock)
-        self.__setstate__((parties, action, timeout, condition, counters))
+        inside = _Sleepers(BoundedSemaphore(parties + _SLEEPERS_MAX))
+        self.__setstate__((parties, action, timeout, condition, counters, inside))
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return (*_standard.Barrier.__getstate__(self), self._inside)  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _standard.Barrier.__setstate__(self, state[:-1])  # type: ignore[attr-defined]
+        self._inside = state[-1]
+        self._known_inside = 0
+
+    # How many are in `wait`, by tokens that each of them holds: who is killed there must not be waited for by the
+    # others, when they have all left and it has not. The standard class counts up and down by one.
+
+    @property
+    def _count(self) -> int:
+        self._known_inside = self._inside.get_value()
+        return self._known_inside
+
+    @_count.setter
+    def _count(self, value: int) -> None:
+        if value > self._known_inside:
+            self._inside.semaphore.acquire()
+        elif value < self._known_inside:
+            self._inside.semaphore.release()
+
+    def _enter(self) -> None:
+        while self._state in (-1, 1) and not self._cond.wait(_LEAVING_PATIENCE_S):
+            self._inside.semaphore._semlock.look_for_dead()
+            _standard.Barrier._exit(self)  # type: ignore[attr-defined]
+        super()._enter()  # type: ignore[misc]
 
     # On another node the counters are as new as the last time that this host had the lock.
 

@@ -35,7 +35,7 @@ class FakeCoordination:
         self.questions += 1
         return name in self.store.tokens or name in self.store.cells
 
-    def adopt(self, kind: str, name: str, home: str, maximum: int = 0) -> None:
+    def adopt(self, kind: str, name: str, home: str, maximum: int = 0, total: int = -1) -> None:
         self.adopted.append((kind, name, home, maximum))
         assert name in self.store.tokens or name in self.store.cells, "in these tests it has moved before"
 
@@ -53,7 +53,7 @@ class FakeCoordination:
     def acquire(self, name: str, timeout_s: float | None) -> int:
         return self.store.acquire(name, timeout_s)
 
-    def release(self, name: str, maximum: int) -> None:
+    def release(self, name: str, maximum: int, token: int = 0, *, is_thin: bool = False) -> None:
         self.store.release(name, maximum)
 
     def report_stuck(self, name: str, total: int) -> None:
@@ -66,7 +66,7 @@ class FakeCoordination:
         version, content = self.store.cells[name]
         return (version, content) if version != known_version else None
 
-    def write_cell(self, name: str, content: bytes) -> int:
+    def write_cell(self, name: str, content: bytes, guard: str = "", token: int = 0, *, is_thin: bool = False) -> int:
         version = self.store.cells[name][0] + 1
         self.store.cells[name] = (version, content)
         return version

@@ -180,8 +180,8 @@ def test_ctrl_c_while_the_bytes_are_stored_does_not_keep_the_lock(
     home.move(made)
     write_cell = home.coordination.write_cell
 
-    def interrupted(name: str, content: bytes) -> int:
-        write_cell(name, content)
+    def interrupted(*arguments: Any, **options: Any) -> int:
+        write_cell(*arguments, **options)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(home.coordination, "write_cell", interrupted)

@@ -222,8 +222,8 @@ def test_ctrl_c_at_a_release_does_not_make_its_thread_believe_that_it_holds_the_
     assert made.acquire()
     release = home.release
 
-    def interrupted(name: str, maximum: int) -> None:
-        release(name, maximum)
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        release(*arguments, **options)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(home, "release", interrupted)
@@ -264,7 +264,7 @@ def test_on_another_node_it_is_adopted(
     live_on(elsewhere, monkeypatch, tmp_path)
     monkeypatch.setattr(semaphore, "_known", weakref.WeakValueDictionary())
     there = pickle.loads(pickled)
-    assert elsewhere.adopted == [("lock" if is_lock else "semaphore", made.name, HOME, 1)]
+    assert elsewhere.adopted == [("lock" if is_lock else "guard", made.name, HOME, 1)]
     assert there.acquire() and there._is_mine()
     assert made.acquire(False) is False
     there.release()

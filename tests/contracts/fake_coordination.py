@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from clusterpool.control_store.coordination import GRANTED, REFUSED, WAITING, CarrierUnknown, Grant
+from clusterpool.control_store.coordination import GRANTED, REFUSED, WAITING, CarrierUnknown, Grant, lock_lost
 from clusterpool.core.coordination_events import Contents
 from clusterpool.errors import NotConnected
 
@@ -63,7 +63,8 @@ class FakeCoordination:
     def undo(self, waiter: str) -> int:
         name = self.holds.pop(waiter, None)
         if name is not None:
-            self.free(name)
+            if self.carriers[name].kind != "semaphore":
+                self.free(name)
             return 1
         for carrier in self.carriers.values():
             if waiter in carrier.waiters:
@@ -96,7 +97,12 @@ class FakeCoordinationClient:
             if name.split("-", maxsplit=1)[0] in self._shared.ended_jobs:
                 return False
             value = len(contents.items) if kind == "channel" else contents.tokens
-            self._shared.carriers.setdefault(name, Carrier(kind, value, contents))
+            if name not in self._shared.carriers:
+                self._shared.carriers[name] = Carrier(kind, value, contents)
+                if kind in ("lock", "guard"):
+                    home, _, count = contents.content.decode().partition(" ")
+                    for index in range(int(count or 0)):
+                        self._shared.holds[f"{home}/thin/{name}#{index + 1}"] = name
             return True
 
         return bool(self._once(number, do))
@@ -160,17 +166,31 @@ class FakeCoordinationClient:
 
         return bool(self._once(number, do))
 
-    def release(self, number: int, name: str, maximum: int) -> bool:
+    def release(self, number: int, name: str, maximum: int, holder: str = "") -> bool:
         def do() -> bool:
             carrier = self._shared.carrier(name)
+            if carrier.kind != "semaphore" and holder:
+                self._shared.undo(self._holder_of(name, holder))
+                return True
             if carrier.value >= maximum:
                 return False
-            for waiter in [waiter for waiter, held in self._shared.holds.items() if held == name]:
-                del self._shared.holds[waiter]
+            if carrier.kind == "lock":
+                for waiter in [waiter for waiter, held in self._shared.holds.items() if held == name]:
+                    del self._shared.holds[waiter]
+            else:
+                carrier.kind = "semaphore"
             self._shared.free(name)
             return True
 
         return bool(self._once(number, do))
+
+    def _holder_of(self, name: str, holder: str) -> str:
+        if holder.endswith("/thin"):
+            thin = [waiter for waiter, held in self._shared.holds.items() if held == name and "/thin/" in waiter]
+            holder = thin[-1] if thin else ""
+        if self._shared.holds.get(holder) != name:
+            raise lock_lost(name)
+        return holder
 
     def value(self, name: str) -> int:
         return self._shared.carrier(name).value
@@ -195,8 +215,10 @@ class FakeCoordinationClient:
         carrier = self._shared.carrier(name)
         return None if carrier.version == known_version else (carrier.version, carrier.content)
 
-    def write_cell(self, number: int, name: str, content: bytes) -> int:
+    def write_cell(self, number: int, name: str, content: bytes, guard: str = "", holder: str = "") -> int:
         def do() -> int:
+            if guard and holder and self._shared.carrier(guard).kind != "semaphore":
+                self._holder_of(guard, holder)
             carrier = self._shared.carrier(name)
             carrier.content = content
             carrier.version += 1

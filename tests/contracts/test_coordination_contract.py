@@ -19,6 +19,7 @@ from clusterpool.control_store.coordination import (
 )
 from clusterpool.core.cluster_view import NodeRecord
 from clusterpool.core.coordination_events import Contents
+from clusterpool.errors import LockLost
 from tests.contracts.fake_coordination import FakeCoordination
 
 Connect = Callable[[str], Any]
@@ -341,3 +342,93 @@ def test_the_end_of_a_job_leaves_nothing(stores: Stores, a: Any, b: Any) -> None
     assert not b.create(LOCK, "lock", 1, Contents(1))
     assert a.delete_job("j2") == 1
     assert stores.keys() == []
+
+
+# --- who holds what
+
+
+THIN_A = "na/thin"
+
+
+def test_a_holder_that_was_taken_for_dead_can_release_nothing(stores: Stores) -> None:
+    a, b = stores.a, stores.b
+    a.create(LOCK, "lock", 1, Contents(tokens=1))
+    a.acquire(LOCK, A1, True)
+    a.end_node("na", True)
+    assert b.acquire(LOCK, B1, True)[0] == GRANTED
+    with pytest.raises(LockLost):
+        a.release(LOCK, 1, A1)
+    assert b.value(LOCK) == 0, "B1 holds it as before"
+    assert b.acquire(LOCK, B2, False)[0] == REFUSED
+    assert b.release(LOCK, 1, B1)
+    assert b.value(LOCK) == 1
+    with pytest.raises(LockLost):
+        a.release(LOCK, 1, A1)
+
+
+def test_only_the_holder_of_its_lock_writes_a_cell(stores: Stores) -> None:
+    a, b = stores.a, stores.b
+    a.create(LOCK, "lock", 1, Contents(tokens=1))
+    a.create(CELL, "cell", 0, Contents(content=b"old"))
+    a.acquire(LOCK, A1, True)
+    assert a.write_cell(CELL, b"first", LOCK, A1) == 2
+    a.end_node("na", True)
+    b.acquire(LOCK, B1, True)
+    with pytest.raises(LockLost):
+        a.write_cell(CELL, b"late", LOCK, A1)
+    assert b.read_cell(CELL, 0) == (2, b"first")
+    assert b.write_cell(CELL, b"second", LOCK, B1) == 3
+
+
+def test_the_tokens_of_a_guard_are_held(stores: Stores) -> None:
+    a, b = stores.a, stores.b
+    a.create(SEMAPHORE, "guard", 3, Contents(tokens=3))
+    for waiter in (A1, A2):
+        assert a.acquire(SEMAPHORE, waiter, True)[0] == GRANTED
+    assert b.acquire(SEMAPHORE, B1, True)[0] == GRANTED
+    assert b.acquire(SEMAPHORE, B2, True)[0] == WAITING
+    assert a.end_process("na/w1/") == 1
+    assert [grant.waiter for grant in b.read_grants("0")] == [B2]
+    with pytest.raises(LockLost):
+        a.release(SEMAPHORE, 3, A1)
+    assert a.release(SEMAPHORE, 3, A2)
+    assert a.value(SEMAPHORE) == 1
+
+
+def test_a_guard_that_another_releases_is_nobodys_for_ever(stores: Stores) -> None:
+    a, b = stores.a, stores.b
+    a.create(SEMAPHORE, "guard", UNBOUNDED, Contents(tokens=1))
+    a.acquire(SEMAPHORE, A1, True)
+    assert b.release(SEMAPHORE, UNBOUNDED)
+    assert a.value(SEMAPHORE) == 1
+    a.end_process("na/w1/")
+    assert a.value(SEMAPHORE) == 1, "what it took is gone for good"
+    assert b.release(SEMAPHORE, UNBOUNDED, B1)
+    assert a.value(SEMAPHORE) == 2
+
+
+@pytest.mark.parametrize(("name", "kind", "total"), [(LOCK, "lock", 1), (SEMAPHORE, "guard", 2)])
+def test_what_was_held_at_its_home_when_it_moved_comes_back_once(
+    stores: Stores, name: str, kind: str, total: int
+) -> None:
+    a, b = stores.a, stores.b
+    a.create(name, kind, total, Contents(tokens=0, content=f"na {total}".encode()))
+    for free in range(total):
+        assert a.value(name) == free
+        assert a.release(name, total, THIN_A)
+    with pytest.raises(LockLost):
+        a.release(name, total, THIN_A)
+    assert b.value(name) == total
+
+
+def test_the_end_of_its_home_frees_what_was_held_there(stores: Stores) -> None:
+    a, b = stores.a, stores.b
+    a.create(LOCK, "lock", 1, Contents(tokens=0, content=b"na 1"))
+    a.create(CELL, "cell", 0, Contents(content=b"old"))
+    assert a.write_cell(CELL, b"first", LOCK, THIN_A) == 2
+    assert b.acquire(LOCK, B1, True)[0] == WAITING
+    a.end_node("na", True)
+    assert [grant.waiter for grant in b.read_grants("0")] == [B1]
+    for late in (lambda: a.write_cell(CELL, b"late", LOCK, THIN_A), lambda: a.release(LOCK, 1, THIN_A)):
+        with pytest.raises(LockLost):
+            late()
