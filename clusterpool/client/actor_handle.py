@@ -14,7 +14,15 @@ import msgspec
 from clusterpool import errors, ids
 from clusterpool.client import api, current
 from clusterpool.client.object_ref import ObjectRef
-from clusterpool.client.remote_function import RESOURCE_OPTIONS, env_of, resources_of, returns_of, send, strategy_of
+from clusterpool.client.remote_function import (
+    RESOURCE_OPTIONS,
+    env_of,
+    resources_of,
+    returns_of,
+    send,
+    strategy_of,
+    stream_buffer_of,
+)
 from clusterpool.client.runtime import Runtime
 from clusterpool.client.submission import put_value
 from clusterpool.core import messages as m
@@ -195,16 +203,19 @@ class ActorHandle:
 class ActorMethod:
     """One method of an actor."""
 
-    __slots__ = ("_handle", "_name", "_returns")
+    __slots__ = ("_handle", "_name", "_returns", "_stream_buffer")
 
-    def __init__(self, handle: ActorHandle, name: str, returns: int) -> None:
+    def __init__(self, handle: ActorHandle, name: str, returns: int, stream_buffer: int = 0) -> None:
         self._handle = handle
         self._name = name
         self._returns = returns
+        self._stream_buffer = stream_buffer
 
-    def options(self, *, num_returns: int | str) -> ActorMethod:
-        """The same method with another number of return values."""
-        return ActorMethod(self._handle, self._name, returns_of({"num_returns": num_returns}))
+    def options(self, **options: Any) -> ActorMethod:
+        """The same method with another `num_returns`, or `stream_buffer` where it is a generator."""
+        api.check_options(options, ("num_returns", "stream_buffer"))
+        returns = returns_of(options) if "num_returns" in options else self._returns
+        return ActorMethod(self._handle, self._name, returns, stream_buffer_of(options))
 
     def remote(self, /, *args: Any, **kwargs: Any) -> Any:
         """Call the method; an ObjectRef (or as `num_returns` says) at once. Calls of one process run in order.
@@ -212,7 +223,7 @@ class ActorMethod:
         Raises: what pickle raises for the arguments; NotConnected when the actor's cluster was shut down.
         """
         here = runtime_of(self._handle)
-        extras = TaskExtras(1, self._name, self._returns, method=self._name)
+        extras = TaskExtras(1, self._name, self._returns, method=self._name, stream_buffer=self._stream_buffer)
         made = here.maker.task(0, args, kwargs, None, 0, extras=extras, kind=TaskKind.ACTOR_CALL)
         return send(here, made, self._returns, self._submitter(here, made))
 

@@ -415,8 +415,9 @@ def remote(*args: Any, **options: Any) -> Any:
     `resources`, `name`, `num_returns` (or "streaming"), `scheduling` ("spread", "node:<id>", "near:<id>"),
     `runtime_env` (with `env_vars`); for functions `retries` (when its worker dies; 0: it is never started twice),
     `retry_exceptions` (False, True or exception classes: also when it raises one of these), `timeout` (seconds that a
-    task may run, its own waiting included; then it is stopped and raises TaskTimeout); for actors `max_concurrency`,
-    `lifetime="detached"`, `namespace`, `get_if_exists`.
+    task may run, its own waiting included; then it is stopped and raises TaskTimeout), `stream_buffer` (how many items
+    of a generator may wait to be taken before it pauses: 1000 or 128 MB if nothing is said, None for any number); for
+    actors `max_concurrency`, `lifetime="detached"`, `namespace`, `get_if_exists`.
     Raises: TypeError, ValueError for options that do not exist or cannot be.
     """
     from clusterpool.client.remote_function import make_remote

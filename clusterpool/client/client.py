@@ -554,7 +554,7 @@ class Client:
 
 
 _WORKER_MESSAGES = frozenset(
-    {m.SetupWorker, m.StartTasks, m.ForgetFunctions, m.TakeBackTasks, m.CancelTasks, m.RetireWorker}
+    {m.SetupWorker, m.StartTasks, m.ForgetFunctions, m.TakeBackTasks, m.CancelTasks, m.RetireWorker, m.StreamTaken}
 )
 _REPLIES = frozenset(
     {m.ObjectCreated, m.ObjectPinned, m.StoreFailed, m.ActorLocated, m.ClusterDescribed, PackageAnswer}

@@ -28,6 +28,7 @@ FUNCTION_OPTIONS = (
     "timeout",
     "scheduling",
     "runtime_env",
+    "stream_buffer",
 )
 
 
@@ -102,6 +103,7 @@ class RemoteFunction:
         if not isinstance(self._retries, int) or self._retries < 0:
             raise ValueError(f"retries must be an integer of 0 or more: {self._retries!r}")
         self._limits = limits_for(options.get("timeout"), options.get("retry_exceptions", False))
+        self._stream_buffer = stream_buffer_of(options)
         self._resources = resources_of(options, default_cpus=1)
         self._strategy = strategy_of(options)
         self._env = env_of(options)
@@ -124,8 +126,8 @@ class RemoteFunction:
         set_number = self._set_number(here, args)
         extras = None
         if self._returns != 1:
-            extras = TaskExtras(1, self._name, self._returns)
-        if self._limits is not None:
+            extras = TaskExtras(1, self._name, self._returns, limits=self._limits, stream_buffer=self._stream_buffer)
+        elif self._limits is not None:
             extras = TaskExtras(1, self._name, self._returns, limits=self._limits)
         kind = TaskKind.STREAM if self._returns == -1 else TaskKind.CALL
         made = here.maker.call(
@@ -156,7 +158,8 @@ def send(here: Runtime, made: tuple[Any, Any], returns: int, submit: Callable[[]
     number = made[0].spec.number
     client = here.client
     if returns == -1:
-        stream = client.ask_machine(lambda machine: machine.objects.open_stream(number))
+        buffer = made[0].spec.extras.stream_buffer
+        stream = client.ask_machine(lambda machine: machine.objects.open_stream(number, buffer))
         submit()
         return ObjectRefStream(here, number, stream)
     submit()
@@ -175,6 +178,21 @@ def returns_of(options: Mapping[str, Any]) -> int:
     if not isinstance(returns, int) or not 0 <= returns <= RETURNS_MAX:
         raise ValueError(f"num_returns must be an integer from 0 to {RETURNS_MAX}, or 'streaming': {returns!r}")
     return returns
+
+
+def stream_buffer_of(options: Mapping[str, Any]) -> int:
+    """How far a generator may run ahead of who takes its items, as `TaskExtras.stream_buffer` has it.
+
+    Raises: ValueError.
+    """
+    if "stream_buffer" not in options:
+        return 0
+    buffer = options["stream_buffer"]
+    if buffer is None:
+        return -1
+    if not isinstance(buffer, int) or buffer < 1:
+        raise ValueError(f"stream_buffer must be 1 or more items, or None for no bound: {buffer!r}")
+    return buffer
 
 
 def _drawn_to(here: Runtime, args: tuple[Any, ...]) -> str:
@@ -198,6 +216,7 @@ class ObjectRefStream(Iterator[ObjectRef]):
         self._number = number
         self._stream = stream
         self._position = 0
+        self._told = 0  # of the position, what the generator knows
         self._is_closed = False
 
     def __iter__(self) -> ObjectRefStream:
@@ -213,6 +232,9 @@ class ObjectRefStream(Iterator[ObjectRef]):
             raise StopIteration
         self._position += 1
         client = self._here.client
+        if self._position - self._told >= stream.step:
+            self._told = self._position
+            client.handle_event(e.ItemsTaken(self._number, self._position))
         return ObjectRef(client, client.address, stream.items[position], is_counted=True)
 
     def __aiter__(self) -> ObjectRefStream:

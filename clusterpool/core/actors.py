@@ -51,6 +51,7 @@ class ActorChannel:
         self.is_held = False  # our calls keep it alive
         self.is_released = False  # the creator: nobody has a handle any more
         self.is_retiring = False
+        self.streams: set[int] = set()  # numbers of unfinished calls that are generators
 
     @property
     def address(self) -> Address | None:

@@ -73,6 +73,7 @@ class OwnerMachine:
             e.ActorMet: self.actors.met,
             e.ActorCallsSubmitted: self.actors.calls_submitted,
             e.StreamClosed: self._stream_closed,
+            e.ItemsTaken: lambda event, _: self.objects.items_taken(event.number, event.taken),
             e.TaskCancelAsked: self._cancel_asked,
             e.ReferencesHeld: self._references_held,
             e.ReferencesMade: self._references_made,
@@ -93,7 +94,7 @@ class OwnerMachine:
             m.WorkerExited: self._worker_exited,
             m.RequestFailed: self._request_failed,
             m.ReclaimLeases: self._reclaim,
-            m.StreamItem: self._stream_item,
+            m.StreamItem: lambda source, message, _: self.objects.stream_item(source, message),
             m.ResolveObject: lambda source, message, _: self.objects.asked(source, message),
             m.ObjectResolved: lambda _, message, __: self.objects.resolved(message),
             m.AddBorrower: lambda _, message, __: self.objects.add_borrower(message),
@@ -487,9 +488,6 @@ class OwnerMachine:
     def _value_put(self, event: e.ValuePut, _now_s: float) -> Commands:
         self.objects.table.create(event.number)
         return self.objects.set_value(event.number, event.value)
-
-    def _stream_item(self, _source: m.Address, message: m.StreamItem, _now_s: float) -> Commands:
-        return self.objects.stream_item(message)
 
     def _message_arrived(self, event: e.MessageArrived, now_s: float) -> Commands:
         handler = self._message_handlers.get(type(event.message))

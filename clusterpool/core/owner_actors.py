@@ -11,6 +11,7 @@ from clusterpool.core import owner_events as e
 from clusterpool.core.actors import ActorChannel
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import Address, TaskStatus
+from clusterpool.core.stream_pace import NO_BOUND
 
 if TYPE_CHECKING:
     from clusterpool.core.owner import OwnerMachine
@@ -123,7 +124,22 @@ class OwnerActors:
         for tasks, send in channel.send_ready(self._owner.functions.payloads):
             commands += self._owner.hand_over_arguments(send.destination, tasks)
             commands.append(send)
+            commands += self._pace_streams(channel, send.destination, tasks)
         return commands + self._retire_if_done(channel)
+
+    def _pace_streams(self, channel: ActorChannel, address: Address, tasks: list[Task]) -> Commands:
+        """Calls were sent. A generator that others wait behind does not pause: who takes its items may be waiting, too.
+
+        (Zipping two streams of one actor, for example, would else never end.)
+        """
+        freed: list[int] = []
+        for task in tasks:
+            if channel.streams:
+                freed += sorted(channel.streams)
+                channel.streams.clear()
+            if task.spec.extras is not None and task.spec.extras.returns == -1:
+                channel.streams.add(task.spec.number)
+        return [e.Send(address, m.StreamTaken(number, NO_BOUND)) for number in freed]
 
     def is_needed(self) -> bool:
         """Whether an actor that this process created would end with it."""
@@ -176,6 +192,8 @@ class OwnerActors:
         if channel is None:
             return []
         finished = channel.finished(message.results)
+        if channel.streams:
+            channel.streams.difference_update(result.number for result in message.results)
         creation = channel.creation
         commands: Commands = []
         rest = []

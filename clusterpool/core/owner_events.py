@@ -169,6 +169,13 @@ class StreamClosed(Event, frozen=True):
     taken: int
 
 
+class ItemsTaken(Event, frozen=True):
+    """Of a generator task's items, so many have been taken."""
+
+    number: int
+    taken: int
+
+
 class ActorCallsSubmitted(Event, frozen=True):
     """Calls without references, in order."""
 
@@ -363,9 +370,12 @@ class ActorMoved(Command, frozen=True):
 class Stream:
     """What a generator task has yielded so far."""
 
-    __slots__ = ("count", "is_ended", "items")
+    __slots__ = ("count", "is_ended", "items", "source", "step", "taken")
 
-    def __init__(self) -> None:
+    def __init__(self, step: int) -> None:
         self.items: list[int] = []  # object numbers, by index
         self.count: int | None = None  # known once it has ended well
         self.is_ended = False
+        self.source: Address | None = None  # the process that runs the generator
+        self.step = step  # the taker tells each time it has taken so many
+        self.taken = 0  # as the generator was told

@@ -11,6 +11,7 @@ from clusterpool.core import owner_events as e
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import Address, Reference, TaskStatus, ValuePart
 from clusterpool.core.ownership import BorrowedObject, Dropped, OwnedObject, OwnershipTable
+from clusterpool.core.stream_pace import step_for, step_of
 
 Commands = list[e.Command]
 
@@ -316,9 +317,9 @@ class OwnerObjects:
 
     # --- streams
 
-    def open_stream(self, number: int) -> e.Stream:
-        """A generator task is about to be submitted."""
-        stream = self.streams[number] = e.Stream()
+    def open_stream(self, number: int, buffer: int = 0) -> e.Stream:
+        """A generator task is about to be submitted. `buffer`: as in TaskExtras."""
+        stream = self.streams[number] = e.Stream(step_of(buffer))
         return stream
 
     def close_stream(self, number: int, taken: int) -> Commands:
@@ -329,9 +330,20 @@ class OwnerObjects:
         stream.is_ended = True
         return self.dropped([(self.address, item) for item in stream.items[taken:]])
 
-    def stream_item(self, message: m.StreamItem) -> Commands:
+    def items_taken(self, number: int, taken: int) -> Commands:
+        """Whoever iterates has got so far: the generator may go on."""
+        stream = self.streams.get(number)
+        if stream is None or stream.is_ended or taken <= stream.taken:
+            return []
+        stream.taken = taken
+        return [e.Send(stream.source, m.StreamTaken(number, taken))] if stream.source is not None else []
+
+    def stream_item(self, source: Address, message: m.StreamItem) -> Commands:
         """A generator task has yielded."""
         stream = self.streams.get(message.number)
+        if stream is not None:
+            stream.source = source
+            stream.step = step_for(stream.step, _size_of(message.value))
         for inner in message.value.references:
             self.table.hold(inner, was_handed=True)
         if stream is None or message.index < len(stream.items):
@@ -339,7 +351,9 @@ class OwnerObjects:
             # the first one: it may only go when nobody has that any more.
             is_in_use = stream is not None and stream.items[message.index] in self.table.owned
             value = msgspec.structs.replace(message.value, stored=None) if is_in_use else message.value
-            return self._let_go([Dropped(self.address, 0, 0, value, value.references)])
+            commands = self._let_go([Dropped(self.address, 0, 0, value, value.references)])
+            # Nobody will take it, so nobody would tell.
+            return [*commands, e.Send(source, m.StreamTaken(message.number, message.index + 1))]
         number = next(self._numbers)
         self.table.create(number)
         stream.items.append(number)
@@ -364,6 +378,10 @@ class OwnerObjects:
         stream.items.append(item)
         stream.is_ended = True
         return [*self.set_value(item, value), e.StreamMoved(number)]
+
+
+def _size_of(value: ValuePart) -> int:
+    return value.stored.size_bytes if value.stored is not None else len(value.payload)
 
 
 def _value_of_result(result: m.TaskResult) -> ValuePart:

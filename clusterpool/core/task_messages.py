@@ -141,6 +141,7 @@ class TaskExtras(Part, frozen=True):
     concurrency: int = 1  # CREATE_ACTOR: threads or coroutines at once
     limits: TaskLimits | None = None
     span: ChunkSpan | None = None  # MAP, STARMAP: only these items
+    stream_buffer: int = 0  # a generator: untaken items at most; 0 for the default, -1 for any number
 
 
 class TaskSpec(Part, frozen=True):
@@ -226,6 +227,13 @@ class StreamItem(Message, frozen=True):
     number: int
     index: int
     value: ValuePart
+
+
+class StreamTaken(Message, frozen=True):
+    """Of a generator task's items, so many have been taken: it may go on."""
+
+    number: int
+    taken: int
 
 
 class ForgetFunctions(Message, frozen=True):

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import inspect
 import threading
+from collections.abc import AsyncIterable
 from typing import TYPE_CHECKING, Any
 
 from clusterpool.core import messages as m
@@ -120,11 +121,21 @@ class ActorRunner:
         calls = self._runner.calls
         value = calls.call_of(owner, spec)()
         if inspect.isasyncgen(value):
-            count = 0
-            async for item in value:
-                calls.send_item(owner, spec, count, item)
-                count += 1
-            return calls.stream_ended(spec, count)
+            return await self._stream_of(owner, spec, value)
         if inspect.isawaitable(value):
             value = await value
         return calls.returned(owner, spec, value)
+
+    async def _stream_of(self, owner: Address, spec: TaskSpec, generator: AsyncIterable[Any]) -> TaskResult:
+        calls, streams = self._runner.calls, self._runner.streams
+        count, key = 0, Key(owner, spec.number)
+        calls.open_stream(key, spec)
+        try:
+            async for item in generator:
+                if not calls.send_item(owner, spec, count, item):
+                    # In a thread: the actor's other coroutines go on.
+                    await asyncio.get_running_loop().run_in_executor(None, streams.wait, key)
+                count += 1
+        finally:
+            streams.close(key)
+        return calls.stream_ended(spec, count)

@@ -148,18 +148,28 @@ class CallRunner:
     def _stream(self, owner: Address, spec: TaskSpec, iterable: Any) -> TaskResult:
         if not inspect.isgenerator(iterable) and not hasattr(iterable, "__iter__"):
             raise TypeError(f"a streaming task must return an iterable, not {type(iterable).__name__}")
-        count = 0
-        for item in iterable:
-            self.send_item(owner, spec, count, item)
-            count += 1
+        count, key, streams = 0, Key(owner, spec.number), self._runner.streams
+        self.open_stream(key, spec)
+        try:
+            for item in iterable:
+                if not self.send_item(owner, spec, count, item):
+                    streams.wait(key)
+                count += 1
+        finally:
+            streams.close(key)
         return self.stream_ended(spec, count)
+
+    def open_stream(self, key: Key, spec: TaskSpec) -> None:
+        """A generator is about to make its first item; `streams.close` when it has ended."""
+        assert spec.extras is not None
+        self._runner.streams.open(key, spec.extras.stream_buffer)
 
     def stream_ended(self, spec: TaskSpec, count: int) -> TaskResult:
         """A generator has ended well."""
         return TaskResult(spec.number, TaskStatus.STREAM_END, str(count).encode())
 
-    def send_item(self, owner: Address, spec: TaskSpec, index: int, item: Any) -> None:
-        """Send one item of a generator to the owner, at once.
+    def send_item(self, owner: Address, spec: TaskSpec, index: int, item: Any) -> bool:
+        """Send one item of a generator to the owner, at once; whether the generator may go on without waiting.
 
         Raises: Interrupted when the owner has closed the stream. (Where the main thread runs the generator, a signal
         has raised it already.)
@@ -170,6 +180,8 @@ class CallRunner:
         part: ValuePart = runner.part_of(owner, item, f"{owner.process_id}.{spec.number}s{index}")
         runner.client.send(owner, m.StreamItem(spec.number, index, part))
         runner.let_go_of_part(part)
+        size_bytes = part.stored.size_bytes if part.stored is not None else len(part.payload)
+        return runner.streams.sent(Key(owner, spec.number), size_bytes)
 
     def _create_actor(self, owner: Address, spec: TaskSpec) -> TaskResult:
         from clusterpool.worker.actor import ActorRunner

@@ -63,6 +63,10 @@ class Interrupts:
             return False
         return self._wanted.pop(key, self) is None
 
+    def is_wanted(self, key: Key) -> bool:
+        """Whether the task is to be cancelled, which is still to be done."""
+        return key in self._wanted
+
     def forget(self, key: Key) -> None:
         """The task has ended."""
         if self._wanted:

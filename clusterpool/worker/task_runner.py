@@ -29,6 +29,7 @@ from clusterpool.serialization.packing import dumps_value, loads
 from clusterpool.worker.calls import USER_CODE_CALLERS, CallRunner
 from clusterpool.worker.child import run_child
 from clusterpool.worker.interrupts import Interrupts, Key
+from clusterpool.worker.streams import StreamPaces
 
 if TYPE_CHECKING:
     from clusterpool.client.runtime import Runtime
@@ -57,6 +58,7 @@ class TaskRunner:
         self.is_retiring = False
         self.page = page  # what runs, for the node to read should the process die
         self.interrupts = Interrupts(USER_CODE_CALLERS)
+        self.streams = StreamPaces(self)
         self.actor: Any = None  # worker.actor.ActorRunner
         self.calls = CallRunner(self)
         # The main thread appends without a lock; whoever sends takes away what is there under `_flush_lock`.
@@ -272,6 +274,8 @@ class TaskRunner:
             self.client.send(source, m.TasksFinished(self._give_back(source, message.count), 0, self._is_blocked))
         elif isinstance(message, m.CancelTasks):
             self._cancel(source, message)
+        elif isinstance(message, m.StreamTaken):
+            self.streams.taken(Key(source, message.number), message.taken)
         elif isinstance(message, m.SetupWorker):
             if message.references:
                 self.client.handle_event(e.ReferencesHeld(message.references))
