@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from time import monotonic
 from typing import TYPE_CHECKING, Any, overload
 
 from clusterpool import errors
@@ -19,8 +20,10 @@ from clusterpool.client import future as lean_future
 from clusterpool.client.client import NUMBERS_APART
 from clusterpool.client.future import LeanFuture
 from clusterpool.client.object_ref import ObjectRef
+from clusterpool.client.reading import Rounds, is_there, read_values
 from clusterpool.client.runtime import Runtime
 from clusterpool.client.submission import put_value
+from clusterpool.client.values import ObjectUnreadable
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core.messages import ValuePart
@@ -265,8 +268,9 @@ def get(refs: ObjectRef | Sequence[ObjectRef], timeout: float | None = None) -> 
         if not isinstance(ref, ObjectRef):
             raise TypeError(f"get() takes an ObjectRef or a sequence of them, not {type(ref).__name__}: {ref!r}")
     here = _runtime_of(wanted)
+    ends_s = None if timeout is None else monotonic() + timeout
     parts = _known_parts(here, wanted, timeout)
-    values = [here.values.load(part) for part in parts]
+    values = read_values(here, wanted, parts, ends_s)
     return values[0] if is_single else values
 
 
@@ -334,7 +338,7 @@ def wait(
 
     def are_enough() -> bool:
         for ref in list(unknown):
-            if table.value_of(ref.part) is not None:
+            if is_there(client, table.value_of(ref.part), ref.part):
                 unknown.pop(ref, None)  # another thread, which turns the loop for us, may look as well
                 if len(wanted) - len(unknown) >= num_returns:
                     return True
@@ -350,8 +354,14 @@ def future_of(ref: ObjectRef) -> concurrent.futures.Future[Any]:
     """A standard future that gets the value of `ref`."""
     here = _runtime_of([ref])
     future: LeanFuture[Any] = LeanFuture()
+    rounds = Rounds(here.client, ref.part)
 
     def on_loaded(value: Any, error: BaseException | None) -> None:
+        if isinstance(error, ObjectUnreadable) and rounds.go_on(error):
+            here.client.watch(ref.part, on_known)
+            return
+        if isinstance(error, ObjectUnreadable):
+            error = errors.ObjectLost(str(error))
         # Until here the reference is held, so that the object cannot go before it is pinned.
         assert ref is not None
         future.finish(value, error)

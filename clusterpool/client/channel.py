@@ -31,10 +31,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from clusterpool.client import current, sleeps
-from clusterpool.client.values import INLINE_BYTES_MAX
+from clusterpool.client.values import INLINE_BYTES_MAX, ObjectUnreadable
 from clusterpool.core import messages as m
 from clusterpool.core.messages import Address
-from clusterpool.errors import ClusterpoolError
+from clusterpool.errors import ClusterpoolError, ObjectLost
 from clusterpool.serialization.packing import Serialized, loads
 
 if TYPE_CHECKING:
@@ -328,7 +328,10 @@ class Channel:
         stored = msgspec.msgpack.decode(memoryview(message)[1:], type=m.StoredValue)
         client = self._client
         try:
-            return self._table.runtime.values.load_stored(stored)
+            try:
+                return self._table.runtime.values.load_stored(stored)
+            except ObjectUnreadable as exc:
+                raise ObjectLost(str(exc)) from None  # nobody could make it again
         finally:
             # Nobody else can have the message. What we have mapped stays until the last view of it has gone.
             for node_id in sorted({*stored.node_ids, client.node.node_id}):

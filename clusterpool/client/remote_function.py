@@ -204,7 +204,7 @@ def _drawn_to(here: Runtime, args: tuple[Any, ...]) -> str:
             stored = part.stored if part is not None else None
             own = here.client.address.node_id
             if stored is not None and stored.size_bytes >= DRAWING_BYTES_MIN and own not in stored.node_ids:
-                return f"near:{stored.node_ids[0]}"
+                return f"near:{stored.node_ids[0]}" if stored.node_ids else ""
     return ""
 
 

@@ -13,7 +13,7 @@ from clusterpool.client.coordination import Coordination
 from clusterpool.client.group_worker import GroupWorker, as_group_worker
 from clusterpool.client.split_chunk import CHUNK_KINDS, ChunkGatherer, item_text
 from clusterpool.client.submission import FunctionTable, TaskMaker
-from clusterpool.client.values import NONE_PAYLOAD, Values, make_error
+from clusterpool.client.values import NONE_PAYLOAD, ObjectUnreadable, Values, make_error
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core.dispatch import Task
@@ -120,10 +120,15 @@ class Runtime:
             return
 
         def on_loaded(value: Any, error: BaseException | None) -> None:
+            self._drop(part.references)
+            if isinstance(error, ObjectUnreadable):
+                text = error.unreadable.text
+                self.client.handle_event(e.ResultUnreadable(task, text))
+                return
             # Nobody else will ask for it: once our pin goes, its room is free.
             for node_id in stored.node_ids:
                 self.client.send(Address(node_id, node_id), m.FreeObjects([stored.object_id]))
-            self._drop(part.references)
+            self.client.handle_event(e.ResultRead(task.spec.number))
             task.sink.task_done(task.index, value, error, worker)
 
         self.values.load_stored_nowait(stored, on_loaded)

@@ -173,7 +173,7 @@ def put_value(client: Client, values: Values, value: Any) -> ObjectRef:
     references = [reference.part for reference in serialized.references]
     if references:
         client.handle_event(e.ReferencesMade(references))
-    part = values.part_of(serialized, values.new_object_id(number), references)
+    part = values.part_of(serialized, values.new_object_id(number), references, client.address)
     client.handle_event(e.ValuePut(number, part))
     return ObjectRef(client, client.address, number, is_counted=True)
 
@@ -303,12 +303,12 @@ class TaskMaker:
             payload = serialized.to_bytes()
         else:
             payload_number = next(client.numbers)
-            stored = self._values.store(serialized, self._values.new_object_id(payload_number))
+            stored = self._values.store(serialized, self._values.new_object_id(payload_number), client.address)
             client.handle_event(e.ValuePut(payload_number, m.ValuePart(stored=stored)))
             payload_object = Reference(client.address, payload_number)
         extras = msgspec.structs.replace(extras, arguments=[], references=references, stored=stored)
         parts = [reference.part for reference in dependencies]
-        arguments = e.TaskArguments(parts, references, payload_object, (*holders, *kept))
+        arguments = e.TaskArguments(parts, references, payload_object, holders, kept or None)
         return Task(TaskSpec(number, function, kind, payload, extras), sink, index, retries), arguments
 
 

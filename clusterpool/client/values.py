@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from clusterpool import errors, ids
 from clusterpool.core import messages as m
-from clusterpool.core.messages import ValuePart
+from clusterpool.core.messages import Address, ValuePart
 from clusterpool.object_store.arena import Arena
 from clusterpool.serialization.exceptions import load_exception
 from clusterpool.serialization.packing import Serialized, dumps_value, loads, loads_packed
@@ -45,7 +45,16 @@ ERROR_BY_KIND: dict[str, type[Exception]] = {
     "freed": errors.ObjectLost,
 }
 
+_UNREADABLE = ("lost", "freed")
 NONE_PAYLOAD = dumps_value(None).to_bytes()
+
+
+class ObjectUnreadable(errors.ObjectLost):
+    """A stored object could not be had from where it was said to be; its owner may know better, or rebuild it."""
+
+    def __init__(self, unreadable: m.UnreadablePart) -> None:
+        super().__init__(unreadable.text)
+        self.unreadable = unreadable
 
 
 def make_error(kind: str, text: str, error: bytes = b"") -> BaseException:
@@ -76,9 +85,10 @@ class Values:
 
     # --- in
 
-    def store(self, serialized: Serialized, object_id: str) -> m.StoredValue:
+    def store(self, serialized: Serialized, object_id: str, owner: Address | None = None) -> m.StoredValue:
         """Write a pickled value to the arena of this node, waiting for room if need be.
 
+        `owner`: keeps account of its copies.
         Raises: ObjectTooLarge, StoreFull.
         """
         size_bytes = serialized.size_bytes
@@ -89,7 +99,7 @@ class Values:
         )
         if isinstance(answer, m.StoreFailed):
             if answer.kind == "exists":
-                return m.StoredValue(object_id, size_bytes, [client.node.node_id])
+                return m.StoredValue(object_id, size_bytes, [client.node.node_id], owner)
             raise make_error(answer.kind, answer.text)
         assert isinstance(answer, m.ObjectCreated)
         try:
@@ -98,7 +108,7 @@ class Values:
             client.send(client.node, m.AbortObject(object_id))
             raise
         client.send(client.node, m.SealObject(object_id))
-        return m.StoredValue(object_id, size_bytes, [client.node.node_id])
+        return m.StoredValue(object_id, size_bytes, [client.node.node_id], owner)
 
     def _ask(self, make: Callable[[int], m.Message], give_back: Callable[[], None]) -> m.Message:
         """Ask the node for room or for a pin; `give_back` it when this thread is interrupted while it waits."""
@@ -141,11 +151,13 @@ class Values:
         finally:
             view.release()
 
-    def part_of(self, serialized: Serialized, object_id: str, references: list[m.Reference]) -> ValuePart:
+    def part_of(
+        self, serialized: Serialized, object_id: str, references: list[m.Reference], owner: Address
+    ) -> ValuePart:
         """The value as a message carries it: in place when small, else stored."""
         if serialized.size_bytes <= INLINE_BYTES_MAX:
             return ValuePart(payload=serialized.to_bytes(), references=references)
-        return ValuePart(stored=self.store(serialized, object_id), references=references)
+        return ValuePart(stored=self.store(serialized, object_id, owner), references=references)
 
     def new_object_id(self, number: int) -> str:
         """The name of an object of this process in the stores."""
@@ -156,7 +168,7 @@ class Values:
     def load(self, part: ValuePart) -> Any:
         """The value of a part; waits for a stored one to be brought here.
 
-        Raises: the task's exception, or the reason why there is no value.
+        Raises: the task's exception, or the reason why there is no value; ObjectUnreadable.
         """
         if part.stored is not None:
             return self.load_stored(part.stored)
@@ -165,7 +177,10 @@ class Values:
         return loads(part.payload)
 
     def load_stored(self, stored: m.StoredValue) -> Any:
-        """The value of a stored object, in place."""
+        """The value of a stored object, in place.
+
+        Raises: ObjectUnreadable, StoreFull.
+        """
         client = self._client
         answer = self._ask(lambda request: m.PinObject(request, stored), lambda: client.unpin(stored.object_id))
         return self.loaded(stored, answer)
@@ -190,6 +205,8 @@ class Values:
     def loaded(self, stored: m.StoredValue, answer: m.Message) -> Any:
         """The value in the pages that the node has pinned for us."""
         if isinstance(answer, m.StoreFailed):
+            if answer.kind in _UNREADABLE:
+                raise ObjectUnreadable(m.UnreadablePart(stored.object_id, answer.gone, answer.text))
             raise make_error(answer.kind, answer.text)
         assert isinstance(answer, m.ObjectPinned)
         client, object_id = self._client, stored.object_id

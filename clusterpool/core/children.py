@@ -127,8 +127,13 @@ class Children:
         for address in (*workers, *self._watched.copy()):
             if address.node_id == node_id:
                 commands += self.process_gone(address)
+        return commands + self.ask_again()
+
+    def ask_again(self) -> Commands:
+        """Requests may have gone with the node that they were passed on to."""
+        commands: Commands = []
         for request, child in list(self._by_request.items()):
-            # It may have been passed on to that node; if it is met nevertheless, the worker is given back.
+            # If the old one is met nevertheless, the worker is given back.
             del self._by_request[request]
             commands.append(e.Send(self._owner.node, m.CancelRequest(request, 1)))
             commands.append(self._request(child))

@@ -422,6 +422,7 @@ class NodeMachine:
             commands += self.objects.process_left(owner.process_id, now_s)
         for process_id, watchers in list(self._watchers.items()):
             self._watchers[process_id] = {watcher for watcher in watchers if watcher.node_id != node_id}
+        commands += self.scheduler.peer_lost(node_id)
         lost = m.NodeLost(node_id, reason)
         commands += [e.Send(process.address, lost) for process in self.processes.values()]
         return commands + self._expect_no_answer(node_id)
@@ -441,6 +442,7 @@ class NodeMachine:
         for view in list(self.membership.view):
             commands += self._node_lost(view.node_id, reason, now_s)
         commands += self.coordination.handle(ce.SelfFenced(), now_s)
+        commands += self.objects.fenced(set(self.processes))
         self._fencing = set(self.scheduler.workers)
         return commands + self.scheduler.end_all(f"its node was taken for dead: {reason}")
 

@@ -200,11 +200,15 @@ class ObjectCreated(Message, frozen=True):
 
 
 class StoreFailed(Message, frozen=True):
-    """Answer to CreateObject or PinObject. `kind`: `too_large`, `store_full`, `disk_full`, `lost`, `exists`."""
+    """Answer to CreateObject or PinObject. `kind`: `too_large`, `store_full`, `disk_full`, `lost`, `exists`.
+
+    `gone`: when lost, the nodes that certainly have no copy any more.
+    """
 
     request: int
     kind: str
     text: str
+    gone: list[str] = []
 
 
 class SealObject(Message, frozen=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clusterpool.core import messages as m
+from clusterpool.core import recovery_messages as r
 from clusterpool.core import store_messages as s
 from clusterpool.core import transfer_messages as t
 from clusterpool.core.messages import Address
@@ -29,6 +30,7 @@ class NodeObjects:
         self.servings = ServingTable()
         # By object, the nodes that have opened a transfer of it, in order; until it is freed.
         self._takers: dict[str, dict[str, None]] = {}
+        self._owners: dict[str, Address] = {}  # by object of which a copy was brought here, who keeps account of it
         self._wanted: dict[tuple[str, int], m.StoredValue] = {}  # pins not answered yet, by client and request
         self._addresses: dict[str, Address] = {}
         self._now_s = 0.0
@@ -53,14 +55,22 @@ class NodeObjects:
             return self._put(s.Unpinned(client, message.object_ids))
         if isinstance(message, m.FreeObjects):
             return [command for object_id in message.object_ids for command in self._free(object_id)]
+        if isinstance(message, r.PromoteCopy):
+            return self._promote(source, message.object_id)
         if type(message) in _TRANSFER_MESSAGES:
             if isinstance(message, t.OpenTransfer) and message.object_id in self.store.objects:
                 self._takers.setdefault(message.object_id, {})[source.node_id] = None
             return self._transfer(t.PeerSpoke(source.node_id, message))
         return None
 
+    def _promote(self, owner: Address, object_id: str) -> Commands:
+        if object_id not in self.store.objects:
+            return [Send(owner, r.CopyGone(object_id))]  # evicted meanwhile
+        return self._put(s.CopyPromoted(object_id))
+
     def _free(self, object_id: str) -> Commands:
         """The object goes, here and where a copy was taken to from here, which its owner does not know."""
+        self._owners.pop(object_id, None)
         commands = self._put(s.ObjectFreed(object_id))
         takers = self._takers.pop(object_id, {})
         return commands + [Send(Address(taker, taker), m.FreeObjects([object_id])) for taker in takers]
@@ -81,13 +91,15 @@ class NodeObjects:
         others = [node_id for node_id in stored.node_ids if node_id != self.node_id]
         if not others:
             text = f"object {stored.object_id} is not on node {self.node_id} any more, and no other node has a copy"
-            return self._refuse(client, request, "lost", text)
+            return self._refuse(client, request, "lost", text, gone=stored.node_ids)
+        if stored.owner is not None:
+            self._owners[stored.object_id] = stored.owner
         event = t.PullRequested(f"{client}/{request}", stored.object_id, others, stored.size_bytes)
         return self._transfer(event)
 
-    def _refuse(self, client: str, request: int, kind: str, text: str) -> Commands:
+    def _refuse(self, client: str, request: int, kind: str, text: str, *, gone: list[str]) -> Commands:
         self._wanted.pop((client, request), None)
-        return [Send(Address(self.node_id, client), m.StoreFailed(request, kind, text))]
+        return [Send(Address(self.node_id, client), m.StoreFailed(request, kind, text, gone))]
 
     # --- events of the shell
 
@@ -114,6 +126,13 @@ class NodeObjects:
         """A job is over: what its channels left here goes, which no process owned."""
         self._now_s = now_s
         return self._free_all(job_id + "-")
+
+    def fenced(self, process_ids: set[str]) -> Commands:
+        """The others have given up what is here; only these processes, which are here, still know their objects."""
+        owner_by_name = {name: name.partition(".")[0] for name in self.store.objects}
+        # What queues hold has the name of a queue, which has a hyphen, and no owner.
+        names = [name for name, owner in owner_by_name.items() if "-" not in owner and owner not in process_ids]
+        return [command for object_id in names for command in self._free(object_id)]
 
     def node_lost(self, node_id: str, now_s: float) -> Commands:
         """Another node is gone."""
@@ -159,7 +178,9 @@ class NodeObjects:
         if isinstance(command, (s.ReplyMissing, s.RefusePin)):
             return self._pin_refused(command)
         if isinstance(command, s.ReportGone):
-            return []  # owners learn of it when they ask; rebuilding by lineage will want it sooner
+            # Of a primary copy owners learn when they ask for it.
+            owner = self._owners.pop(command.object_id, None)
+            return [Send(owner, r.CopyGone(command.object_id))] if owner is not None else []
         return [command]  # the disk's
 
     def _pin_granted(self, command: s.GrantPin) -> Commands:
@@ -188,7 +209,8 @@ class NodeObjects:
         if is_gone and stored is not None and any(node_id != self.node_id for node_id in stored.node_ids):
             return self._pull(command.client, command.request, stored)
         kind = "lost" if is_gone else command.kind.value  # type: ignore[union-attr]
-        return self._refuse(command.client, command.request, kind, command.text)
+        gone = [self.node_id] if is_gone else []
+        return self._refuse(command.client, command.request, kind, command.text, gone=gone)
 
     def _transfer(self, event: t.TransferEvent) -> Commands:
         commands: Commands = []
@@ -224,12 +246,18 @@ class NodeObjects:
 
     def _pull_ended(self, command: t.ReportPulled | t.ReportPullFailed) -> Commands:
         commands: Commands = []
+        owner = self._owners.get(command.object_id)
+        if isinstance(command, t.ReportPullFailed):
+            self._owners.pop(command.object_id, None)
+        elif owner is not None:
+            commands.append(Send(owner, r.CopyMade(command.object_id)))
         for requester in command.requesters:
             client, _, request = requester.partition("/")
             if isinstance(command, t.ReportPulled):
                 commands += self._put(s.PinRequested(client, int(request), command.object_id))
             else:
-                commands += self._refuse(client, int(request), command.kind, command.text)
+                gone = [*command.gone, self.node_id]  # it was asked for elsewhere because it is not here
+                commands += self._refuse(client, int(request), command.kind, command.text, gone=gone)
         return commands
 
 

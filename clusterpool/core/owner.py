@@ -5,6 +5,7 @@
                        |- ActorChannel (one an actor)
                        |- Children
                        |- OwnershipTable
+                       |- OwnerRecovery -- LineageTable
 
 Drivers and workers run the same machine. One thread at a time may call it (the client holds a lock).
 """
@@ -22,9 +23,12 @@ from clusterpool.core.actors import ActorChannel
 from clusterpool.core.children import Children
 from clusterpool.core.chunks import ChunkTable
 from clusterpool.core.dispatch import Task
+from clusterpool.core.messages import TaskStatus
 from clusterpool.core.owner_actors import OwnerActors
+from clusterpool.core.owner_arguments import OwnerArguments
 from clusterpool.core.owner_functions import OwnerFunctions
 from clusterpool.core.owner_objects import OwnerObjects
+from clusterpool.core.owner_recovery import OwnerRecovery
 from clusterpool.core.rescue import Rescue
 from clusterpool.core.worker_set import WorkerSet
 
@@ -48,11 +52,14 @@ class OwnerMachine:
         self.chunks = ChunkTable(self.objects.hold_result, self.objects.discard_held)
         self.actors = OwnerActors(self)
         self.children = Children(self)
-        self._targets: dict[int, WorkerSet | ActorChannel] = {}  # by number of a task that waits for arguments
+        self.arguments = OwnerArguments(self)
+        self.await_arguments = self.arguments.await_all
+        self.hand_over_arguments = self.arguments.hand_over
+        self.recovery = self.objects.recovery = OwnerRecovery(self)
         self._handlers = self._handlers_of_events()
         self._message_handlers = self._handlers_of_messages()
         self._set_by_process: dict[str, WorkerSet] = {}  # kept by the sets
-        self.objects.on_known = self._arguments_known
+        self.objects.on_known = self.arguments.known
 
     def _handlers_of_events(self) -> dict[type, Callable[[Any, float], Commands]]:
         return {
@@ -83,6 +90,7 @@ class OwnerMachine:
             e.MessageArrived: self._message_arrived,
             e.ProcessGone: self._process_gone,
             e.TimePassed: lambda _, now_s: self._advance_all(now_s),
+            **self.recovery.handlers_of_events(),
         }
 
     def _handlers_of_messages(self) -> dict[type, Callable[[m.Address, Any, float], Commands]]:
@@ -103,6 +111,7 @@ class OwnerMachine:
             m.NodeLost: self._node_lost,
             m.Undeliverable: lambda _, message, now_s: self._gone(message.address, "it has ended", now_s),
             m.ActorLocated: lambda _, message, __: self.actors.located(message),
+            **self.recovery.handlers_of_messages(),
         }
 
     def handle(self, event: e.Event, now_s: float) -> Commands:
@@ -154,7 +163,7 @@ class OwnerMachine:
             set_by_process=self._set_by_process,
             rescue=Rescue(self.functions.names, self.chunks),
         )
-        worker_set.on_sent(self._hand_over_arguments)
+        worker_set.on_sent(self.hand_over_arguments)
         self.sets[event.set_number] = worker_set
         return worker_set.advance(now_s)
 
@@ -196,63 +205,13 @@ class OwnerMachine:
         if isinstance(event, e.SetClosed):
             return self._checked(worker_set.close(now_s))
         commands = self._checked(worker_set.terminate())
-        tasks = [self.tasks[number] for number in sorted(worker_set.awaiting)]
+        tasks = [self.tasks[number] for number in sorted(worker_set.awaiting) if number in self.tasks]
         worker_set.awaiting.clear()
         for task in tasks:
             task.is_cancelled = True
         if tasks:
             commands += self._checked([e.FailTasks(tasks, "cancelled", "the pool was terminated")])
         return commands
-
-    def await_arguments(
-        self, task: Task, arguments: e.TaskArguments, target: WorkerSet | ActorChannel, now_s: float
-    ) -> Commands:
-        """Send the task to `target` when all of its dependencies have values."""
-        number = task.spec.number
-        self.tasks[number] = task
-        self._targets[number] = target
-        is_creation = isinstance(target, ActorChannel) and task is target.creation
-        if task.sink is None and not is_creation:
-            self.objects.expect_results(task)
-        if isinstance(target, ActorChannel):
-            target.waiting.add(number)
-            if not is_creation:
-                self.actors.submit(target, [task])
-        else:
-            target.awaiting.add(number)
-        commands, is_known = self.objects.expect_arguments(task, arguments, self.requests)
-        if is_known:
-            commands += self._arguments_known(task, now_s)
-        return commands
-
-    def _arguments_known(self, task: Task, now_s: float) -> Commands:
-        target = self._targets.pop(task.spec.number, None)
-        if target is None or task.is_cancelled:
-            return []
-        error = self.objects.put_arguments(task)
-        if isinstance(target, ActorChannel):
-            target.waiting.discard(task.spec.number)
-            if error is not None and task is target.creation:
-                return self.actors.cannot_create(target, error)
-            if error is not None:
-                task.is_cancelled = True
-                return self._checked([error]) + self.actors.send_ready(target)
-            return self.actors.send_ready(target)
-        target.awaiting.discard(task.spec.number)
-        commands = self._checked([error]) if error is not None else []
-        return commands + self._checked(target.advance(now_s) if error is not None else target.submit([task], now_s))
-
-    def _hand_over_arguments(self, worker: m.Address, tasks: list[Task]) -> Commands:
-        commands: Commands = []
-        for task in tasks:
-            extras = task.spec.extras
-            if extras is not None:
-                commands += self.objects.hand_over(worker, extras.references)
-                for value in extras.arguments:
-                    commands += self.objects.hand_over(worker, value.references)
-        return commands
-
-    hand_over_arguments = _hand_over_arguments
 
     def _tasks_finished(self, source: m.Address, message: m.TasksFinished, now_s: float) -> Commands:
         strays: Commands = []
@@ -268,7 +227,7 @@ class OwnerMachine:
         if worker_set is None:
             return self.actors.finished(source, message)
         finished, worker = worker_set.finished(source.process_id, message, now_s)
-        commands = self.settle(finished, worker)
+        commands = self.settle(finished, worker, worker_set)
         if worker_set.notices:
             notices, worker_set.notices = worker_set.notices, []
             commands += self._checked(notices)
@@ -276,21 +235,32 @@ class OwnerMachine:
             commands += self._checked(worker_set.advance(now_s))
         return commands
 
-    def settle(self, finished: list[tuple[Task, m.TaskResult]], worker: m.WorkerPart | None) -> Commands:
+    def settle(
+        self, finished: list[tuple[Task, m.TaskResult]], worker: m.WorkerPart | None, source: WorkerSet | ActorChannel
+    ) -> Commands:
         """Tasks have ended: values go to their objects or sinks, and their arguments are let go."""
         commands: Commands = []
         delivered: list[tuple[Task, m.TaskResult]] = []
         tasks, objects = self.tasks, self.objects
         for item in finished:
-            task = item[0]
+            task, result = item
+            extras = task.spec.extras
+            if result.extras is not None and result.status == TaskStatus.LOST:
+                commands += self.recovery.argument_lost(task, result, source)
+                continue
             tasks.pop(task.spec.number, None)
-            if item[1].extras is not None:
+            if result.extras is not None or (extras is not None and extras.returns == -1):
                 # Before the arguments go: a result may hand back a reference that nobody else holds any more.
-                objects.hold_result(item[1])
-            if task.spec.extras is not None:
+                commands += self.recovery.task_ended(task, result, source)
+                if task.spec.number in self.recovery.unread:
+                    delivered.append(item)
+                    continue
+            if extras is not None:
                 commands += objects.release_arguments(task)
             if task.sink is None:
-                commands += objects.task_ended(task, item[1])
+                commands += objects.task_ended(task, result)
+                if task.spec.number in self.recovery.running:
+                    commands += self.recovery.rebuilt(task.spec.number)
             else:
                 delivered.append(item)
         if delivered:
@@ -325,18 +295,17 @@ class OwnerMachine:
         channels: list[ActorChannel] = []  # whose later calls this one held up
         for task in command.tasks:
             self.tasks.pop(task.spec.number, None)
-            target = self._targets.pop(task.spec.number, None)
-            if isinstance(target, WorkerSet):
-                target.awaiting.discard(task.spec.number)
-            elif target is not None:
-                target.waiting.discard(task.spec.number)
-                channels.append(target)
+            channel = self.arguments.ended(task)
+            if channel is not None:
+                channels.append(channel)
             if task.spec.extras is not None:
                 commands += self.objects.release_arguments(task)
             if self.chunks:
                 commands += self.chunks.drop(task.spec.number)
             if task.sink is None:
                 commands += self.objects.task_failed(task, command)
+                if task.spec.number in self.recovery.running:
+                    commands += self.recovery.rebuilt(task.spec.number)
             else:
                 with_sink.append(task)
         if with_sink:
@@ -356,7 +325,7 @@ class OwnerMachine:
             return []
         if not task.worker:
             self.cancelled = task.is_cancelled = True
-            target = self._targets.get(event.number)
+            target = self.arguments.targets.get(event.number)
             commands = self._checked([e.FailTasks([task], "cancelled", "the task was cancelled before it started")])
             if isinstance(target, WorkerSet):  # it may have been all that a closed set waited for
                 commands += self._checked(target.advance(now_s))
@@ -440,16 +409,25 @@ class OwnerMachine:
         return commands + self.actors.process_gone(address, text)
 
     def _node_lost(self, _source: m.Address, message: m.NodeLost, now_s: float) -> Commands:
-        text = f"its node {message.node_id} is gone: {message.text}"
         commands = self.objects.node_gone(message.node_id, message.text)
         for worker_set in list(self.sets.values()):
             commands += worker_set.cancel_requests()  # they may have been passed on to that node
             for process_id, worker in list(worker_set.held.items()):
                 if worker.address.node_id == message.node_id:
+                    text = f"its node {message.node_id} is gone: {message.text}"
                     commands += self._checked(worker_set.exited(process_id, -9, text, now_s))
             commands += self._checked(worker_set.advance(now_s))
         commands += self.children.node_gone(message.node_id)
-        return commands + self.actors.node_gone(message.node_id, text)
+        return commands + self.actors.node_gone(message.node_id, message.text)
+
+    def ask_again(self, now_s: float) -> Commands:
+        """What we have asked for may be lost: ask anew, and give back what comes for the old requests."""
+        commands: Commands = []
+        for worker_set in list(self.sets.values()):
+            commands += worker_set.cancel_requests()
+            commands += self._checked(worker_set.advance(now_s))
+        commands += self.children.ask_again()
+        return commands + self.actors.ask_again()
 
     def _client_closed(self, event: e.ClientClosed, _now_s: float) -> Commands:
         """There is no cluster any more: whoever waits for anything must not wait for ever."""
@@ -465,6 +443,7 @@ class OwnerMachine:
         commands += [e.SetEnded(set_number) for set_number in self.sets]
         self.sets.clear()
         self._set_by_process.clear()
+        self.recovery.clear()
         return commands
 
     def _advance_all(self, now_s: float) -> Commands:

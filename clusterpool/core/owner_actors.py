@@ -203,7 +203,7 @@ class OwnerActors:
                 continue
             commands += self._created(channel, result)
         worker = m.WorkerPart(source, 0, "", channel.lease)
-        commands += self._owner.settle(rest, worker)
+        commands += self._owner.settle(rest, worker, channel)
         return commands + self._let_go_if_done(channel)
 
     def has_lease(self, address: Address) -> bool:
@@ -252,9 +252,14 @@ class OwnerActors:
         for channel in list(self.channel_of_process.values()):
             if channel.actor.address is not None and channel.actor.address.node_id == node_id:
                 commands += self.process_gone(channel.actor.address, text)
+        return commands + self.ask_again()
+
+    def ask_again(self) -> Commands:
+        """Requests may have gone with the node that they were passed on to."""
+        commands: Commands = []
         for request, channel in list(self._channel_of_request.items()):
             if channel.is_creator and channel.request == request:
-                # The request may have been passed on to that node; if it comes nevertheless, it is given back.
+                # What comes for the old one nevertheless is given back.
                 del self._channel_of_request[request]
                 commands.append(e.Send(self._owner.node, m.CancelRequest(request, 1)))
                 commands.append(self._request_worker(channel))

@@ -14,6 +14,7 @@ from clusterpool.core.messages import (
     Message,
     Reference,
     TaskResult,
+    UnreadablePart,
     ValuePart,
     WorkerDemand,
     WorkerPart,
@@ -44,6 +45,7 @@ class TaskArguments(msgspec.Struct, frozen=True, gc=False):
     references: list[Reference]  # inside the payload, passed on as references
     payload_object: Reference | None = None  # the payload itself, when it is large
     holders: Any = None  # the shell's: keeps all of them alive until the machine counts them itself
+    kept: Any = None  # the shell's: what else the payload needs, each time that it is loaded
 
 
 # --- events ---------------------------------------------------------------------------------------------------------
@@ -220,6 +222,26 @@ class ValueWanted(Event, frozen=True):
     """Somebody here waits for this object."""
 
     reference: Reference
+
+
+class ValueUnreadable(Event, frozen=True):
+    """A stored value could not be read here."""
+
+    reference: Reference
+    unreadable: UnreadablePart
+
+
+class ResultRead(Event, frozen=True):
+    """The stored result of a task with a sink has been read: the task need not run again."""
+
+    number: int
+
+
+class ResultUnreadable(Event, frozen=True):
+    """The stored result of a task with a sink is lost."""
+
+    task: Task
+    text: str
 
 
 class MessageArrived(Event, frozen=True):

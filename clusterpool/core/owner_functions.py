@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from clusterpool.core import owner_events as e
@@ -17,6 +18,8 @@ class OwnerFunctions:
         self.payloads: dict[int, bytes] = {}
         self.names: dict[int, str] = {}
         self.dropped: dict[int, None] = {}  # unfinished tasks may use these, later ones will not
+        # Keeps those that a task may be run again with; it puts them back into `dropped` in the end.
+        self.take_over: Callable[[set[int]], set[int]] = lambda _: set()
         self._look_at_tasks = 0  # at so few unfinished tasks, or at so many dropped functions, look which can go
         self._look_at_dropped = 0
 
@@ -42,6 +45,8 @@ class OwnerFunctions:
         gone = {number for number in dropped if number not in in_use}
         for number in gone:
             del dropped[number]
+        gone -= self.take_over(gone)
+        for number in gone:
             self.payloads.pop(number, None)
             self.names.pop(number, None)
         self._look_at_tasks, self._look_at_dropped = len(tasks) // 2, 2 * len(dropped) + 1

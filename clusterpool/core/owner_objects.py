@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -13,11 +15,19 @@ from clusterpool.core.messages import Address, Reference, TaskStatus, ValuePart
 from clusterpool.core.ownership import BorrowedObject, Dropped, OwnedObject, OwnershipTable
 from clusterpool.core.stream_pace import step_for, step_of
 
+if TYPE_CHECKING:
+    from clusterpool.core.owner_recovery import OwnerRecovery
+
 Commands = list[e.Command]
+
+
+_NO_ARGUMENTS = e.TaskArguments([], [])
 
 
 class OwnerObjects:
     """Objects owned and borrowed, tasks that wait for them, streams."""
+
+    recovery: OwnerRecovery  # set by the composite
 
     def __init__(self, address: Address, node: Address, numbers: Iterator[int]) -> None:
         self.address = address
@@ -31,6 +41,8 @@ class OwnerObjects:
         self._missing: dict[int, int] = {}  # by task number, how many arguments are not known yet
         self._asked: dict[int, Reference] = {}  # by request number
         self._watched: set[Address] = set()
+        self._woken: deque[Task] = deque()  # whose last argument has become known
+        self._is_waking = False
         self.now_s = 0.0  # of the event that is being handled
 
     # --- arguments
@@ -41,16 +53,26 @@ class OwnerObjects:
         """Keep a task's references alive and ask for unknown values; whether all are known already."""
         number = task.spec.number
         self._arguments[number] = arguments
-        commands: Commands = []
-        missing = 0
         for reference in arguments.dependencies:
             self.table.pin(reference)
+        for reference in arguments.references:
+            self.table.hold(reference)
+        return self.await_values(task, requests)
+
+    def await_values(self, task: Task, requests: Iterator[int]) -> tuple[Commands, bool]:
+        """Ask for those values of a task's arguments that are unknown or lost; whether there are none."""
+        number = task.spec.number
+        dependencies = self.arguments_of(task).dependencies
+        commands: Commands = []
+        for reference in dependencies:
+            if reference.owner == self.address:
+                commands += self.recovery.want(reference)
+        missing = 0
+        for reference in dependencies:
             if self.table.value_of(reference) is None:
                 missing += 1
                 self._record_of(reference).waiting_tasks.append(task)
                 commands += self.wanted(reference, next(requests))
-        for reference in arguments.references:
-            self.table.hold(reference)
         if missing:
             self._missing[number] = missing
         return commands, missing == 0
@@ -60,9 +82,21 @@ class OwnerObjects:
             return self.table.owned[reference.number]
         return self.table.borrowed[(reference.owner, reference.number)]
 
+    def arguments_of(self, task: Task) -> e.TaskArguments:
+        """The references of a task that has not ended."""
+        return self._arguments.get(task.spec.number, _NO_ARGUMENTS)
+
+    def has_values(self, task: Task) -> bool:
+        """Whether all of a task's arguments can be read, as far as is known."""
+        for reference in self.arguments_of(task).dependencies:
+            value = self.table.value_of(reference)
+            if value is None or (value.stored is not None and not value.stored.node_ids):
+                return False
+        return True
+
     def put_arguments(self, task: Task) -> e.FailTasks | None:
         """Write the values into the task; the failure when one of them is an error."""
-        arguments = self._arguments[task.spec.number]
+        arguments = self.arguments_of(task)
         values: list[ValuePart] = []
         for reference in arguments.dependencies:
             value = self.table.value_of(reference)
@@ -128,21 +162,26 @@ class OwnerObjects:
             values = [_value_of_result(result)] * returns
         commands: Commands = []
         for offset, value in enumerate(values[:returns]):
-            commands += self.set_value(task.spec.number + offset, value)
+            commands += self._result_known(task.spec.number + offset, value)
         return commands
+
+    def _result_known(self, number: int, value: ValuePart) -> Commands:
+        record = self.table.owned.get(number)
+        if record is not None and record.value is not None:
+            # The task was run again for another of its results, and this one was not lost.
+            return self._let_go([Dropped(self.address, 0, 0, value, value.references)])
+        return self.set_value(number, value)
 
     def task_failed(self, task: Task, failure: e.FailTasks) -> Commands:
         """A task without a sink will never have a result."""
-        value = ValuePart(error=failure.error, lost_kind=failure.kind, lost=failure.text)
-        if failure.error and failure.kind == "dependency":
-            value = ValuePart(error=failure.error)  # the error of the other task is this one's own
+        value = self.recovery.failure_of(task, failure)
         extras = task.spec.extras
         returns = extras.returns if extras is not None else 1
         if returns == -1:
             return self._stream_failed(task.spec.number, value)
         commands: Commands = []
         for offset in range(returns):
-            commands += self.set_value(task.spec.number + offset, value)
+            commands += self._result_known(task.spec.number + offset, value)
         return commands
 
     def set_value(self, number: int, value: ValuePart) -> Commands:
@@ -151,6 +190,8 @@ class OwnerObjects:
         if record is None:
             return self._let_go([dropped] if dropped is not None else [])
         commands: Commands = [e.ValuesKnown([(self.address, number)])]
+        if value.stored is not None or self.recovery.lineage.by_object:
+            commands += self.recovery.known(number, value)
         for asker, request in record.askers:
             commands += self._answer(asker, request, value)
         record.askers.clear()
@@ -160,36 +201,48 @@ class OwnerObjects:
         return commands + self._let_go([dropped] if dropped is not None else [])
 
     def _wake(self, tasks: list[Task]) -> Commands:
-        commands: Commands = []
         for task in tasks:
             left = self._missing.get(task.spec.number, 0) - 1
             if left > 0:
                 self._missing[task.spec.number] = left
             elif self._missing.pop(task.spec.number, None) is not None:
-                commands += self.on_known(task, self.now_s)
+                self._woken.append(task)
+        if self._is_waking:
+            return []  # an error goes down a chain of tasks that wait for one another, which may be of any length
+        commands: Commands = []
+        self._is_waking = True
+        while self._woken:
+            commands += self.on_known(self._woken.popleft(), self.now_s)
+        self._is_waking = False
         return commands
 
-    def wanted(self, reference: Reference, request: int) -> Commands:
-        """Somebody here waits for a value: ask its owner, once."""
+    def wanted(self, reference: Reference, request: int, unreadable: m.UnreadablePart | None = None) -> Commands:
+        """Somebody here waits for a value: ask its owner, once; or have it rebuilt, if it is our own and lost."""
         if reference.owner == self.address:
-            return []
+            return self.recovery.want(reference)
         borrowed = self.table.borrowed.get((reference.owner, reference.number))
         if borrowed is None or borrowed.is_asked:
             return []
         borrowed.is_asked = True
         self._asked[request] = reference
-        return [*self.watch(reference.owner), e.Send(reference.owner, m.ResolveObject(request, reference.number))]
+        question = m.ResolveObject(request, reference.number, unreadable)
+        return [*self.watch(reference.owner), e.Send(reference.owner, question)]
 
     def asked(self, source: Address, message: m.ResolveObject) -> Commands:
         """A borrower wants a value of ours."""
+        reference = Reference(self.address, message.number)
+        if message.unreadable is not None:
+            commands = self.recovery.unreadable(reference, message.unreadable)[0]
+        else:
+            commands = self.recovery.want(reference)
         record = self.table.owned.get(message.number)
         if record is None:
             gone = ValuePart(lost_kind="object_lost", lost="its owner has freed the object")
-            return [e.Send(source, m.ObjectResolved(message.request, gone))]
+            return [*commands, e.Send(source, m.ObjectResolved(message.request, gone))]
         if record.value is None:
             record.askers.append((source, message.request))
-            return []
-        return self._answer(source, message.request, record.value)
+            return commands
+        return commands + self._answer(source, message.request, record.value)
 
     def _answer(self, asker: Address, request: int, value: ValuePart) -> Commands:
         commands = self.hand_over(asker, value.references)
@@ -233,8 +286,11 @@ class OwnerObjects:
                 commands += [
                     e.Send(Address(node_id, node_id), m.FreeObjects([stored.object_id])) for node_id in stored.node_ids
                 ]
-            for inner in item.inner:
-                dropped = self.table.drop(inner.owner, inner.number)
+            inner = item.inner
+            if item.owner == self.address and (item.value is None or item.value.stored is not None):
+                inner = [*inner, *self.recovery.freed(item.number, item.value)]
+            for reference in inner:
+                dropped = self.table.drop(reference.owner, reference.number)
                 if dropped is not None:
                     items.append(dropped)
         return commands
@@ -303,17 +359,7 @@ class OwnerObjects:
         commands: Commands = []
         for address in sorted(addresses):
             commands += self.process_gone(address, text)
-        for record in list(self.table.owned.values()):
-            value = record.value
-            stored = value.stored if value is not None else None
-            if value is None or stored is None or node_id not in stored.node_ids:
-                continue
-            left = [other for other in stored.node_ids if other != node_id]
-            if left:
-                record.value = msgspec.structs.replace(value, stored=msgspec.structs.replace(stored, node_ids=left))
-            else:
-                record.value = ValuePart(lost_kind="object_lost", lost=f"its only copy was on node {node_id}: {text}")
-        return commands
+        return commands + self.recovery.node_gone(node_id, text)
 
     # --- streams
 
@@ -340,30 +386,47 @@ class OwnerObjects:
 
     def stream_item(self, source: Address, message: m.StreamItem) -> Commands:
         """A generator task has yielded."""
+        for inner in message.value.references:
+            self.table.hold(inner, was_handed=True)
+        item = self.recovery.item_of(message.number, message.index)
+        if item is not None:
+            go_on = e.Send(source, m.StreamTaken(message.number, message.index + 1))
+            return [*self._result_known(item, message.value), go_on]
         stream = self.streams.get(message.number)
         if stream is not None:
             stream.source = source
             stream.step = step_for(stream.step, _size_of(message.value))
-        for inner in message.value.references:
-            self.table.hold(inner, was_handed=True)
         if stream is None or message.index < len(stream.items):
-            # Closed, or a retry repeats what the first attempt has sent. A stored copy of such an item has the name of
-            # the first one: it may only go when nobody has that any more.
-            is_in_use = stream is not None and stream.items[message.index] in self.table.owned
-            value = msgspec.structs.replace(message.value, stored=None) if is_in_use else message.value
-            commands = self._let_go([Dropped(self.address, 0, 0, value, value.references)])
             # Nobody will take it, so nobody would tell.
-            return [*commands, e.Send(source, m.StreamTaken(message.number, message.index + 1))]
+            go_on = e.Send(source, m.StreamTaken(message.number, message.index + 1))
+            item = stream.items[message.index] if stream is not None else 0
+            return [*self._item_repeated(item, message.value), go_on]
         number = next(self._numbers)
         self.table.create(number)
         stream.items.append(number)
         return [*self.set_value(number, message.value), e.StreamMoved(message.number)]
 
+    def _item_repeated(self, item: int, value: ValuePart) -> Commands:
+        # The stream is closed, or a retry repeats what the first attempt has sent.
+        record = self.table.owned.get(item)
+        if record is not None and record.value is None:
+            return self.set_value(item, value)  # it was lost with the node of the first attempt
+        commands: Commands = []
+        if value.stored is not None:
+            # Under the name of the first one it is a copy more; under that of a later attempt nobody knows it: it goes.
+            commands = self.recovery.copies_made(value.stored)
+            value = msgspec.structs.replace(value, stored=None)
+        return commands + self._let_go([Dropped(self.address, 0, 0, value, value.references)])
+
+    def is_in_running_stream(self, number: int) -> bool:
+        """Whether the object is an item of a generator that has not ended."""
+        return any(number in stream.items for stream in self.streams.values() if not stream.is_ended)
+
     def _stream_ended(self, task: Task, result: m.TaskResult) -> Commands:
         stream = self.streams.get(task.spec.number)
-        if stream is None:
-            return []
         if result.status == TaskStatus.STREAM_END:
+            if stream is None:
+                return []
             stream.count = int(result.payload)
             stream.is_ended = True
             return [e.StreamMoved(task.spec.number)]
@@ -371,13 +434,24 @@ class OwnerObjects:
 
     def _stream_failed(self, number: int, value: ValuePart) -> Commands:
         stream = self.streams.get(number)
+        if number in self.recovery.running:
+            return self._fail_lost_items(list(self.recovery.running[number].living), value)
         if stream is None:
             return []
+        commands = self._fail_lost_items(stream.items, value)
         item = next(self._numbers)
         self.table.create(item)
         stream.items.append(item)
         stream.is_ended = True
-        return [*self.set_value(item, value), e.StreamMoved(number)]
+        return [*commands, *self.set_value(item, value), e.StreamMoved(number)]
+
+    def _fail_lost_items(self, items: list[int], value: ValuePart) -> Commands:
+        commands: Commands = []
+        for item in items:
+            record = self.table.owned.get(item)
+            if record is not None and record.value is None:
+                commands += self.set_value(item, value)
+        return commands
 
 
 def _size_of(value: ValuePart) -> int:

@@ -16,6 +16,7 @@ from clusterpool.core import messages as m
 from clusterpool.core.messages import Address, WorkerKind
 from clusterpool.core.node_events import Command, EndWorker, ForkWorker, Send, WorkerEnded
 from clusterpool.core.placement import Candidate, bytes_by_node, choose_node, spread_group
+from clusterpool.core.recovery_messages import RequestsLost
 from clusterpool.core.resources import Amounts, ResourcePool, to_amounts, to_numbers
 
 # A request goes from node to node at most so often; then it waits where it is. More would chase a view that is old.
@@ -98,6 +99,8 @@ class Scheduler:
         self._last_lease = 0
         self._watched: set[Address] = set()
         self._reclaim_asked = False
+        # By node, the owners elsewhere whose requests we passed on to it; until it is lost, or they are.
+        self._passed_on: dict[str, dict[Address, None]] = {}
 
     # --- requests
 
@@ -214,6 +217,8 @@ class Scheduler:
                     free[name] = free.get(name, 0) - amount * count
                 workers = peer.workers + (count if pending.demand.kind == WorkerKind.GROUP else 0)
                 self.peers[position] = peer._replace(free=free, workers=workers)
+        if pending.origin.node_id != self.node_id:
+            self._passed_on.setdefault(node_id, {})[pending.origin] = None
         message = m.RequestWorkers(
             pending.request, count, pending.demand, pending.job, pending.hops + 1, pending.origin
         )
@@ -406,6 +411,8 @@ class Scheduler:
     def owner_ended(self, address: Address, *, ends_job: str = "") -> list[Command]:
         """An owner is gone: nobody waits for its tasks. `ends_job`: it was this job's driver."""
         self._watched.discard(address)
+        for owners in self._passed_on.values():
+            owners.pop(address, None)
         self.pending = [
             pending
             for pending in self.pending
@@ -448,6 +455,17 @@ class Scheduler:
         """The view of the cluster has changed."""
         self.peers = peers
         return self.advance()
+
+    def peer_lost(self, node_id: str) -> list[Command]:
+        """A node is lost, and with it what we had passed on to it.
+
+        Owners hear of the loss from their own nodes, and ask again; but that may have been before a request of theirs
+        reached us, who did not know yet, and passed it on to the dead.
+        """
+        for owners in self._passed_on.values():
+            for owner in [owner for owner in owners if owner.node_id == node_id]:
+                del owners[owner]
+        return [Send(owner, RequestsLost(node_id)) for owner in self._passed_on.pop(node_id, {})]
 
     def counts_by_state(self) -> dict[str, float]:
         """Figures for people."""

@@ -85,7 +85,8 @@ class StoredValue(Part, frozen=True):
 
     object_id: str
     size_bytes: SizeBytes
-    node_ids: list[str]
+    node_ids: list[str]  # the primary copy's first; empty: the last copy is lost, and its owner may rebuild it
+    owner: Address | None = None  # told of copies; None: nobody keeps account of them
 
 
 class ValuePart(Part, frozen=True):
@@ -154,12 +155,21 @@ class TaskSpec(Part, frozen=True):
     extras: TaskExtras | None = None
 
 
+class UnreadablePart(Part, frozen=True):
+    """A stored value could not be read. `gone`: nodes that certainly have no copy; others only did not answer."""
+
+    object_id: str
+    gone: list[str]
+    text: str
+
+
 class ResultExtras(Part, frozen=True):
     """What only some results have."""
 
     value: ValuePart | None = None
     values: list[ValuePart] = []
     is_retryable: bool = False  # ERROR: of a class that the task's `retry_on` names
+    unreadable: UnreadablePart | None = None  # LOST
 
 
 class TaskResult(Part, frozen=True):
@@ -268,10 +278,11 @@ class RetireWorker(Message, frozen=True):
 
 
 class ResolveObject(Message, frozen=True):
-    """Tell me the value (or where it is) once there is one."""
+    """Tell me the value (or where it is) once there is one. `unreadable`: I know where it was, and it is not there."""
 
     request: int
     number: int
+    unreadable: UnreadablePart | None = None
 
 
 class ObjectResolved(Message, frozen=True):

@@ -207,12 +207,16 @@ class ReportPulled(TransferCommand, frozen=True):
 
 
 class ReportPullFailed(TransferCommand, frozen=True):
-    """Tell the requesters that there is no copy; `kind` is the store's refusal, or `lost`."""
+    """Tell the requesters that there is no copy; `kind` is the store's refusal, or `lost`.
+
+    `gone`: the sources that certainly have none; the others did not answer.
+    """
 
     object_id: str
     requesters: list[str]
     kind: str
     text: str
+    gone: list[str] = []
 
 
 # --- commands of ServingTable -----------------------------------------------------------------------------

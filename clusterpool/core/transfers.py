@@ -89,6 +89,7 @@ class Pull:
     in_flight: set[int] = field(default_factory=set)
     progress_s: float = 0.0
     trouble: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)  # sources that certainly have no copy
 
     def chunk_bytes(self, offset: int) -> int:
         return min(CHUNK_BYTES, self.size_bytes - offset)
@@ -150,7 +151,8 @@ class TransferTable:
         if pull is not None:
             pull.requesters[event.requester] = None
             for node_id in event.node_ids:
-                pull.failures_by_source.setdefault(node_id, 0)
+                if node_id not in pull.gone:
+                    pull.failures_by_source.setdefault(node_id, 0)
             return
         phase = Phase.WAITING if event.size_bytes else Phase.SIZING
         pull = Pull(
@@ -252,6 +254,7 @@ class TransferTable:
             else:
                 del pull.failures_by_source[event.node_id]
                 pull.trouble.append(f"{event.node_id}: the node is gone")
+                pull.gone.append(event.node_id)
                 if not pull.failures_by_source and pull.phase is Phase.WAITING:
                     self._fail(pull, "lost", self._lost_text(pull))
 
@@ -304,6 +307,8 @@ class TransferTable:
     def _give_up_source(self, pull: Pull, text: str, now_s: float, *, is_gone: bool) -> None:
         pull.trouble.append(f"{pull.source}: {text}")
         pull.failures_by_source[pull.source] += 1
+        if is_gone:
+            pull.gone.append(pull.source)
         if is_gone or pull.failures_by_source[pull.source] >= TRIES_MAX:
             del pull.failures_by_source[pull.source]
         self._close_source(pull)
@@ -322,7 +327,7 @@ class TransferTable:
 
     def _fail(self, pull: Pull, kind: str, text: str) -> None:
         self._drop(pull)
-        self._do(ReportPullFailed(pull.object_id, list(pull.requesters), kind, text))
+        self._do(ReportPullFailed(pull.object_id, list(pull.requesters), kind, text, pull.gone))
 
     def _drop(self, pull: Pull) -> None:
         if pull.phase in CLAIMING:

@@ -11,6 +11,7 @@ from clusterpool.core import joining as j
 from clusterpool.core import messages as m
 from clusterpool.core import package_messages as p
 from clusterpool.core import peer_messages as n
+from clusterpool.core import recovery_messages as r
 from clusterpool.core import transfer_messages as t
 from clusterpool.core import tunnel_messages as u
 
@@ -29,6 +30,7 @@ AnyMessage = Union[  # noqa: UP007
     c.PutItem, c.ReturnItem, c.CountItems, c.ReadCell, c.WriteCell, c.ForgetCarriers, c.MoveCarrier, c.CarrierMoved,
     c.CoordinationDone, c.CoordinationFailed, c.ReportStuck, c.CountHeld, c.HeldCounted,
     t.OpenTransfer, t.TransferOpened, t.TransferRefused, t.SendChunk, t.ChunkData, t.CloseTransfer,
+    r.CopyMade, r.CopyGone, r.PromoteCopy, r.RequestsLost,
     u.OpenTunnel, u.TunnelOpened, u.TunnelRefused, u.TunnelData, u.TunnelCredit, u.TunnelEnd, u.TunnelStop,
 ]  # fmt: skip
 

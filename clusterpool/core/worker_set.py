@@ -26,6 +26,7 @@ from clusterpool.core.messages import (
     TakeBackTasks,
     TaskResult,
     TasksFinished,
+    TaskStatus,
     WorkerDemand,
     WorkerPart,
 )
@@ -294,7 +295,7 @@ class WorkerSet:
         chunks = self.rescue.chunks
         others: list[tuple[Task, TaskResult]] = []
         for task, result in finished:
-            if task.spec.number not in chunks:
+            if task.spec.number not in chunks or result.status == TaskStatus.LOST:
                 others.append((task, result))
                 continue
             goes_on, commands = chunks.finished(task, result)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterable
 from typing import TYPE_CHECKING, Any
 
+from clusterpool.client.values import ObjectUnreadable
 from clusterpool.core import messages as m
 from clusterpool.core.messages import Address, TaskResult, TaskSpec, TaskStatus
 from clusterpool.worker.interrupts import Interrupted, Key
@@ -112,7 +113,7 @@ class ActorRunner:
                 runner.exit(exc)
                 return
             except BaseException as exc:
-                result = runner.calls.error(spec, exc)
+                result = runner.calls.error(spec, exc, is_loaded=not isinstance(exc, ObjectUnreadable))
             finally:
                 runner.drop_references(spec)
         self._finished(owner, result)

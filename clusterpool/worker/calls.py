@@ -11,9 +11,10 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from clusterpool import ids
-from clusterpool.client.values import INLINE_BYTES_MAX, NONE_PAYLOAD
+from clusterpool.client.values import INLINE_BYTES_MAX, NONE_PAYLOAD, ObjectUnreadable
 from clusterpool.core import messages as m
 from clusterpool.core.messages import Address, ResultExtras, TaskKind, TaskResult, TaskSpec, TaskStatus, ValuePart
+from clusterpool.errors import ObjectLost
 from clusterpool.processes.task_page import ITEM, ITEMS
 from clusterpool.serialization.exceptions import unpicklable_result
 from clusterpool.serialization.functions import loads_function
@@ -108,14 +109,15 @@ class CallRunner:
         references = [reference.part for reference in serialized.references]
         if references:
             runner.hand_over(owner, references)
-        number = spec.number
-        if spec.extras is not None and spec.extras.span is not None:
-            number += spec.extras.span.part  # another span's result may lie in this store under the task's own name
-        part = runner.runtime.values.part_of(serialized, ids.object_id(owner.process_id, number), references)
+        part = runner.runtime.values.part_of(serialized, _object_id(owner, spec), references, owner)
         return TaskResult(spec.number, TaskStatus.STORED, b"", ResultExtras(part))
 
     def error(self, spec: TaskSpec, exc: BaseException, *, is_loaded: bool = True) -> TaskResult:
         """An ERROR result; UNLOADABLE when the call could not even be made."""
+        if isinstance(exc, ObjectUnreadable) and spec.kind == TaskKind.CREATE_ACTOR:
+            exc = ObjectLost(str(exc))
+        if isinstance(exc, ObjectUnreadable) and not is_loaded:
+            return TaskResult(spec.number, TaskStatus.LOST, b"", ResultExtras(unreadable=exc.unreadable))
         name = spec.extras.name if spec.extras is not None else ""
         status = TaskStatus.ERROR if is_loaded else TaskStatus.UNLOADABLE
         payload = self._runner.dump(exc, name)
@@ -140,8 +142,7 @@ class CallRunner:
         if len(values) != returns:
             raise ValueError(f"the task has num_returns={returns}, but returned {len(values)} values")
         parts = [
-            self._runner.part_of(owner, item, ids.object_id(owner.process_id, spec.number + offset))
-            for offset, item in enumerate(values)
+            self._runner.part_of(owner, item, _object_id(owner, spec, offset)) for offset, item in enumerate(values)
         ]
         return TaskResult(spec.number, TaskStatus.MULTIPLE, b"", ResultExtras(None, parts))
 
@@ -177,7 +178,7 @@ class CallRunner:
         runner = self._runner
         if runner.interrupts.take(Key(owner, spec.number)):
             raise Interrupted
-        part: ValuePart = runner.part_of(owner, item, f"{owner.process_id}.{spec.number}s{index}")
+        part: ValuePart = runner.part_of(owner, item, f"{_object_id(owner, spec)}s{index}")
         runner.client.send(owner, m.StreamItem(spec.number, index, part))
         runner.let_go_of_part(part)
         size_bytes = part.stored.size_bytes if part.stored is not None else len(part.payload)
@@ -193,6 +194,15 @@ class CallRunner:
         instance = _call(cls, args, kwargs)
         runner.actor = ActorRunner(runner, instance, concurrency=spec.extras.concurrency)
         return TaskResult(spec.number, TaskStatus.OK, NONE_PAYLOAD)
+
+
+def _object_id(owner: Address, spec: TaskSpec, offset: int = 0) -> str:
+    """What attempts have made lies under a name of each, and so does what the spans of one chunk have."""
+    extras = spec.extras
+    if extras is None:
+        return ids.object_id(owner.process_id, spec.number + offset)
+    part = extras.span.part if extras.span is not None else 0
+    return ids.object_id(owner.process_id, spec.number + offset + part, extras.attempt)
 
 
 def _refuse_unnamed(values: Iterable[Any]) -> None:

@@ -377,4 +377,4 @@ class TaskRunner:
         references = [reference.part for reference in serialized.references]
         if references:
             self.hand_over(owner, references)
-        return self.runtime.values.part_of(serialized, object_id, references)
+        return self.runtime.values.part_of(serialized, object_id, references, owner)

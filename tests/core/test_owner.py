@@ -152,7 +152,7 @@ def test_nothing_is_kept_of_what_is_over() -> None:
         ended = owner.hear(NODE, m.WorkerExited(number, Address("n1", f"w{number}"), 0, "retired"))
         assert of_type(ended, e.SetEnded)
     machine = owner.machine
-    assert (machine.sets, machine.tasks, machine._targets, machine._set_by_process) == ({}, {}, {}, {})
+    assert (machine.sets, machine.tasks, machine.arguments.targets, machine._set_by_process) == ({}, {}, {}, {})
     assert machine.objects._watched == set()
 
 
