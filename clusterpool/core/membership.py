@@ -138,6 +138,10 @@ class Membership:
         """Whether a life of this node is known to be over; it may have come back, and be in the view again."""
         return node_id in self._ended_by_node
 
+    def ended_incarnation(self, node_id: str) -> int:
+        """The last life of this node that is known to be over; 0 when there is none."""
+        return self._ended_by_node.get(node_id, 0)
+
     def _change_state(self, event: Event) -> list[Command]:
         match event, self.state:
             case JoinRequested(record), State.OUTSIDE | State.LEFT:

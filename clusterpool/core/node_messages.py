@@ -351,11 +351,15 @@ class StopNode(Message, frozen=True):
 
 
 class Relay(Message, frozen=True):
-    """A message between processes of two nodes, on its way through theirs. `body`: the encoded message."""
+    """A message between processes of two nodes, on its way through theirs. `body`: the encoded message.
+
+    `incarnation`: of the node that it comes from; set on its way from there.
+    """
 
     destination: Address
     source: Address
     body: bytes
+    incarnation: int = 0
 
 
 class Undeliverable(Message, frozen=True):

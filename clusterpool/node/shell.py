@@ -119,7 +119,7 @@ class NodeShell:
             memory_threshold=config.memory_threshold,
         )
         if self.peers is not None:
-            self.routes = Routes(self.peers, self.machine.membership, self._hand_back)
+            self.routes = Routes(self.peers, self.machine.membership, self._hand_back, self.post)
         self._listener = stream.listen(paths.node_socket)
         self.watch(self._listener.fileno(), lambda _: self._accept())
         self.watch(self._post_fd, lambda _: self._read_posted())
@@ -262,6 +262,8 @@ class NodeShell:
                 self.stop(event.text)
             elif callable(event):  # what another thread wants this one to do
                 event()
+            elif isinstance(event, m.Relay):
+                self._relay(event)
             else:
                 self.handle(event)
         if not self._is_reported and self.machine.membership.is_settled:
@@ -409,14 +411,14 @@ class NodeShell:
 
     def _peers_ready(self) -> None:
         assert self.routes is not None
+        self._read_posted()  # what had come early goes ahead
         for node_id, frame in self.peers.receive():
-            if self.routes.is_from_the_dead(node_id):
-                continue
             try:
                 message = wire.decode(frame)
                 if not isinstance(message, m.Relay):
                     raise ProtocolError("nodes exchange relays only")
-                self._relay(message)
+                if self.routes.admits(node_id, message, monotonic()):
+                    self._relay(message)
             except (msgspec.MsgspecError, ProtocolError) as exc:
                 self.rejected_frames += 1
                 logger.warning("dropped a frame of node %s: %s", node_id, exc)

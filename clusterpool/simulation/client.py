@@ -39,6 +39,7 @@ _WORKER_MESSAGES = frozenset(
 )
 NUMBERS_APART = 1024
 BLOCK_PATIENCE_S = 0.001
+VAIN_ROUNDS_MAX = 3  # as in client/reading.py
 
 
 class Ref:
@@ -60,6 +61,14 @@ class Ref:
             self.is_held = False
             self._client.world.monitor.let_go(self._client, self.part)
             self._client.released.append((self.part.owner, self.part.number))
+
+
+class Unreadable(Exception):
+    """A stored value is not where it was said to be."""
+
+    def __init__(self, unreadable: m.UnreadablePart) -> None:
+        super().__init__(unreadable.text)
+        self.unreadable = unreadable
 
 
 class View:
@@ -344,6 +353,7 @@ class Client(Party):
     def _load_part(self, task: Task, part: ValuePart) -> None:
         def finish(outcome: Outcome) -> None:
             if part.stored is not None:
+                self.event(e.ResultRead(task.spec.number))
                 for node_id in part.stored.node_ids:
                     self.send(Address(node_id, node_id), m.FreeObjects([part.stored.object_id]))
             self.released.extend((reference.owner, reference.number) for reference in part.references)
@@ -354,7 +364,12 @@ class Client(Party):
             return
 
         def load() -> Steps:
-            outcome, view = yield from self.load_stored(part)
+            try:
+                outcome, view = yield from self.load_stored(part)
+            except Unreadable as exc:
+                self.released.extend((reference.owner, reference.number) for reference in part.references)
+                self.event(e.ResultUnreadable(task, exc.unreadable.text))
+                return
             if view is not None:
                 view.close()
             finish(outcome)
@@ -414,8 +429,8 @@ class Client(Party):
             raise Disconnected(self.closed_text)
         return answers[0]
 
-    def store(self, object_id: str, content: bytes) -> Steps:
-        """Write a value to the node's store; where it is, or the Outcome that says why not."""
+    def store(self, object_id: str, content: bytes, owner: Address) -> Steps:
+        """Write a value of `owner`'s to the node's store; where it is, or the Outcome that says why not."""
         answer = yield from self.ask(
             lambda request: m.CreateObject(request, object_id, len(content)),
             lambda: self.send(self.node, m.AbortObject(object_id)),
@@ -423,20 +438,25 @@ class Client(Party):
         if isinstance(answer, m.StoreFailed):
             if answer.kind != "exists":
                 return Outcome(answer.kind, 0, text=answer.text)
-            return m.StoredValue(object_id, len(content), [self.node.node_id])
+            return m.StoredValue(object_id, len(content), [self.node.node_id], owner)
         self.node_party.arena.write(answer.offset, content)
         self.send(self.node, m.SealObject(object_id))
-        return m.StoredValue(object_id, len(content), [self.node.node_id])
+        return m.StoredValue(object_id, len(content), [self.node.node_id], owner)
 
-    def part_of(self, object_id: str, number: int, size_bytes: int, references: list[Reference]) -> Steps:
-        """A value as a message carries it, or the Outcome that says why not."""
+    def part_of(
+        self, object_id: str, number: int, size_bytes: int, references: list[Reference], owner: Address
+    ) -> Steps:
+        """A value of `owner`'s as a message carries it, or the Outcome that says why not."""
         if size_bytes < STORED_BYTES_MIN:
             return ValuePart(payload=encode_payload(Payload("ok", number, size_bytes)), references=references)
-        stored = yield from self.store(object_id, content_of(number, size_bytes))
+        stored = yield from self.store(object_id, content_of(number, size_bytes), owner)
         return stored if isinstance(stored, Outcome) else ValuePart(stored=stored, references=references)
 
     def load(self, part: ValuePart) -> Steps:
-        """The outcome that a part stands for, and the view of it if it is stored."""
+        """The outcome that a part stands for, and the view of it if it is stored.
+
+        Raises: Unreadable.
+        """
         if part.stored is not None:
             result = yield from self.load_stored(part)
             return result
@@ -454,6 +474,8 @@ class Client(Party):
             lambda request: m.PinObject(request, stored), lambda: self.unpinned.append(stored.object_id)
         )
         if isinstance(answer, m.StoreFailed):
+            if answer.kind in ("lost", "freed"):
+                raise Unreadable(m.UnreadablePart(stored.object_id, answer.gone, answer.text))
             return Outcome(answer.kind, 0, text=answer.text), None
         assert isinstance(answer, m.ObjectPinned)
         content = self.node_party.arena.read(answer.offset, answer.size_bytes)
@@ -471,7 +493,7 @@ class Client(Party):
         if inner:
             self.event(e.ReferencesMade(inner))
         object_id = f"{self.address.process_id}.{object_number}"
-        part = yield from self.part_of(object_id, number, size_bytes, inner)
+        part = yield from self.part_of(object_id, number, size_bytes, inner, self.address)
         if isinstance(part, Outcome):
             self.released.extend((reference.owner, reference.number) for reference in inner)
             return part
@@ -481,16 +503,26 @@ class Client(Party):
     def get(self, ref: Ref) -> Steps:
         """The outcome of a reference; inside it are references that the caller may hold."""
         table = self.machine.objects.table
+        vain = 0
         self._drain()
         if table.value_of(ref.part) is None and ref.part.owner != self.address:
             self.event(e.ValueWanted(ref.part))
-        yield from self.wait_until(lambda: table.value_of(ref.part) is not None)
-        part = table.value_of(ref.part)
-        assert part is not None
-        outcome, view = yield from self.load(part)
-        if view is not None:
-            view.close()
-        return outcome
+        while True:
+            yield from self.wait_until(lambda: table.value_of(ref.part) is not None)
+            part = table.value_of(ref.part)
+            assert part is not None
+            try:
+                outcome, view = yield from self.load(part)
+            except Unreadable as exc:
+                vain += not exc.unreadable.gone
+                if vain >= VAIN_ROUNDS_MAX:
+                    return Outcome("object_lost", 0, text=exc.unreadable.text)
+                self.event(e.ValueUnreadable(ref.part, exc.unreadable))
+                self._drain()
+                continue
+            if view is not None:
+                view.close()
+            return outcome
 
     # --- tasks
 

@@ -179,9 +179,15 @@ class Monitor:
         self._nothing(client.name, "unfinished tasks", machine.tasks)
         self._nothing(client.name, "objects", machine.objects.table.owned)
         self._nothing(client.name, "borrowed objects", machine.objects.table.borrowed)
-        self._nothing(client.name, "tasks that wait for arguments", machine._targets)
+        self._nothing(client.name, "tasks that wait for arguments", machine.arguments.targets)
         self._nothing(client.name, "arguments", machine.objects._arguments)
         self._nothing(client.name, "questions about objects", machine.objects._asked)
+        recovery = machine.recovery
+        self._nothing(client.name, "lineage", recovery.lineage.by_task)
+        self._nothing(client.name, "lineage of objects", recovery.lineage.by_object)
+        self._nothing(client.name, "tasks that are run again", recovery.running)
+        self._nothing(client.name, "results that nobody has read", recovery.unread)
+        self._nothing(client.name, "names of stored objects", recovery._number_by_name)
         for worker_set in machine.sets.values():
             self._nothing(client.name, "leases", worker_set.held)
             self._nothing(client.name, "requests for workers", list(worker_set.requested))
@@ -202,6 +208,7 @@ class Monitor:
         self._nothing(node.name, "transfers out", objects.servings.serving_by_number)
         self._nothing(node.name, "pins asked for", objects._wanted)
         self._nothing(node.name, "takers", objects._takers)
+        self._nothing(node.name, "owners of copies", objects._owners)
         self._nothing(node.name, "files on disk", node.disk.files)
         if is_empty:
             self._nothing(node.name, "workers", scheduler.workers)

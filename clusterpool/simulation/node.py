@@ -53,7 +53,7 @@ class SimulatedNode(Party):
             is_head=False,
             process_ids=self._worker_names(),
         )
-        self.routes = Routes(self, self.machine.membership, self._hand_back)
+        self.routes = Routes(self, self.machine.membership, self._hand_back, self._posted.append)
         self.store = StoreClient(self)
         world.fabric.parties[node_id] = self
         world.fabric.receivers[node_id] = self._frame_arrived
@@ -96,7 +96,11 @@ class SimulatedNode(Party):
 
     def _read_posted(self) -> None:
         while self._posted and self.is_alive:
-            self._handle(self._posted.popleft())
+            posted = self._posted.popleft()
+            if isinstance(posted, m.Relay):
+                self._relay(posted)
+            else:
+                self._handle(posted)
 
     def _execute(self, command: Any) -> None:
         if isinstance(command, e.Send):
@@ -200,11 +204,10 @@ class SimulatedNode(Party):
         self.world.fabric.forget(self.node_id, node_id)
 
     def _frame_arrived(self, node_id: str, frame: bytes) -> None:
-        if self.routes.is_from_the_dead(node_id):
-            return
         message = wire.decode(frame)
         assert isinstance(message, m.Relay)
-        self._relay(message)
+        if self.routes.admits(node_id, message, self.now_s()):
+            self._relay(message)
         self._read_posted()
 
     # --- workers

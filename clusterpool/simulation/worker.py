@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from clusterpool import ids
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core.messages import Address, Message, Reference, ResultExtras, TaskResult, TaskSpec, TaskStatus
-from clusterpool.simulation.client import BLOCK_PATIENCE_S, Client, Ref, View
+from clusterpool.simulation.client import BLOCK_PATIENCE_S, Client, Ref, Unreadable, View
 from clusterpool.simulation.party import Host
 from clusterpool.simulation.programs import (
     Operation,
@@ -170,6 +171,8 @@ class Worker(Client):
             return (yield from self._returned(owner, spec, operation, number, references))
         except Interrupted:
             return TaskResult(spec.number, TaskStatus.CANCELLED, b"")
+        except Unreadable as exc:
+            return TaskResult(spec.number, TaskStatus.LOST, b"", ResultExtras(unreadable=exc.unreadable))
         except _Failed as failed:
             outcome = failed.outcome
             payload = Payload(outcome.kind, outcome.number, 8, outcome.text)
@@ -248,8 +251,9 @@ class Worker(Client):
     def _returned(
         self, owner: Address, spec: TaskSpec, operation: Operation, number: int, references: list[Reference]
     ) -> Steps:
-        object_id = f"{owner.process_id}.{spec.number}"
-        part = yield from self.part_of(object_id, number, operation.result_bytes, references)
+        attempt = spec.extras.attempt if spec.extras is not None else 1
+        object_id = ids.object_id(owner.process_id, spec.number, attempt)
+        part = yield from self.part_of(object_id, number, operation.result_bytes, references, owner)
         if isinstance(part, Outcome):
             self.released.extend((reference.owner, reference.number) for reference in references)
             raise _Failed(part)

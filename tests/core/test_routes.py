@@ -35,7 +35,8 @@ class Setting:
         self.membership.handle(ms.JoinRequested(record("na")), 0.0)
         self.membership.handle(ms.Registered(1), 0.0)
         self.returned: list[Relay] = []
-        self.routes = Routes(self.peers, self.membership, self.returned.append)
+        self.let_in: list[Relay] = []
+        self.routes = Routes(self.peers, self.membership, self.returned.append, self.let_in.append)
 
     def list_nodes(self, *node_ids: str, now_s: float = 0.0) -> None:
         nodes = [NodeEntry(record(node_id), 1, 1, 0.0) for node_id in ("na", *node_ids)]
@@ -91,12 +92,42 @@ def test_what_is_meant_for_a_dead_node_comes_back_at_once(setting: Setting) -> N
     assert [each.body for each in setting.returned] == [b"1"]
 
 
+def frame(incarnation: int, body: bytes = b"") -> Relay:
+    return Relay(Address("na", "d1"), Address("nb", "w1"), body, incarnation)
+
+
 def test_news_of_a_node_are_not_let_in_after_the_news_of_its_end(setting: Setting) -> None:
-    assert not setting.routes.is_from_the_dead("nb")  # not heard of yet
+    assert setting.routes.admits("nb", frame(1), 0.0)  # not heard of yet
     setting.list_nodes("nb")
-    assert not setting.routes.is_from_the_dead("nb")
+    assert setting.routes.admits("nb", frame(1), 0.0)
     setting.end("nb")
-    assert setting.routes.is_from_the_dead("nb")
+    assert not setting.routes.admits("nb", frame(1), 0.0)
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_what_a_node_sends_in_its_next_life_waits_until_that_is_known(setting: Setting, has_ended: bool) -> None:
+    setting.list_nodes("nb")
+    if has_ended:
+        setting.end("nb")
+    assert not setting.routes.admits("nb", frame(2, b"1"), 0.0)
+    assert not setting.routes.admits("nb", frame(2, b"2"), 0.0)
+    assert setting.let_in == []
+    nodes = [NodeEntry(record("na"), 1, 1, 0.0), NodeEntry(record("nb"), 2, 1, 0.0)]
+    setting.membership.handle(ms.NodesRead(NodesSnapshot(nodes)), 0.0)
+    setting.routes.joined("nb")
+    assert [each.body for each in setting.let_in] == [b"1", b"2"]
+    assert setting.routes.admits("nb", frame(2), 0.0)
+    assert not setting.routes.admits("nb", frame(1), 0.0)
+
+
+def test_a_life_that_never_begins_is_forgotten(setting: Setting) -> None:
+    setting.list_nodes("nb")
+    assert not setting.routes.admits("nb", frame(2), 1.0)
+    setting.routes.time_passed(1.0 + HOLD_S)
+    nodes = [NodeEntry(record("na"), 1, 1, 0.0), NodeEntry(record("nb"), 2, 1, 0.0)]
+    setting.membership.handle(ms.NodesRead(NodesSnapshot(nodes)), 8.0)
+    setting.routes.joined("nb")
+    assert setting.let_in == []
 
 
 def test_what_waits_is_bounded(setting: Setting) -> None:
