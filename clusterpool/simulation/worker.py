@@ -9,7 +9,7 @@ from clusterpool import ids
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core.messages import Address, Message, Reference, ResultExtras, TaskResult, TaskSpec, TaskStatus
-from clusterpool.simulation.client import BLOCK_PATIENCE_S, Client, Ref, Unreadable, View
+from clusterpool.simulation.client import BLOCK_PATIENCE_S, Client, Ref
 from clusterpool.simulation.party import Host
 from clusterpool.simulation.programs import (
     Operation,
@@ -21,6 +21,7 @@ from clusterpool.simulation.programs import (
     put_number,
     value_of,
 )
+from clusterpool.simulation.reading import Unreadable, View
 from clusterpool.simulation.threads import Disconnected, Interrupted, Pause, Steps, Thread, Wait
 
 if TYPE_CHECKING:
