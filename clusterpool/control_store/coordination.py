@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 from clusterpool.control_store import coordination_scripts as scripts
+from clusterpool.control_store.address import errors_mapped
 from clusterpool.control_store.scripts import Script
 from clusterpool.control_store.store import ControlStore
 from clusterpool.core.coordination_events import Contents
@@ -123,6 +124,13 @@ class CoordinationStore(ControlStore):
     def server_run(self) -> str:
         """Changes when another server answers, or the same one was restarted."""
         return self._server_run
+
+    def _entered(self, connection: Any, run: str) -> None:
+        script = scripts.ENTER_RUN
+        words = (script.source, "1", self.keys.prefix + "coordination_run", self.keys.prefix + "token_base", run)
+        connection.send_command("EVAL", *words, check_health=False)
+        with errors_mapped(self.address):
+            connection.read_response()
 
     def create(self, number: int, name: str, kind: str, maximum: int, contents: Contents) -> bool:
         tokens = len(contents.items) if kind == "channel" else contents.tokens

@@ -41,6 +41,11 @@ local function is_there(name) return redis.call('EXISTS', carrier(name)) == 1 en
 -- Give a token to a waiter, who holds it from then on; but those of kind 'semaphore' are signals, which nobody holds.
 local function grant(name, waiter)
   local token = redis.call('HINCRBY', carrier(name), 'token', 1)
+  local base = tonumber(redis.call('GET', PREFIX .. 'token_base') or '0')
+  if token <= base then
+    token = base + 1
+    redis.call('HSET', carrier(name), 'token', string.format('%.0f', token))
+  end
   local kind = redis.call('HGET', carrier(name), 'kind')
   if kind == 'semaphore' then
     redis.call('HDEL', waits(waiter), waiter)
@@ -114,6 +119,20 @@ local function take(waiter, is_patient)
   return -1
 end
 """.replace("LAST_OPERATION_TTL_S", str(LAST_OPERATION_TTL_S))
+
+# KEYS[1]: which run of a server was used last. ARGV: the key of the token base, this run. A server that was restarted,
+# or has taken over, may hold an older state than the one from which tokens were granted. They are never granted twice
+# all the same: from now on they are above any that time can have brought (2^20 a second are more than a server can).
+ENTER_RUN = Script(
+    """
+local last = redis.call('GET', KEYS[1])
+if last == ARGV[2] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2])
+if not last then return 0 end
+redis.call('SET', ARGV[1], string.format('%.0f', tonumber(redis.call('TIME')[1]) * 1048576))
+return 1
+"""
+)
 
 _KNOWN = "if not is_there(NAME) then return {-2} end\n"
 

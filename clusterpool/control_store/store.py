@@ -424,6 +424,11 @@ class ControlStore:
         with contextlib.suppress(ResponseError):
             connection.send_command("CLIENT", "ID", check_health=False)
             self._connection_id = int(connection.read_response())
+        if not is_same_server:
+            self._entered(connection, run)
+
+    def _entered(self, connection: Any, run: str) -> None:
+        """The first connection to this run of a server; nothing was sent to it yet."""
 
 
 def _encoded(command: tuple[Any, ...]) -> list[Any]:

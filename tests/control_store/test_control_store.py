@@ -22,10 +22,12 @@ import pytest
 
 from clusterpool.control_store import scripts
 from clusterpool.control_store.address import connect_to_server
+from clusterpool.control_store.coordination import CoordinationStore
 from clusterpool.control_store.port import EventsLost
-from clusterpool.control_store.server import ServerProcess, find_server_binary
+from clusterpool.control_store.server import APPEND_ONLY_FOLDER, ServerProcess, find_server_binary
 from clusterpool.control_store.store import ControlStore
 from clusterpool.core.cluster_view import NodeLoad, NodeRecord
+from clusterpool.core.coordination_events import Contents
 from clusterpool.core.membership import HeartbeatAnswer
 from clusterpool.errors import AuthenticationFailed, NotConnected, ProtocolError, StoreFull
 from tests.control_store.servers import PASSWORD, embedded_server, running, short_folder, tcp_server, wait_for
@@ -269,6 +271,35 @@ def test_store_that_lost_everything_takes_its_nodes_back() -> None:
             other.close()
 
 
+def test_an_older_state_of_the_store_grants_no_token_a_second_time() -> None:
+    with short_folder() as folder, running(folder / "s", unix_socket_path=folder / "sock", appendonly=True) as server:
+        store = CoordinationStore.connect(server.url)
+        store.serve("n1")
+        store.create(1, "j-p-1", "lock", 1, Contents(tokens=1))
+        tokens = [store.acquire(2, "j-p-1", "n1/p1/1", False)[1]]
+        assert tokens == [1]
+        shutil.copytree(folder / "s" / APPEND_ONLY_FOLDER, folder / "older")
+        number = 2
+        for request in range(2, 12):
+            number += 2
+            assert store.end_process(number, "n1/p1/")
+            tokens.append(store.acquire(number + 1, "j-p-1", f"n1/p1/{request}", False)[1])
+        os.kill(server.pid, signal.SIGKILL)
+        wait_for(lambda: not server.is_running())
+        shutil.rmtree(folder / "s" / APPEND_ONLY_FOLDER)
+        (folder / "older").rename(folder / "s" / APPEND_ONLY_FOLDER)
+        server.start_again()
+        server.wait_ready()
+        # It believes that the first holder has it still.
+        assert store.acquire(100, "j-p-1", "n1/p2/1", False)[0] == 0
+        assert store.end_process(101, "n1/p1/")
+        for number in range(102, 110, 2):
+            tokens.append(store.acquire(number, "j-p-1", f"n1/p2/{number}", False)[1])
+            assert store.end_process(number + 1, "n1/p2/")
+        assert tokens == sorted(set(tokens)) and len(tokens) == 15
+        store.close()
+
+
 # TLS: the server of the wheel is built without it, so a proxy of our own speaks it
 
 
@@ -443,7 +474,8 @@ def test_without_a_number_changes_wait_for_a_replica_while_there_is_one(caplog: 
         with tcp_server(replica_of=("127.0.0.1", port_of(master))) as replica:
             wait_for(lambda: has_replica(master))
             store._look_again_s = 0.0
-            store.put_value("k", b"v")
+            # A replica that has only just come may be late with its first confirmation.
+            wait_for(lambda: is_put(store, b"v"))
             assert "has a replica again" in caplog.text
             with connected(replica.url, password=PASSWORD) as reader:
                 assert reader.get_value("k") == b"v"
@@ -482,6 +514,14 @@ class Relayed:
     def dial(self) -> socket.socket:
         self.dialed += 1
         return self._connect()
+
+
+def is_put(store: ControlStore, value: bytes) -> bool:
+    try:
+        store.put_value("k", value)
+    except NotConnected:
+        return False
+    return True
 
 
 def can_connect(url: str) -> bool:
