@@ -2,7 +2,7 @@
 
     pending (no address yet) --> alive --> dead
        calls queue                calls are sent at once, in the order of submission; a call that waits for an
-                                  argument holds back those behind it
+                                  argument holds back those behind it, and so do OUTSTANDING_MAX without a result
 
 The creator also holds the lease of the actor's worker and sends the creation task ahead of every call.
 """
@@ -29,6 +29,12 @@ from clusterpool.core.owner_events import Command, FailTasks, Send
 
 # What one message holds at most: the actor's results come back at least this often.
 BATCH_MAX = 1000
+# What an actor that does not keep up has to hold of one caller; the rest waits here. More calls than run at once in any
+# actor in sight, so that calls which wait for one another are all there.
+OUTSTANDING_MAX = 10_000
+# The same in bytes, beyond what runs at once by default in an actor with coroutines (1000).
+OUTSTANDING_BYTES_MAX = 64 * 1024 * 1024
+_ALWAYS_SENT = 1000
 
 
 class ActorChannel:
@@ -51,6 +57,7 @@ class ActorChannel:
         self.is_held = False  # our calls keep it alive
         self.is_released = False  # the creator: nobody has a handle any more
         self.is_retiring = False
+        self._outstanding_bytes = 0
         self.streams: set[int] = set()  # numbers of unfinished calls that are generators
 
     @property
@@ -80,16 +87,24 @@ class ActorChannel:
         queue = self.queue
         while queue:
             tasks: list[Task] = []
-            while queue and len(tasks) < BATCH_MAX and queue[0].spec.number not in self.waiting:
+            while queue and len(tasks) < BATCH_MAX and queue[0].spec.number not in self.waiting and self._has_room():
                 task = queue.popleft()
                 if not task.is_cancelled:
                     tasks.append(task)
                     task.worker = address.process_id
                     self.outstanding[task.spec.number] = task
+                    self._outstanding_bytes += len(task.spec.payload)
             if not tasks:
                 break
             batches.append((tasks, Send(address, StartTasks([], [task.spec for task in tasks]))))
         return batches
+
+    def _has_room(self) -> bool:
+        count = len(self.outstanding)
+        if not count:
+            self._outstanding_bytes = 0
+        is_small = count < _ALWAYS_SENT or self._outstanding_bytes < OUTSTANDING_BYTES_MAX
+        return count < OUTSTANDING_MAX and is_small
 
     def finished(self, results: list[TaskResult]) -> list[tuple[Task, TaskResult]]:
         """Match results with their calls."""
@@ -97,6 +112,7 @@ class ActorChannel:
         for result in results:
             task = self.outstanding.pop(result.number, None)
             if task is not None:
+                self._outstanding_bytes -= len(task.spec.payload)
                 finished.append((task, result))
         return finished
 

@@ -204,6 +204,8 @@ class OwnerActors:
             commands += self._created(channel, result)
         worker = m.WorkerPart(source, 0, "", channel.lease)
         commands += self._owner.settle(rest, worker, channel)
+        if channel.queue:
+            commands += self.send_ready(channel)
         return commands + self._let_go_if_done(channel)
 
     def has_lease(self, address: Address) -> bool:

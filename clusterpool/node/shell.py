@@ -38,6 +38,7 @@ from clusterpool.errors import ProtocolError
 from clusterpool.node.coordination import NodeCoordination
 from clusterpool.node.descriptors import Descriptors
 from clusterpool.node.disk import DiskThread
+from clusterpool.node.log_lines import LogLineSender
 from clusterpool.node.memory import MemoryWatch
 from clusterpool.node.packages import PackageThread
 from clusterpool.node.store_route import RELAY_NAME
@@ -81,6 +82,7 @@ class NodeShell:
         self.host = socket.gethostname()
         self.workers = WorkerProcesses(self, zygote)
         self.memory = MemoryWatch(self)
+        self.log_lines = LogLineSender(self)
         self.store = StoreThread(
             self.config,
             self.post,
@@ -215,6 +217,7 @@ class NodeShell:
                 if now_s - self._last_tick_s >= TICK_S:
                     self._last_tick_s = now_s
                     self.handle(e.TimePassed())
+                    self.log_lines.time_passed(now_s)
                     if self.routes is not None:
                         self.routes.time_passed(now_s)
                     if not self.store.is_started and now_s - self._started_s > STORE_DELAY_S:
@@ -386,7 +389,9 @@ class NodeShell:
                 self.handle(e.MessageArrived(relay.source, message))
         else:
             connection = self.connections.get(destination.process_id)
-            if connection is not None:
+            if connection is not None and connection.has_unsent and self.log_lines.holds_back(relay):
+                pass
+            elif connection is not None:
                 connection.send(relay)
                 self._watch_output(connection)
             elif relay.source.node_id != self.node_id or relay.source.process_id != self.node_id:
@@ -464,6 +469,7 @@ class NodeShell:
         else:
             logger.warning("node %s: node %s is gone: %s", self.node_id, command.node_id, command.text)
             self.routes.lost(command.node_id)
+            self.log_lines.forget(command.node_id)
             self.descriptors.tunnels.node_gone(command.node_id)
         if self.store.route is not None:
             peers = self.machine.membership.view.trusted_peers()

@@ -149,7 +149,7 @@ class WorkerProcesses:
         if lines:
             stream = 1 if pipe.stream == "stdout" else 2
             message = m.LogLines(worker.name, worker.pid, self._shell.node_id, stream, lines)
-            self._shell.send(worker.job.owner, message)
+            self._shell.log_lines.send(worker.job.owner, message)
 
     def _exited(self, event: WorkerExited) -> None:
         worker = self._workers.pop(event.worker_id, None)

@@ -8,6 +8,7 @@ Not thread-safe: the owner of a connection (a client under its lock, a node's on
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import struct
@@ -18,11 +19,17 @@ from clusterpool.core.messages import Message
 from clusterpool.core.wire import encode_into
 from clusterpool.errors import ProtocolError
 
+logger = logging.getLogger(__name__)
+
 # A frame holds a batch of tasks whose payloads are small (large values travel through the arena), or one chunk of a
 # transfer. More than this is no message of ours.
 FRAME_BYTES_MAX = 256 * 1024 * 1024
 # Large enough for a batch of some thousand tasks to go out in one system call; the kernel may grant less.
 SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
+# What waits for a peer that does not read. Each kind of message is bounded where it is made (tasks by dispatch, items
+# of generators, output, tunnels by their windows), far below this: what comes here is a fault, and a process that has
+# lost a connection says so, while one that has used up the memory takes others with it.
+UNSENT_BYTES_MAX = 1024 * 1024 * 1024
 _RECEIVE_BYTES = 256 * 1024
 _LENGTH = struct.Struct("<I")
 # Shared by all connections of a process: its one loop reads one at a time. (`recv` would allocate this much for each
@@ -89,6 +96,16 @@ class Connection:
         rest = memoryview(bytes(memoryview(frame)[sent:]))
         self._out.append(rest)
         self._out_bytes += len(rest)
+        if self._out_bytes > UNSENT_BYTES_MAX:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """The other side does not read: cut it off. Our reading side finds the end of the stream and reports it."""
+        logger.error("a peer (%s) did not read %d bytes: its connection is closed", self.peer, self._out_bytes)
+        self._out.clear()
+        self._out_bytes = 0
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     def flush(self) -> None:
         """Go on sending what had to wait."""

@@ -5,7 +5,7 @@ import pytest
 
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
-from clusterpool.core.actors import BATCH_MAX, ActorChannel
+from clusterpool.core.actors import BATCH_MAX, OUTSTANDING_BYTES_MAX, OUTSTANDING_MAX, ActorChannel
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import Address, Reference, TaskStatus, WorkerKind
 from tests.core.machines import DRIVER, NODE, Owner, make_result, make_task, make_worker, sent
@@ -48,6 +48,30 @@ def test_many_calls_travel_in_bounded_batches() -> None:
     channel = ActorChannel(ALIVE)
     channel.submit(calls(*range(BATCH_MAX + 5)))
     assert [len(batch) for batch in batches(channel)] == [BATCH_MAX, 5]
+
+
+@pytest.mark.parametrize(
+    ("payload_bytes", "sent_count"),
+    [(10, OUTSTANDING_MAX), (100_000, 1000), (50_000, OUTSTANDING_BYTES_MAX // 50_000 + 1)],
+)
+def test_an_actor_that_does_not_answer_gets_only_so_much(payload_bytes: int, sent_count: int) -> None:
+    channel = ActorChannel(ALIVE)
+    payload = b"x" * payload_bytes
+    channel.submit([make_task(number, function=0, payload=payload) for number in range(OUTSTANDING_MAX + 5)])
+    assert sum(map(len, batches(channel))) == sent_count
+    assert batches(channel) == []
+    channel.finished([make_result(number) for number in range(sent_count)])
+    assert batches(channel)[0][0] == sent_count  # what is left goes on where it stopped
+
+
+def test_results_of_an_actor_let_later_calls_go() -> None:
+    owner = Creator()
+    owner.create()
+    owner.be_granted()
+    owner.finish("w1", make_result(10))
+    owner.call(*range(10_000, 10_000 + OUTSTANDING_MAX + 3))
+    commands = owner.hear(HOME, m.TasksFinished([make_result(10_000), make_result(10_001)], 0))
+    assert started(commands) == [10_000 + OUTSTANDING_MAX, 10_000 + OUTSTANDING_MAX + 1]
 
 
 def test_cancelled_calls_are_left_out() -> None:

@@ -216,3 +216,16 @@ def test_a_socket_file_that_a_dead_process_left_is_replaced(tmp_path: Path) -> N
     listener = stream.listen(path)
     stream.connect(path).close()
     listener.close()
+
+
+def test_a_peer_that_never_reads_is_cut_off_at_last(
+    pair: tuple[Connection, Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "UNSENT_BYTES_MAX", 30_000_000)
+    left, right = pair
+    for _ in range(40):
+        left.send(m.LogLines("task", 1, "n1", 1, ["x" * 1_000_000]))
+        assert left.unsent_bytes <= 30_000_000
+    assert not left.has_unsent
+    assert is_at_end(left)  # its owner hears of it as of any other end
+    assert any(right.receive()[1] for _ in range(100))
