@@ -357,6 +357,8 @@ class NodeShell:
         if isinstance(hello, m.Hello) and self.connections.get(hello.address.process_id) is connection:
             del self.connections[hello.address.process_id]
             self.packages.forget(hello.address)
+            if hello.kind == "driver":  # it may have been killed
+                self.paths.process_socket(hello.address.process_id).unlink(missing_ok=True)
             self.handle(e.ProcessLeft(hello.address, sent_rubbish))
 
     # --- sending

@@ -13,7 +13,7 @@ from clusterpool.config import PATCHING_SETUP, WORKER_SETUP_VARIABLE
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
 from clusterpool.errors import StartFailed
-from clusterpool.processes.logs import LogPipe, WorkerLog
+from clusterpool.processes.logs import LogPipe, WorkerLog, prune_logs
 from clusterpool.processes.sweep import SESSION_VARIABLE
 from clusterpool.processes.task_page import read_task_page, task_page_path
 from clusterpool.processes.worker_end import explain_end
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# After so many workers with a log have ended, the oldest logs beyond LOG_FILES_MAX are removed.
+PRUNE_EVERY = 100
 # What the first thing that a `Process` is sent names.
 _PROCESS_MODULE = "clusterpool.multiprocessing.popen_cluster"
 
@@ -47,6 +49,7 @@ class WorkerProcesses:
         self._zygote = zygote
         self._workers: dict[str, _WorkerProcess] = {}
         self._preloaded: set[str] = set()
+        self._ended_logs = 0
 
     def open(self) -> None:
         """Listen to the zygote."""
@@ -161,8 +164,10 @@ class WorkerProcesses:
                 self._pass_on(worker, pipe, [line.text for line in [*pipe.read(), *pipe.close()]])
         if worker.log is not None:
             worker.log.close()
+            self._prune_logs()
         # Results that it had sent must arrive before the news of its end.
         self._shell.drain(event.worker_id)
+        self._shell.paths.process_socket(event.worker_id).unlink(missing_ok=True)  # a killed one could not
         task = read_task_page(task_page_path(self._shell.paths.process_sockets_folder, event.worker_id))
         was_killed = event.exit_code == -signal.SIGKILL
         memory = self._shell.memory.free_text() if was_killed else ""
@@ -171,6 +176,15 @@ class WorkerProcesses:
             memory=memory, is_kernels_doing=was_killed and self._shell.memory.kernel_has_killed(), log=worker.log,
         )  # fmt: skip
         self._shell.handle(e.WorkerEnded(event.worker_id, event.exit_code, text, task, event.peak_rss_bytes, cause))
+
+    def _prune_logs(self) -> None:
+        """Now and then: a look at all files for each worker that ends would cost more than the worker."""
+        self._ended_logs += 1
+        if self._ended_logs % PRUNE_EVERY:
+            return
+        logs = [worker.log for worker in self._workers.values() if worker.log is not None]
+        in_use = [path for log in logs for path in (log.path, log.older_path)]
+        prune_logs(self._shell.paths.logs_folder, in_use=[*in_use, self._shell.paths.node_log])
 
     def _who(self, worker: _WorkerProcess, event: WorkerExited) -> str:
         return f"worker {event.worker_id} ({worker.name or 'task'}, pid {event.pid}) on node {self._shell.node_id}"
