@@ -557,6 +557,6 @@ _WORKER_MESSAGES = frozenset(
     {m.SetupWorker, m.StartTasks, m.ForgetFunctions, m.TakeBackTasks, m.CancelTasks, m.RetireWorker, m.StreamTaken}
 )
 _REPLIES = frozenset(
-    {m.ObjectCreated, m.ObjectPinned, m.StoreFailed, m.ActorLocated, m.ClusterDescribed, PackageAnswer}
+    {m.ObjectCreated, m.ObjectPinned, m.ObjectOnDisk, m.StoreFailed, m.ActorLocated, m.ClusterDescribed, PackageAnswer}
     | {CoordinationDone, CoordinationFailed}
 )

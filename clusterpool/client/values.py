@@ -203,11 +203,13 @@ class Values:
         client.request_nowait(lambda request: m.PinObject(request, stored), answered)
 
     def loaded(self, stored: m.StoredValue, answer: m.Message) -> Any:
-        """The value in the pages that the node has pinned for us."""
+        """The value in the pages that the node has pinned for us, or in a file of it."""
         if isinstance(answer, m.StoreFailed):
             if answer.kind in _UNREADABLE:
                 raise ObjectUnreadable(m.UnreadablePart(stored.object_id, answer.gone, answer.text))
             raise make_error(answer.kind, answer.text)
+        if isinstance(answer, m.ObjectOnDisk):
+            return loads_packed(self._read_spilled(stored))
         assert isinstance(answer, m.ObjectPinned)
         client, object_id = self._client, stored.object_id
         if answer.is_scarce:
@@ -216,3 +218,11 @@ class Values:
             return loads_packed(copied)
         anchor = self.arena.read_anchor(answer.offset, answer.size_bytes, lambda: client.unpin(object_id))
         return loads_packed(anchor)
+
+    def _read_spilled(self, stored: m.StoredValue) -> bytearray:
+        from clusterpool.object_store.spill import SpillFolder
+
+        assert self._client.registered is not None
+        content = bytearray(stored.size_bytes)
+        SpillFolder(self._client.registered.spill_folder).read(stored.object_id, memoryview(content))
+        return content

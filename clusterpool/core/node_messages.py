@@ -52,6 +52,7 @@ class Registered(Message, frozen=True):
     arena_bytes: int
     processes_folder: str
     num_cpus: float
+    spill_folder: str = ""
 
 
 class LeaveNode(Message, frozen=True):
@@ -237,6 +238,12 @@ class ObjectPinned(Message, frozen=True):
     offset: int
     size_bytes: int
     is_scarce: bool = False
+
+
+class ObjectOnDisk(Message, frozen=True):
+    """The object is on disk and there is no room to bring it back, nor will there be soon: read its file yourself."""
+
+    request: int
 
 
 class UnpinObjects(Message, frozen=True):

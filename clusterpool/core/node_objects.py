@@ -203,6 +203,10 @@ class NodeObjects:
 
     def _pin_refused(self, command: s.ReplyMissing | s.RefusePin) -> Commands:
         is_gone = isinstance(command, s.ReplyMissing)
+        if not is_gone and not command.client.startswith(_SERVE):
+            # Its file stays as long as the object does, which whoever asks keeps alive.
+            self._wanted.pop((command.client, command.request), None)
+            return [Send(Address(self.node_id, command.client), m.ObjectOnDisk(command.request))]
         if command.client.startswith(_SERVE):
             return self._serve(t.ServingRefused(command.request, is_gone, command.text))
         stored = self._wanted.get((command.client, command.request))

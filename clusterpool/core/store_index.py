@@ -271,6 +271,10 @@ class StoreIndex:
     def _on_tick(self, event: Tick, now_s: float) -> None:
         for object_id in [name for name in self.queue if self.objects[name].deadline_s <= now_s]:
             self._refuse_queued(self.objects[object_id], Refusal.STORE_FULL, now_s)
+        if self._disk_failed_s is not None and not self.spilling_bytes:
+            # What is on the full disk is read from there: its reader may be the one who makes room.
+            for object_id in [name for name in self.queue if self.objects[name].state is State.RECALLED]:
+                self._refuse_queued(self.objects[object_id], Refusal.DISK_FULL, now_s)
         head = self._head()
         if head is None or self._disk_failed_s is None or not self.spillable.room_by_id:
             return

@@ -346,6 +346,7 @@ class NodeShell:
         answer = m.Registered(
             self.node_id, self.config.cluster_id, self.host, str(self.arena.path), self.arena.capacity_bytes,
             str(self.paths.process_sockets_folder), max(total, self.config.num_cpus),
+            str(self.config.spill_path),
         )  # fmt: skip
         connection.send(answer)
         self.handle(e.ProcessJoined(hello.address, hello.kind, hello.pid, message.job, message.wants_logs))

@@ -290,6 +290,22 @@ def test_a_restore_without_room_is_refused_but_not_lost() -> None:
     assert [type(command) for command in store.pin("a")] == [RestoreObject]
 
 
+def test_what_is_on_a_full_disk_is_read_from_there() -> None:
+    """Room can only come from readers who take what is there, one after the other."""
+    store = Store()
+    store.make("a", 8)
+    store.spill_away("a")
+    store.make("b", 8)
+    assert [type(command) for command in store.pin("a")] == [SpillObject]
+    assert store(SpillFailed("b", "no space left on /spill")) == []
+    (refusal,) = store.tick(0.5)
+    assert isinstance(refusal, RefusePin)
+    assert (refusal.object_id, refusal.kind) == ("a", Refusal.DISK_FULL)
+    store(ObjectFreed("a"))
+    store(ObjectFreed("b"))
+    assert not store.index.objects
+
+
 def test_a_damaged_file_means_a_lost_object() -> None:
     store = Store()
     store.make("a", 8)
