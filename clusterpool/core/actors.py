@@ -82,6 +82,7 @@ class ActorChannel:
                 return []
             self.is_creation_sent = True
             self.outstanding[creation.spec.number] = creation
+            self._outstanding_bytes += len(creation.spec.payload)
             parts = [FunctionPart(creation.spec.function, functions[creation.spec.function])]
             batches.append(([creation], Send(address, StartTasks(parts, [creation.spec]))))
         queue = self.queue
