@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from clusterpool.client import current, sleeps
+from clusterpool.client.frames import is_put_off
 from clusterpool.client.values import INLINE_BYTES_MAX, ObjectUnreadable
 from clusterpool.core import messages as m
 from clusterpool.core.messages import Address
@@ -256,7 +257,9 @@ class Channel:
                 if self._feeder is None:
                     break
                 self._flushers.append(lock)
-            is_sent = sleeps.acquire(lock, SLICE_S if patience_s is None else patience_s)
+            box: deque[bool] = deque()
+            sleeps.acquire(lock, SLICE_S if patience_s is None else patience_s, box)
+            is_sent = box[0]
             if not is_sent and (self._client.is_closed or (patience_s is not None and len(self._waiting) == count)):
                 break
         return not self._waiting
@@ -295,13 +298,23 @@ class Channel:
     def _wait(self, receiver: socket.socket) -> bytes:
         """The next message, or b"" when the channel has moved."""
         while True:
+            box: deque[bytes] = deque()
             try:
                 # Not by `poll`: the kernel wakes one of those who wait in `recv`, but all of those who poll.
-                return sleeps.receive(receiver, _MESSAGE_BYTES_MAX)
+                sleeps.receive(receiver, _MESSAGE_BYTES_MAX, box)
             except BlockingIOError:
                 self._client.check_open()
                 if self._has_moved():
                     return b""
+                continue
+            except BaseException as exc:
+                # Ctrl-C at the moment when the message came: that must not be lost with it.
+                if not box or not box[0]:
+                    raise
+                if not is_put_off(exc):
+                    self._put(box[0])
+                    raise
+            return box[0]
 
     def _wait_until(self, receiver: socket.socket, deadline_s: float) -> bytes | None:
         poller = select.poll()

@@ -45,6 +45,14 @@ def may_raise(frame: FrameType | None, callers: frozenset[CodeType] = frozenset(
     return not callers  # a program's own thread starts with the user's code, a worker's with ours
 
 
+def is_put_off(exc: BaseException) -> bool:
+    """Put off a Ctrl-C that has been raised already, if it is one: what it fell into goes on to its end."""
+    if type(exc) is not KeyboardInterrupt or threading.current_thread() is not threading.main_thread():
+        return False
+    interrupt_later()
+    return True
+
+
 def interrupt_later() -> None:
     """Send the main thread another SIGINT, when our code will have been done; from a signal handler."""
     # A bare thread: `threading` has locks of its own, which the interrupted code may hold.

@@ -6,11 +6,13 @@ Forks of a process and children that the standard library started cannot be aske
 
 from __future__ import annotations
 
+import os
 import threading
 from time import monotonic, sleep
 from typing import Any
 
-from clusterpool.processes.token_records import BUSY, GIVEN, HELD, register
+from clusterpool.errors import NotConnected
+from clusterpool.processes.token_records import BUSY, GIVEN, HELD, has_moved, register
 
 # It looks again and again rather than sleep in C, where it may have a token that is not written down yet.
 _PAUSE_MIN_S = 0.0001
@@ -29,9 +31,13 @@ class RecordedTokens:
         self._lock = threading.RLock()
 
     def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
-        """As SemLock's; None waits for ever."""
+        """As SemLock's; None waits for ever.
+
+        Raises: NotConnected when there is nothing to be had here any more, because it has moved to the control store.
+        """
         if self._take():
             return True
+        self._check_thin()
         if not block:
             return False
         deadline_s = None if timeout is None else monotonic() + timeout
@@ -41,7 +47,17 @@ class RecordedTokens:
             pause_s = min(2 * pause_s, _PAUSE_MAX_S)
             if self._take():
                 return True
+            if pause_s == _PAUSE_MAX_S:
+                self._check_thin()
         return False
+
+    def _check_thin(self) -> None:
+        if has_moved(self._home, self._name):
+            raise NotConnected(
+                f"the lock or semaphore {self._name} is used on several nodes now, but process {os.getpid()} "
+                "was forked, or started by the standard library, and belongs to no cluster; start it with "
+                "clusterpool.multiprocessing.Process, or pass the lock to another host only when it has ended"
+            )
 
     def _take(self) -> bool:
         with self._lock:

@@ -18,12 +18,14 @@ import os
 import threading
 import weakref
 from _multiprocessing import SemLock, sem_unlink  # type: ignore[import-not-found]
+from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from clusterpool.client import api, current, sleeps
+from clusterpool.client.frames import is_put_off
 from clusterpool.client.recorded_tokens import RecordedTokens
-from clusterpool.client.token_counts import HeldTokens
+from clusterpool.client.token_counts import HeldTokens, held_by_nobody
 from clusterpool.errors import LockLost, ObjectLost
 from clusterpool.processes.thin_files import semaphore_name
 from clusterpool.processes.token_records import mark_as_signal, remove_records
@@ -49,8 +51,6 @@ _ALWAYS_LOOK = -1  # is on no page
 
 # A semaphore that is unpickled twice is one object, so that all its copies agree on who holds it.
 _known: weakref.WeakValueDictionary[str, Semaphore] = weakref.WeakValueDictionary()
-# What was collected while this process held tokens of it: it is unpickled with them, perhaps, by the next task.
-_held_by_nobody: dict[str, tuple[Any, Any]] = {}
 
 
 class Semaphore:
@@ -70,6 +70,7 @@ class Semaphore:
         "_held",
         "_holder",
         "_is_disowned",
+        "_kept_cells",
         "_page",
         "_post",
         "_recorded",
@@ -123,6 +124,8 @@ class Semaphore:
         self._release: weakref.ref[Any] | None = None  # as a function, which has `acquire`; see `functions`
         self._rewire: Callable[[], None] | None = None  # tells them where they lead now
         self._cells: weakref.WeakSet[Cell] | None = None
+        # Those that have been refreshed: what is changed in one must be published, though its last object goes before.
+        self._kept_cells: list[Cell] = []
         # Of what came from the control store, as SemLock counts what is thin.
         self._held = 0
         self._holder = 0
@@ -141,24 +144,26 @@ class Semaphore:
         self._coordination = coordination
         if coordination is not None:
             self._page = coordination.page.cast("Q")
+            if self.is_owned and self.maxvalue == SEM_VALUE_MAX:
+                coordination.counts.settle_at_exit(self)
         elif self.is_owned:
             self._be_recorded()
 
     def _be_recorded(self) -> None:
-        self._recorded = RecordedTokens(self._thin, self.home, self.name, is_recursive=self.kind == RECURSIVE_MUTEX)
-        self._try, self._post = self._recorded.acquire, self._recorded.release
+        recorded = RecordedTokens(self._thin, self.home, self.name, is_recursive=self.kind == RECURSIVE_MUTEX)
+        self._recorded, self._try, self._post = recorded, recorded.acquire, recorded.release
         self._wire_anew()
 
     def _wire_anew(self) -> None:
         if self._rewire is not None:
             self._rewire()
 
-    def __del__(self, held_by_nobody: Any = _held_by_nobody) -> None:
+    def __del__(self, kept: Any = held_by_nobody) -> None:
         thin = getattr(self, "_thin", None)
         if thin is None or not thin._count() or self._recorded is not None:
             return
         if self._finalizer is None or not self._finalizer.alive:  # else nobody else knows it
-            held_by_nobody[self.name] = (thin, self.counted)
+            kept[self.name] = (thin, self.counted)
 
     def _be_moved(self, coordination: Coordination) -> None:
         self._coordination = coordination
@@ -245,10 +250,9 @@ class Semaphore:
         """
         self.functions()[1]()
 
-    def __enter__(self) -> bool:
-        return self.acquire()
+    __enter__ = acquire
 
-    def __exit__(self, *args: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def _disown(self) -> None:
@@ -257,6 +261,11 @@ class Semaphore:
             return
         mark_as_signal(self.home, self.name)
         self._is_disowned = True
+
+    def keep_for_ever(self) -> None:
+        """This process ends, as it should, with what it holds: that was no guard, and nobody holds anything."""
+        if self._thin._count() and not self._is_disowned and self._side is None:
+            mark_as_signal(self.home, self.name)
 
     def _leading_post(self) -> Callable[[], None]:
         """Where `release` leads now."""
@@ -303,8 +312,18 @@ class Semaphore:
         # From when it is in C, a thread may have a token that does not count yet.
         ident = threading.get_ident()
         self.counted.sleeping[ident] = object()
+        box: deque[bool] = deque()
         try:
-            return sleeps.acquire(self._thin, left_s)
+            sleeps.acquire(self._thin, left_s, box)
+            return box[0]
+        except BaseException as exc:
+            # Ctrl-C at the moment when the token came: nobody would give it back.
+            if not box or not box[0]:
+                raise
+            if not is_put_off(exc):
+                self._thin.release()
+                raise
+            return True
         finally:
             self.counted.sleeping.pop(ident, None)
             if self._coordination is not None:
@@ -321,9 +340,8 @@ class Semaphore:
 
     def look_for_dead(self) -> None:
         """Somebody waits for tokens that others hold, otherwise than by `acquire`: have those of the dead found."""
-        if self._looks_moved():
-            return  # the control store hears of the end of its holders without being asked
-        if self._recorded is None:
+        # The control store hears of the end of its holders without being asked.
+        if not self._looks_moved():
             self._maybe_report()
 
     def count_held(self, census: int) -> tuple[int, int, bool]:
@@ -374,7 +392,8 @@ class Semaphore:
 
     def _refresh_cells(self) -> None:
         try:
-            for cell in list(self._cells or ()):
+            self._kept_cells = list(self._cells or ())
+            for cell in self._kept_cells:
                 cell.refresh()
         except BaseException:  # Ctrl-C, or the node is gone: the caller will not release what it did not get
             self._held -= 1
@@ -412,7 +431,6 @@ class Semaphore:
             self._thin.release()
             self._give_to_store_what_is_thin()
             return
-        coordination = self._ours()
         # Before the other side can take it: another thread of this process may be the one.
         self._held -= 1
         try:
@@ -420,7 +438,7 @@ class Semaphore:
         except IndexError:  # it is another process that holds it
             token = 0
         try:
-            coordination.release(self.name, self.maxvalue, token)
+            self._ours().release(self.name, self.maxvalue, token)
         except LockLost:
             raise
         except Exception:  # but Ctrl-C, which ends the wait for the answer: the token is on its way then
@@ -442,6 +460,7 @@ class Semaphore:
         return self._coordination
 
     def _publish_cells(self, is_thin: bool) -> None:
+        _kept, self._kept_cells = self._kept_cells, []
         for cell in list(self._cells or ()):
             cell.publish(0 if is_thin else self.token, is_thin=is_thin and self.is_owned)
 
@@ -461,6 +480,8 @@ class Semaphore:
         if self._cells is None:
             self._cells = weakref.WeakSet()
         self._cells.add(cell)
+        if self._held:
+            self._kept_cells.append(cell)
 
     # --- what the standard library's classes, its tests and others ask a SemLock
 
@@ -531,7 +552,7 @@ def _unpickled(name: str, home: str, kind: int, maximum: int, total: int, is_loc
             thin = _open_thin(made)
             if thin is None:
                 raise ObjectLost(f"the semaphore or lock {name} is gone: the job that made it has ended")
-            thin, made.counted = _held_by_nobody.pop(name, (thin, made.counted))
+            thin, made.counted = held_by_nobody.pop(name, (thin, made.counted))
             made._be_thin(thin, coordination)
         else:
             kind_there = "lock" if is_lock else "guard" if made.is_owned else "semaphore"
@@ -567,16 +588,8 @@ def find_known(name: str) -> Semaphore | None:
     return _known.get(name)
 
 
-def count_abandoned(name: str) -> int:
-    """How many tokens this process holds of a semaphore that it has collected."""
-    thin, _ = _held_by_nobody.get(name, (None, None))
-    return (
-        min(thin._count(), 1) if thin is not None and thin.kind == RECURSIVE_MUTEX else (thin._count() if thin else 0)
-    )
-
-
 def _forget_in_child() -> None:
-    _held_by_nobody.clear()
+    held_by_nobody.clear()
     for semaphore in list(_known.values()):
         semaphore._after_fork()
 

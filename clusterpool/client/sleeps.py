@@ -6,12 +6,16 @@ Nothing else belongs into these functions: an exception may fall between any two
 from __future__ import annotations
 
 import socket
+from collections import deque
 from typing import Any
 
 
-def receive(sock: socket.socket, bytes_max: int) -> bytes:
-    """The next message; for as long as the socket's own SO_RCVTIMEO, then BlockingIOError."""
-    return sock.recv(bytes_max)
+def receive(sock: socket.socket, bytes_max: int, box: deque[bytes]) -> None:
+    """The next message, into `box`; for as long as the socket's own SO_RCVTIMEO, then BlockingIOError.
+
+    Ctrl-C may be raised although there is a message in the box: C puts it there, before any byte code.
+    """
+    box.extend(map(sock.recv, (bytes_max,)))
 
 
 def poll(poller: Any, timeout_s: float) -> bool:
@@ -19,9 +23,9 @@ def poll(poller: Any, timeout_s: float) -> bool:
     return bool(poller.poll(timeout_s * 1000))
 
 
-def acquire(lock: Any, timeout_s: float) -> bool:
-    """Whether a bare lock could be had in time."""
-    return bool(lock.acquire(True, timeout_s))
+def acquire(lock: Any, timeout_s: float, box: deque[bool]) -> None:
+    """Whether a bare lock could be had in time, into `box`, as above."""
+    box.extend(map(lock.acquire, (True,), (timeout_s,)))
 
 
 CODES = frozenset(function.__code__ for function in (receive, poll, acquire))

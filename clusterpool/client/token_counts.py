@@ -7,6 +7,7 @@ was under way at the question has ended, which takes a slice of one at the most.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 # For how long a lock counts what it gives back after a first question. Often there is no second, since the holder was
 # found; two questions of one census are never further apart, unless some process answers very late.
 WATCHED_S = 3.0
+# By name, what was collected while this process held tokens of it: the next task may unpickle it and give them back.
+held_by_nobody: dict[str, tuple[Any, HeldTokens]] = {}
 
 
 class HeldTokens:
@@ -85,16 +88,34 @@ class TokenCounts:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._waiting: deque[tuple[c.CountHeld, Semaphore, frozenset[object]]] = deque()
+        self._settled: weakref.WeakSet[Semaphore] | None = None
         client.on_count_held = self._asked
+
+    def settle_at_exit(self, semaphore: Semaphore) -> None:
+        """When this process ends in order with tokens of this semaphore, they are no dead one's: it means to keep them.
+
+        As a producer does that has taken the places of what it leaves behind.
+        """
+        if self._settled is None:
+            from multiprocessing.util import Finalize
+
+            self._settled = weakref.WeakSet()
+            # Killed processes do not come here. All that end in order run the standard module's finalizers.
+            Finalize(None, self._settle, exitpriority=-6)
+        self._settled.add(semaphore)
+
+    def _settle(self) -> None:
+        for semaphore in list(self._settled or ()):
+            semaphore.keep_for_ever()
 
     def _asked(self, question: c.CountHeld) -> None:
         """Called under the client's lock, by whoever turns the loop."""
         # Here, for processes that never use one.
-        from clusterpool.client.semaphore import count_abandoned, find_known
+        from clusterpool.client.semaphore import find_known
 
         semaphore = find_known(question.name)
         if semaphore is None:
-            self._send(question, count_abandoned(question.name), 0, False)
+            self._send(question, _count_abandoned(question.name), 0, False)
             return
         sleeping = frozenset(list(semaphore.counted.sleeping.values()))
         if sleeping:
@@ -118,3 +139,11 @@ class TokenCounts:
     def _send(self, question: c.CountHeld, held: int, given: int, is_busy: bool) -> None:
         if not self._client.is_closed:
             self._client.send(self._client.node, c.HeldCounted(question.request, question.name, held, given, is_busy))
+
+
+def _count_abandoned(name: str) -> int:
+    thin, _ = held_by_nobody.get(name, (None, None))
+    if thin is None:
+        return 0
+    held: int = thin._count()
+    return min(held, 1) if thin.kind == 0 else held

@@ -103,6 +103,10 @@ class ThinRecord(NamedTuple):
     is_busy: bool
 
 
+class TimeToLook(CoordinationEvent, frozen=True):
+    """Half a second has gone by: a fork that held something may have died, of which nobody tells."""
+
+
 class ThinTokensRead(CoordinationEvent, frozen=True):
     """Answer to ReadThinTokens. `records`: of living processes; `registrations`: how many ever wrote any."""
 

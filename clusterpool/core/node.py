@@ -341,7 +341,7 @@ class NodeMachine:
     # --- the cluster
 
     def _time_passed(self, _event: e.TimePassed, now_s: float) -> Commands:
-        commands = self.objects.time_passed(now_s)
+        commands = self.objects.time_passed(now_s) + self.coordination.handle(ce.TimeToLook(), now_s)
         if self._fencing is not None and self._fencing.isdisjoint(self.scheduler.workers):
             self._fencing = None
             commands += self._membership(ms.WorkEnded(), now_s)

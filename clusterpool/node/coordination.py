@@ -27,7 +27,7 @@ from clusterpool.errors import ClusterpoolError, NotConnected
 from clusterpool.node.store_thread import PATIENCE_S
 from clusterpool.node.thin_tokens import drain_semaphore, read_tokens, return_tokens
 from clusterpool.processes.thin_files import cell_path, remove_thin_files, semaphore_path
-from clusterpool.processes.token_records import is_signal, remove_records
+from clusterpool.processes.token_records import is_signal, mark_as_moved, remove_records
 
 if TYPE_CHECKING:
     from clusterpool.node.shell import NodeShell
@@ -106,6 +106,7 @@ class NodeCoordination:
             if command.kind == "cell":
                 content = cell_path(self._shell.arena.path, node_id, name).read_bytes()
                 return e.CarrierDrained(name, e.Contents(content=content))
+            mark_as_moved(node_id, name)
             return e.CarrierDrained(name, e.Contents(tokens=drain_semaphore(node_id, name)), is_signal(node_id, name))
         except (OSError, ValueError) as exc:
             logger.warning("%s %s could not be moved to the control store: %s", command.kind, name, exc)

@@ -1,7 +1,7 @@
 """The files of thin semaphores and cells: how they are named, and how those of a job or of a node are removed.
 
     /dev/shm/sem.clusterpool-<node id>-<job id>-<process id>-<n>    a POSIX semaphore
-    /dev/shm/clusterpool-<node id>-<job id>-<...>.held, .signal     what is known of a semaphore's tokens
+    /dev/shm/clusterpool-<node id>-<job id>-<...>.held, .signal, .moved    what is known of a semaphore
     <arena's folder>/clusterpool-<node id>-<job id>-...             a cell
 
 Processes make them without telling anybody, so that they are found by their names alone, after kill -9 too.
@@ -39,6 +39,11 @@ def records_path(node_id: str, name: str) -> Path:
 def signal_path(node_id: str, name: str) -> Path:
     """What is there when a thin semaphore's tokens are nobody's."""
     return SHARED_MEMORY_FOLDER / f"clusterpool-{node_id}-{name}.signal"
+
+
+def moved_path(node_id: str, name: str) -> Path:
+    """What is there when a thin semaphore has moved to the control store."""
+    return SHARED_MEMORY_FOLDER / f"clusterpool-{node_id}-{name}.moved"
 
 
 def cell_path(arena_path: str | Path, node_id: str, name: str) -> Path:

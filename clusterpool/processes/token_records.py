@@ -7,7 +7,7 @@ before it uses the semaphore for the first time; the slot of a process that has 
 its own process writes to a slot, `busy` first and last, so that who reads (`given`, `held`, then `busy`) never takes
 half a change for a whole one.
 
-That a semaphore's tokens are signals, which are nobody's, is said by an empty file beside it.
+That a semaphore's tokens are signals, which are nobody's, or that it has moved, is said by an empty file beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clusterpool.processes.death import process_identity
-from clusterpool.processes.thin_files import records_path, signal_path
+from clusterpool.processes.thin_files import moved_path, records_path, signal_path
 
 PID, START, BUSY, HELD, GIVEN, _UNUSED = range(6)
 _SLOT_WORDS = 6
@@ -93,7 +93,17 @@ def read_records(node_id: str, name: str) -> tuple[int, list[Record]]:
 
 def mark_as_signal(node_id: str, name: str) -> None:
     """Say that the tokens of this semaphore belong to nobody, for ever."""
-    os.close(os.open(signal_path(node_id, name), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    _touch(signal_path(node_id, name))
+
+
+def mark_as_moved(node_id: str, name: str) -> None:
+    """Say that this semaphore is in the control store, for those who have no node to ask."""
+    _touch(moved_path(node_id, name))
+
+
+def has_moved(node_id: str, name: str) -> bool:
+    """Whether somebody has said so."""
+    return moved_path(node_id, name).exists()
 
 
 def is_signal(node_id: str, name: str) -> bool:
@@ -102,9 +112,13 @@ def is_signal(node_id: str, name: str) -> bool:
 
 
 def remove_records(node_id: str, name: str) -> None:
-    """Remove both files, if they are there."""
-    for path in (records_path(node_id, name), signal_path(node_id, name)):
-        Path(path).unlink(missing_ok=True)
+    """Remove all of these files that are there."""
+    for path in (records_path(node_id, name), signal_path(node_id, name), moved_path(node_id, name)):
+        path.unlink(missing_ok=True)
+
+
+def _touch(path: Path) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
 def _free_slot(fd: int, size_bytes: int) -> int:

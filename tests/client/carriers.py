@@ -24,7 +24,7 @@ class FakeCoordination:
         self.adopted: list[tuple[str, str, str, int]] = []
         self.questions = 0
         self.stuck: list[tuple[str, int]] = []
-        self.counts = SimpleNamespace(slept=lambda semaphore: None)
+        self.counts = SimpleNamespace(slept=lambda semaphore: None, settle_at_exit=lambda semaphore: None)
         self._prefix = f"jtest{os.getpid()}-d{os.urandom(4).hex()}-"
         self._numbers = itertools.count(1)
 

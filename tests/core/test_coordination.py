@@ -27,8 +27,8 @@ NOW_S = 100.0
 class Node:
     """A machine of node na, and shorthands for what happens to it."""
 
-    def __init__(self) -> None:
-        self.machine = CoordinationMachine("na")
+    def __init__(self, *processes: Address) -> None:
+        self.machine = CoordinationMachine("na", lambda: processes)
 
     def handle(self, event: Any) -> list[Any]:
         return self.machine.handle(event, NOW_S)
@@ -481,3 +481,55 @@ def test_a_lock_has_one_holder_and_is_never_lost(seed: int) -> None:
     cluster.held.clear()
     cluster.settle()
     assert (carrier.value, carrier.waiters, cluster.shared.holds) == (1, [], {})
+
+
+# --- what was held at home when it moved
+
+
+def moved_while_held(node: Node, kind: str = "lock", total: int = 1) -> None:
+    node.hear(OTHER_NODE, c.MoveCarrier(LOCK, kind, 1, total))
+    creating = node.handle(e.CarrierDrained(LOCK, e.Contents(tokens=0)))
+    assert calls(creating) == [("create", LOCK, kind, 1, e.Contents(content=f"na {total}".encode()))]
+    node.answer(creating, 1)
+
+
+def test_what_was_taken_thin_is_released_as_its_homes() -> None:
+    node = Node()
+    moved_while_held(node)
+    released = node.hear(W1, c.ReleaseToken(5, LOCK, 1, is_thin=True))
+    assert calls(released) == [("release", LOCK, 1, "na/thin")]
+    assert node.handle(e.TimeToLook()) == [], "nobody here holds any of it any more"
+
+
+def test_a_release_names_the_wait_that_brought_the_token(node: Node) -> None:
+    assert calls(node.hear(W1, c.ReleaseToken(5, LOCK, 1, acquired=3))) == [("release", LOCK, 1, "na/w1/3")]
+    assert calls(node.hear(W1, c.ReleaseToken(6, LOCK, 1))) == [("release", LOCK, 1, "")]
+    writing = node.hear(W1, c.WriteCell(7, CELL, b"new", LOCK, acquired=3))
+    assert calls(writing) == [("write_cell", CELL, b"new", LOCK, "na/w1/3")]
+    assert failed(node.fail(writing, "LockLost")) == [(7, "LockLost")]
+
+
+@pytest.mark.parametrize("sign", [e.TimeToLook(), e.ProcessGone(W2)])
+def test_what_the_dead_held_at_home_when_it_moved_goes_to_the_store(sign: Any) -> None:
+    node = Node(W1)
+    moved_while_held(node, "guard", 2)
+    commands = node.handle(sign)
+    for held in (1, 1):
+        commands = node.handle(e.ThinTokensRead(LOCK, 0))
+        (question,) = sent(commands, c.CountHeld, W1)
+        commands = node.hear(W1, c.HeldCounted(question.request, LOCK, held, 0))
+    assert calls(node.handle(e.ThinTokensRead(LOCK, 0))) == [("release", LOCK, 1, "na/thin")]
+    # The other token is W1's: it gives it back itself.
+    assert calls(node.hear(W1, c.ReleaseToken(5, LOCK, 1, is_thin=True))) == [("release", LOCK, 1, "na/thin")]
+    assert node.handle(e.TimeToLook()) == []
+
+
+def test_a_semaphore_of_signals_stays_one_when_it_moves(node: Node) -> None:
+    node.hear(OTHER_NODE, c.MoveCarrier(LOCK, "guard", 9, 2))
+    creating = node.handle(e.CarrierDrained(LOCK, e.Contents(tokens=1), is_signal=True))
+    assert calls(creating) == [("create", LOCK, "semaphore", 9, e.Contents(tokens=1))]
+
+
+def test_who_waits_is_asked_for_again_once_the_node_is_a_member_again(node: Node) -> None:
+    node.wait(c.AcquireToken(1, LOCK, True))
+    assert calls(node.handle(e.StoreChanged())) == [("acquire", LOCK, "na/w1/1", True)]

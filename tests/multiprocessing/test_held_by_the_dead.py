@@ -113,6 +113,16 @@ def test_tokens_that_others_release_belong_to_nobody(tmp_path: Path) -> None:
     assert not semaphore.acquire(timeout=3)
 
 
+def test_what_a_process_keeps_that_ends_in_order_stays_taken() -> None:
+    """A producer that has taken places and filled them: they are free when somebody empties them."""
+    places = Semaphore(2)
+    producer = Process(target=take_and_end, args=(places,))
+    producer.start()
+    producer.join()
+    assert places.acquire(timeout=1)
+    assert not places.acquire(timeout=3)
+
+
 def test_a_fork_of_this_process_is_counted_too(tmp_path: Path) -> None:
     context = standard.get_context("fork")
     lock, ready = Lock(), tmp_path / "ready"

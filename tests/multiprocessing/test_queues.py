@@ -247,6 +247,47 @@ def test_ctrl_c_ends_a_blocked_get_and_put(tmp_path: Path) -> None:
     assert done.stdout == "fine\n", done.stdout + done.stderr
 
 
+def test_ctrl_c_at_the_moment_when_an_item_comes_loses_none(tmp_path: Path) -> None:
+    done = run_script(
+        tmp_path,
+        """
+        import os, random, signal, threading
+        from clusterpool import multiprocessing as mp
+
+        ROUNDS = 1500
+
+        def put_and_interrupt(items, go):
+            chance = random.Random(1)
+            for number in range(ROUNDS):
+                go.acquire()
+                items.put(number)
+                for _ in range(chance.randrange(200)):
+                    pass
+                os.kill(os.getpid(), signal.SIGINT)
+
+        if __name__ == "__main__":
+            items, go, got, interrupts = mp.Queue(), threading.Semaphore(0), [], 0
+            thread = threading.Thread(target=put_and_interrupt, args=(items, go), daemon=True)
+            thread.start()
+            for number in range(ROUNDS):
+                try:
+                    go.release()
+                    # As in C, without a byte code between the call and the list.
+                    got.extend(map(items.get, (True,)))
+                    while True:
+                        pass
+                except KeyboardInterrupt:
+                    interrupts += 1
+            thread.join()
+            while not items.empty():
+                got.append(items.get())
+            assert sorted(got) == list(range(ROUNDS)), sorted(set(range(ROUNDS)) - set(got))
+            print(interrupts)
+        """,
+    )
+    assert done.stdout == "1500\n", done.stdout + done.stderr
+
+
 # --- what may be in a queue
 
 
