@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.parse
 from pathlib import Path
 from typing import IO, Any
 
@@ -168,7 +169,15 @@ class ClusterpoolCluster(Cluster):
         return found
 
     def stores(self) -> list[int]:
-        return self.named("valkey-server", "redis-server")
+        # By its port and not by the mark: such a server writes over its environment.
+        url = json.loads(self.command("status", "--json"))["control_store"]
+        port = urllib.parse.urlsplit(url).port
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.name().startswith(("valkey", "redis")) and f":{port}" in " ".join(process.cmdline()):
+                    found.append(process.pid)
+        return found
 
     def add_node(self) -> None:
         join = self.folder / "home" / "join.json"

@@ -57,7 +57,9 @@ def choose_node(candidates: list[Candidate], demand: dict[str, int], wish: Worke
         room = has_room(candidate, demand)
         load = _load(candidate)
         if is_spread:
-            return (not room, load, candidate.queue_length, not candidate.is_self)
+            # What needs no CPU, as most actors, shows in the number of workers only.
+            crowd = candidate.workers / max(1, candidate.total.get("CPU", 0))
+            return (not room, load, crowd, candidate.queue_length, not candidate.is_self)
         return (
             candidate.node_id != near if near and room else bool(near),
             not room,

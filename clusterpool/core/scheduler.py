@@ -215,8 +215,7 @@ class Scheduler:
                 free = dict(peer.free)
                 for name, amount in pending.amounts.items():
                     free[name] = free.get(name, 0) - amount * count
-                workers = peer.workers + (count if pending.demand.kind == WorkerKind.GROUP else 0)
-                self.peers[position] = peer._replace(free=free, workers=workers)
+                self.peers[position] = peer._replace(free=free, workers=peer.workers + count)
         if pending.origin.node_id != self.node_id:
             self._passed_on.setdefault(node_id, {})[pending.origin] = None
         message = m.RequestWorkers(

@@ -34,6 +34,7 @@ def demand(strategy: str = "", **bytes_on: int) -> WorkerDemand:
         ([node("a", is_self=True), node("b", free=0)], demand(b=10**6), "a"),  # unless there is no room
         ([node("a", is_self=True), node("b"), node("c")], demand(b=10, c=20), "c"),
         ([node("a", free=1, is_self=True), node("b")], demand("spread"), "b"),  # the emptiest
+        ([node("a", workers=2, is_self=True), node("b", workers=1)], demand("spread"), "b"),  # also without CPUs
         ([node("a", is_self=True), node("b", free=0)], demand("node:b"), "b"),  # there and nowhere else
         ([node("a", is_self=True)], demand("node:b"), None),
         ([node("a", is_self=True), node("b")], demand("near:b"), "b"),
