@@ -56,8 +56,11 @@ class LazyCall:
         is_ordered: bool,
         on_ended: Callable[[], None],
         progress_bar: Any | None = None,
+        timeout: float | None = None,
     ) -> None:
         self._group = group
+        self._options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+        self._chunksize = 1
         self._function = function
         self._window = window
         self._outcomes: InOrder[Outcome] | AsTheyCome[Outcome] = InOrder() if is_ordered else AsTheyCome()
@@ -74,6 +77,7 @@ class LazyCall:
 
     def start(self, iterable: Iterable[Any], chunksize: int) -> None:
         """Begin to read `iterable`. Once."""
+        self._chunksize = chunksize
         arguments = (iterable, chunksize)
         threading.Thread(target=self._feed, args=arguments, name="clusterpool-imap-feeder", daemon=True).start()
 
@@ -117,6 +121,14 @@ class LazyCall:
             self._wake_feeder()
             on_ended = self._ended_callback()
         self._announce(on_ended)
+
+    def chunk_done(self, index: int, values: list[Any], worker: GroupWorker | None) -> None:
+        """Called by the group for a chunk with failed items, which raise at their turn."""
+        self.task_done(index, values, None, worker)
+
+    def item_index(self, index: int, position: int) -> int:
+        """Called by the group."""
+        return index * self._chunksize + position
 
     def stop(self, error: BaseException) -> None:
         """Read no more; a consumer gets what has arrived, then `error`."""
@@ -201,7 +213,9 @@ class LazyCall:
                 self._input_bytes_by_index[index] = size_bytes
                 self._window.submitted(size_bytes)
         try:
-            self._group.submit_chunks(self._function, batch, self, kind=TaskKind.MAP, first_index=first_index)
+            self._group.submit_chunks(
+                self._function, batch, self, kind=TaskKind.MAP, first_index=first_index, **self._options
+            )
         except Exception as error:
             raise _SubmitFailed(error) from error
         return first_index + len(batch)

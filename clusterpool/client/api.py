@@ -401,11 +401,11 @@ def cancel(ref: ObjectRef, *, force: bool = False) -> bool:
     return cancel_task(client, number, force=force, interrupt=True)
 
 
-def cancel_task(client: Client, number: int, *, force: bool, interrupt: bool) -> bool:
+def cancel_task(client: Client, number: int, *, force: bool, interrupt: bool, recall: bool = False) -> bool:
     """Ask the machine to cancel a task of this process."""
 
     def ask(machine: Any) -> bool:
-        client.execute_asked(machine.handle(e.TaskCancelAsked(number, force, interrupt), client.now_s()))
+        client.execute_asked(machine.handle(e.TaskCancelAsked(number, force, interrupt, recall), client.now_s()))
         return bool(machine.cancelled)
 
     answer = bool(client.ask_machine(ask))

@@ -49,6 +49,7 @@ class WorkerGroup:
     the workers. `timeout`: seconds that a task may run. `retry_exceptions`: True, or the exception classes after which
     a task is run again as after its worker's death. `kills_cancelled`: tasks travel alone, so that each can be stopped
     while it runs (`cancel(force=True)`) with no other harmed. `on_worker_died(worker, text)`: an unexpected end.
+    `safe_to_repeat`: one that takes much longer than the others may be started a second time meanwhile.
     `on_setup_failed(error)`: the initializer raised.
     """
 
@@ -66,6 +67,7 @@ class WorkerGroup:
         timeout: float | None = None,
         retry_exceptions: Any = False,
         kills_cancelled: bool = False,
+        safe_to_repeat: bool = False,
         on_worker_died: Callable[[GroupWorker, str], None] | None = None,
         on_setup_failed: Callable[[BaseException], None] | None = None,
         client: Client | None = None,
@@ -97,7 +99,7 @@ class WorkerGroup:
         self._client.deliveries.set_sinks[self._number] = self
         if self._client.kind == "driver":
             self._client.machine.job = renewed(self._client.machine.job)
-        self._client.handle_event(e.SetOpened(self._number, demand, setup, size, tasks_per_worker_max))
+        self._client.handle_event(e.SetOpened(self._number, demand, setup, size, tasks_per_worker_max, safe_to_repeat))
 
     # --- tasks
 
@@ -118,11 +120,12 @@ class WorkerGroup:
         """
         self._check_open()
         runtime = self._runtime
+        extras = self._extras if timeout is None else extras_with(self._limits, timeout)
         try:
             made = runtime.maker.call(
                 self._functions, function, args, kwargs, sink, index,
                 retries=self.retries if retries is None else retries,
-                extras=self._extras if timeout is None else extras_with(self._limits, timeout),
+                extras=extras,
             )  # fmt: skip
         except Exception as exc:
             return self._fail(sink, index, exc)
@@ -192,8 +195,12 @@ class WorkerGroup:
         self._client.check_open()
 
     def cancel(self, task_number: int, *, force: bool = False) -> bool:
-        """Whether the task will not run, or (`force`) is being stopped and its worker replaced."""
-        return api.cancel_task(self._client, task_number, force=force, interrupt=False)
+        """Whether the task will not run, or (`force`) is being stopped and its worker replaced.
+
+        False, too, for one that waits behind others in a worker; but that is asked to drop it, and when it could the
+        sink is told so soon.
+        """
+        return api.cancel_task(self._client, task_number, force=force, interrupt=False, recall=not force)
 
     def is_running(self, task_number: int) -> bool:
         """Whether a worker is at the task."""

@@ -347,6 +347,10 @@ class Dispatcher:
             if len(slot.outstanding) > 1 and not slot.is_taking_back
         ]
 
+    def mean_s(self, task: Task) -> float | None:
+        """Measured duration of tasks of this function, in seconds; None while unknown."""
+        return self._mean_s.get(task.spec.function)
+
     def mean_of_next_s(self) -> float | None:
         """Measured duration of the queue's first task, in seconds; None while unknown."""
         return self._mean_s.get(self.queue[0].spec.function) if self.queue else None

@@ -26,6 +26,7 @@ from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import TaskStatus
 from clusterpool.core.owner_actors import OwnerActors
 from clusterpool.core.owner_arguments import OwnerArguments
+from clusterpool.core.owner_cancels import OwnerCancels
 from clusterpool.core.owner_functions import OwnerFunctions
 from clusterpool.core.owner_objects import OwnerObjects
 from clusterpool.core.owner_recovery import OwnerRecovery
@@ -44,6 +45,7 @@ class OwnerMachine:
         self.node = m.Address(address.node_id, address.node_id)
         self.job = job
         self.requests = requests
+        self._numbers = numbers
         self.tasks: dict[int, Task] = {}  # unfinished, by number
         self.functions = OwnerFunctions()
         self.sets: dict[int, WorkerSet] = {}
@@ -56,9 +58,10 @@ class OwnerMachine:
         self.await_arguments = self.arguments.await_all
         self.hand_over_arguments = self.arguments.hand_over
         self.recovery = self.objects.recovery = OwnerRecovery(self)
+        self._set_by_process: dict[str, WorkerSet] = {}  # kept by the sets
+        self.cancels = OwnerCancels(self, self.arguments.targets, self._set_by_process)
         self._handlers = self._handlers_of_events()
         self._message_handlers = self._handlers_of_messages()
-        self._set_by_process: dict[str, WorkerSet] = {}  # kept by the sets
         self.objects.on_known = self.arguments.known
 
     def _handlers_of_events(self) -> dict[type, Callable[[Any, float], Commands]]:
@@ -79,9 +82,9 @@ class OwnerMachine:
             e.ActorOpened: self.actors.opened,
             e.ActorMet: self.actors.met,
             e.ActorCallsSubmitted: self.actors.calls_submitted,
-            e.StreamClosed: self._stream_closed,
+            e.StreamClosed: self.cancels.stream_closed,
             e.ItemsTaken: lambda event, _: self.objects.items_taken(event.number, event.taken),
-            e.TaskCancelAsked: self._cancel_asked,
+            e.TaskCancelAsked: self.cancels.asked,
             e.ReferencesHeld: self._references_held,
             e.ReferencesMade: self._references_made,
             e.ValuePut: self._value_put,
@@ -89,13 +92,14 @@ class OwnerMachine:
             e.ValueWanted: lambda event, _: self.objects.wanted(event.reference, next(self.requests)),
             e.MessageArrived: self._message_arrived,
             e.ProcessGone: self._process_gone,
-            e.TimePassed: lambda _, now_s: self._advance_all(now_s),
+            e.TimePassed: lambda _, now_s: self.advance_all(now_s),
             **self.recovery.handlers_of_events(),
         }
 
     def _handlers_of_messages(self) -> dict[type, Callable[[m.Address, Any, float], Commands]]:
         return {
             m.TasksFinished: self._tasks_finished,
+            m.TaskStarted: self._task_started,
             m.WorkerGranted: self._worker_granted,
             m.WorkerReady: self._worker_ready,
             m.WorkerSetupFailed: self._setup_failed,
@@ -163,6 +167,8 @@ class OwnerMachine:
             set_by_process=self._set_by_process,
             rescue=Rescue(self.functions.names, self.chunks),
         )
+        if event.safe_to_repeat:
+            worker_set.allow_repeats(self.tasks, self._numbers)
         worker_set.on_sent(self.hand_over_arguments)
         self.sets[event.set_number] = worker_set
         return worker_set.advance(now_s)
@@ -234,6 +240,12 @@ class OwnerMachine:
         if not worker_set.is_quiet:
             commands += self._checked(worker_set.advance(now_s))
         return commands
+
+    def _task_started(self, source: m.Address, message: m.TaskStarted, now_s: float) -> Commands:
+        worker_set = self._set_by_process.get(source.process_id)
+        if worker_set is not None:
+            worker_set.stopping.started(source.process_id, message.number, now_s)
+        return []
 
     def settle(
         self, finished: list[tuple[Task, m.TaskResult]], worker: m.WorkerPart | None, source: WorkerSet | ActorChannel
@@ -313,35 +325,6 @@ class OwnerMachine:
         for channel in channels:
             commands += self.actors.send_ready(channel)
         return commands
-
-    def _stream_closed(self, event: e.StreamClosed, now_s: float) -> Commands:
-        commands = self.objects.close_stream(event.number, event.taken)
-        return commands + self._cancel_asked(e.TaskCancelAsked(event.number, False, True), now_s)
-
-    def _cancel_asked(self, event: e.TaskCancelAsked, now_s: float) -> Commands:
-        task = self.tasks.get(event.number)
-        self.cancelled = False
-        if task is None or task.is_cancelled:
-            return []
-        if not task.worker:
-            self.cancelled = task.is_cancelled = True
-            target = self.arguments.targets.get(event.number)
-            commands = self._checked([e.FailTasks([task], "cancelled", "the task was cancelled before it started")])
-            if isinstance(target, WorkerSet):  # it may have been all that a closed set waited for
-                commands += self._checked(target.advance(now_s))
-            elif any(worker_set.rescue for worker_set in self.sets.values()):
-                commands += self._advance_all(now_s)
-            return commands
-        channel = self.actors.channel_of_process.get(task.worker)
-        if channel is not None:
-            return channel.interrupt(task) if event.interrupt else []
-        worker_set = self._set_by_process.get(task.worker)
-        if worker_set is None:
-            return []
-        if event.force:
-            self.cancelled = True
-            return worker_set.stopping.kill_running(task)
-        return worker_set.stopping.interrupt(task) if event.interrupt else []
 
     # --- workers
 
@@ -446,7 +429,8 @@ class OwnerMachine:
         self.recovery.clear()
         return commands
 
-    def _advance_all(self, now_s: float) -> Commands:
+    def advance_all(self, now_s: float) -> Commands:
+        """Time has passed, or something that any set may have waited for has ended."""
         commands: Commands = []
         for worker_set in list(self.sets.values()):
             commands += self._checked(worker_set.advance(now_s))

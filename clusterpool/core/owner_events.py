@@ -59,6 +59,7 @@ class SetOpened(Event, frozen=True):
     setup: SetupPlan
     size: int | None
     runs_max: int | None = None
+    safe_to_repeat: bool = False  # a task may be started a second time while it runs
 
 
 class SetResized(Event, frozen=True):
@@ -191,6 +192,7 @@ class TaskCancelAsked(Event, frozen=True):
     number: int
     force: bool
     interrupt: bool = False
+    recall: bool = False  # if it waits behind others in a worker, ask for it; it will be reported as cancelled
 
 
 class ReferencesHeld(Event, frozen=True):

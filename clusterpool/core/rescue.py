@@ -21,7 +21,7 @@ import msgspec
 
 from clusterpool.core.chunks import ChunkTable
 from clusterpool.core.dispatch import Task
-from clusterpool.core.messages import LastTask, TaskExtras, WorkerPart
+from clusterpool.core.messages import LastTask, TaskExtras, TaskResult, TaskStatus, WorkerPart
 from clusterpool.core.owner_events import Command, FailTasks
 
 # A worker may die by chance once, so the first retry comes at once. What kills its workers again and again would else
@@ -80,6 +80,28 @@ class Rescue:
         if cancelled:
             commands.append(FailTasks(cancelled, "cancelled", "the task was cancelled", gone.worker))
         return again, commands
+
+    def continue_chunks(
+        self, finished: list[tuple[Task, TaskResult]], worker: WorkerPart
+    ) -> tuple[list[tuple[Task, TaskResult]], list[Task], list[Command]]:
+        """Spans of split chunks have ended: what is left of `finished`, what goes on, and what else to do."""
+        others: list[tuple[Task, TaskResult]] = []
+        again: list[Task] = []
+        commands: list[Command] = []
+        for task, result in finished:
+            if task.spec.number not in self.chunks or result.status == TaskStatus.LOST:
+                others.append((task, result))
+                continue
+            goes_on, discarded = self.chunks.finished(task, result)
+            commands += discarded
+            ended = None if goes_on else self.chunks.end_if_done(task, worker)
+            if goes_on:
+                again.append(task)
+            elif ended is not None:
+                commands.append(ended)
+            else:
+                others.append((task, result))
+        return others, again, commands
 
     def _continue_chunk(self, task: Task, gone: GoneWorker, now_s: float, again: list[Task]) -> list[Command]:
         text = f"{self.label(task)}, ended with its worker: {gone.text}"

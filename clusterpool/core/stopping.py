@@ -1,8 +1,10 @@
-"""Tasks that are ended while they run, because their time is up or because the user wants it: their worker is killed.
+r"""Tasks that are ended while they run, because their time is up or because the user wants it: their worker is killed.
 
-A task with a limit of time travels alone to an idle worker. So it is at work from the moment it is sent, and the worker
-can be killed for it with nobody else harmed. What it waits for meanwhile (its arguments from another node, tasks of its
-own) counts.
+    sent (alone, to an idle worker) --TaskStarted--> running --its time is up--> killed, replaced
+         \--not loaded within its limit and LOADING_S---------------------------/
+
+A task with a limit travels alone, so that its worker can be killed for it with nobody else harmed. Its time runs from
+when its function and arguments are loaded: modules may take a second to import. What it waits for then counts.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ from clusterpool.core.owner_events import Command, FailTasks, Send
 from clusterpool.core.rescue import Rescue
 
 SIGKILL = 9  # the core imports no signal module
+# For loading function and arguments a task has this long beside its limit. It may fetch gigabytes from another node;
+# but unpickling may also hang.
+LOADING_S = 60.0
 
 
 class Stopping:
@@ -40,8 +45,16 @@ class Stopping:
         if batch.slot.is_long and is_alone(batch.tasks[0].spec):
             limits = limits_of(batch.tasks[0].spec)
             if limits is not None and limits.timeout_s > 0:
-                deadline_s = batch.slot.sent_s + limits.timeout_s
+                deadline_s = batch.slot.sent_s + limits.timeout_s + LOADING_S
                 self._deadlines[batch.slot.address.process_id] = (deadline_s, batch.tasks[0])
+
+    def started(self, process_id: str, number: int, now_s: float) -> None:
+        """The task has been loaded: from now on its time runs."""
+        deadline = self._deadlines.get(process_id)
+        if deadline is not None and deadline[1].spec.number == number:
+            limits = limits_of(deadline[1].spec)
+            assert limits is not None, f"task {number} has no limit"
+            self._deadlines[process_id] = (now_s + limits.timeout_s, deadline[1])
 
     def is_idle(self, process_id: str) -> None:
         """The worker has nothing to do any more."""
@@ -92,6 +105,26 @@ class Stopping:
         if slot is not None and next(iter(slot.outstanding), None) != task.spec.number:
             return self.interrupt(task)  # it has not started: whichever runs there must not die for it
         return [self._kill(task, worker, "a task of it was cancelled")]
+
+    def discard(self, task: Task) -> list[Command]:
+        """Nobody waits for this attempt any more: end it if it runs, and let its worker do something else."""
+        task.is_cancelled = True
+        process_id = task.worker
+        worker, slot = self._held.get(process_id), self._dispatcher.slots.get(process_id)
+        if worker is None or slot is None:
+            return []
+        is_running = next(iter(slot.outstanding), None) == task.spec.number
+        text = "another attempt at its task was quicker"
+        commands = [self._kill(task, worker, text)] if is_running else self.interrupt(task)
+        self._dispatcher.forget(process_id, task)
+        return commands
+
+    def recall(self, task: Task) -> list[Command]:
+        """Ask a worker to drop a task, if it is behind others there and has not started. It reports that it has."""
+        slot = self._dispatcher.slots.get(task.worker)
+        if slot is None or next(iter(slot.outstanding), None) == task.spec.number:
+            return []
+        return [Send(slot.address, CancelTasks([task.spec.number], False))]
 
     def interrupt(self, task: Task) -> list[Command]:
         """Ask a worker to drop or interrupt a task."""

@@ -231,6 +231,12 @@ class TasksFinished(Message, frozen=True):
     is_blocked: bool = False
 
 
+class TaskStarted(Message, frozen=True):
+    """A task with a limit of time has its function and arguments loaded, and begins."""
+
+    number: int
+
+
 class StreamItem(Message, frozen=True):
     """One item of a generator task."""
 
@@ -259,7 +265,10 @@ class TakeBackTasks(Message, frozen=True):
 
 
 class CancelTasks(Message, frozen=True):
-    """Drop these if they have not started; interrupt them if they run."""
+    """Drop these if they have not started; interrupt them if they run and `interrupt` says so.
+
+    Without `interrupt`, those that are dropped are reported at once.
+    """
 
     numbers: list[int]
     interrupt: bool

@@ -17,6 +17,7 @@ from clusterpool.core import tunnel_messages as u
 
 AnyMessage = Union[  # noqa: UP007
     m.SetupWorker, m.WorkerReady, m.WorkerSetupFailed, m.StartTasks, m.TasksFinished, m.StreamItem, m.StreamTaken,
+    m.TaskStarted,
     m.ForgetFunctions, m.TakeBackTasks, m.CancelTasks, m.RetireWorker, m.ResolveObject, m.ObjectResolved, m.AddBorrower,
     m.RemoveBorrower, m.WatchProcess, m.ProcessEnded, m.NodeLost, m.Hello, m.RegisterProcess, m.Registered,
     m.LeaveNode, m.LeftNode, m.RequestWorkers, m.CancelRequest, m.WorkerGranted, m.RequestFailed, m.ReleaseWorkers,

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from clusterpool.core.dispatch import BACKLOG_S, Batch, Dispatcher, Task
+from clusterpool.core.dispatch import Batch, Dispatcher, Task
+from clusterpool.core.lease_needs import leases_wanted
 from clusterpool.core.messages import (
     Address,
     ForgetFunctions,
@@ -26,7 +27,6 @@ from clusterpool.core.messages import (
     TakeBackTasks,
     TaskResult,
     TasksFinished,
-    TaskStatus,
     WorkerDemand,
     WorkerPart,
 )
@@ -42,6 +42,7 @@ from clusterpool.core.owner_events import (
 )
 from clusterpool.core.rescue import GoneWorker, Rescue
 from clusterpool.core.stopping import Stopping
+from clusterpool.core.stragglers import Stragglers
 from clusterpool.core.worker_requests import WorkerRequests
 
 if TYPE_CHECKING:
@@ -54,8 +55,6 @@ _UNKNOWN = LastTask()
 # An idle lease is kept this long, so that a loop of calls, each waiting for its result, does not lease each time.
 # Longer would keep CPUs from others; they can ask for it sooner (ReclaimLeases).
 LINGER_S = 0.1
-# Requests outstanding beyond this bring no speed on any cluster in sight, and each costs its node memory.
-REQUESTED_MAX = 256
 # An initializer that has failed this often in a row, with no success, will not get better by itself.
 SETUP_FAILURES_MAX = 4
 # So is a worker that cannot even be started; once may be bad luck (somebody ended it, memory was short for a moment).
@@ -104,6 +103,7 @@ class WorkerSet:
         self._set_by_process = set_by_process  # the owner's. Invariant: it has this set for just the keys of `held`
         self._on_sent: Callable[[Address, list[Task]], list[Command]] | None = None
         self._is_ended = False
+        self.stragglers: Stragglers | None = None
         self.notices: list[Command] = []  # of `finished`, beside what it returns; the owner takes them
 
     # --- what the composite asks
@@ -111,6 +111,10 @@ class WorkerSet:
     def on_sent(self, callback: Callable[[Address, list[Task]], list[Command]]) -> None:
         """Have `callback` account for references before tasks go to a worker."""
         self._on_sent = callback
+
+    def allow_repeats(self, tasks: dict[int, Task], numbers: Iterator[int]) -> None:
+        """Tasks of this set are safe to repeat. `tasks`: the owner's unfinished ones; `numbers`: for more of them."""
+        self.stragglers = Stragglers(self.dispatcher, tasks, numbers)
 
     @property
     def is_group(self) -> bool:
@@ -138,7 +142,7 @@ class WorkerSet:
         dispatcher = self.dispatcher
         if dispatcher.queue or dispatcher.outstanding_count > 1 or dispatcher.runs_max is not None:
             return False
-        if self.is_closing or self.requested or self._expected:
+        if self.is_closing or self.requested or self._expected or self.stragglers is not None:
             return False
         return self.size is None or len(self.held) == self.size
 
@@ -153,6 +157,9 @@ class WorkerSet:
         if dispatcher.outstanding_count > 1 and not dispatcher.queue:
             for slot, count in dispatcher.take_back(now_s):
                 commands.append(Send(slot.address, TakeBackTasks(count)))
+        if self.stragglers is not None:
+            for batch in self.stragglers.due(now_s):
+                commands += self._sent(batch)
         if dispatcher.runs_max is not None:
             for slot in dispatcher.retire_due():
                 self._expected.add(slot.address.process_id)
@@ -169,8 +176,9 @@ class WorkerSet:
     def next_wakeup_s(self, now_s: float) -> float | None:
         """When `advance` should be called even if nothing happens."""
         look_s = self.dispatcher.next_look_s(now_s)
-        if self.rescue or self.stopping.has_deadlines:
-            times = (look_s, self.rescue.next_due_s(), self.stopping.next_due_s())
+        if self.rescue or self.stopping.has_deadlines or self.stragglers is not None:
+            late_s = self.stragglers.next_look_s() if self.stragglers is not None else None
+            times = (look_s, self.rescue.next_due_s(), self.stopping.next_due_s(), late_s)
             look_s = min((time_s for time_s in times if time_s is not None), default=None)
         if self.is_group or self.dispatcher.queue:
             return look_s
@@ -238,14 +246,16 @@ class WorkerSet:
         if worker is None:
             return []
         was_expected = process_id in self._expected
-        gone = GoneWorker(worker, text, task, self.stopping.gone(process_id))
+        target = self.stopping.gone(process_id)
         self._forget(process_id)
         commands: list[Command] = [SetWorkerLeft(self.number, worker, exit_code, text, was_expected)]
         tasks = self.dispatcher.remove_worker(process_id)
+        if self.stragglers and not self.is_terminated:
+            tasks, task = self.stragglers.lost(tasks, task)
         if self.is_terminated and tasks:
             commands.append(FailTasks(tasks, "cancelled", "the pool was terminated", worker))
         elif tasks:
-            again, others = self.rescue.save(tasks, gone, now_s)
+            again, others = self.rescue.save(tasks, GoneWorker(worker, text, task, target), now_s)
             self.dispatcher.requeue(again)
             commands += others
         return commands + self.advance(now_s)
@@ -284,35 +294,23 @@ class WorkerSet:
             self.stopping.is_idle(process_id)
         if dispatcher.to_retry:
             self._retry(now_s)
+        if self.stragglers:
+            finished, losers = self.stragglers.finished(finished)
+            for loser in losers:
+                self.notices += self.stopping.discard(loser)
         if self.rescue.chunks:
-            finished = self._continue_chunks(finished, slot.token)
+            finished, again, notices = self.rescue.continue_chunks(finished, slot.token)
+            self.dispatcher.requeue(again)
+            self.notices += notices
         return finished, slot.token
-
-    def _continue_chunks(
-        self, finished: list[tuple[Task, TaskResult]], worker: WorkerPart
-    ) -> list[tuple[Task, TaskResult]]:
-        """Spans of split chunks have ended: what is left of `finished` when these chunks are looked after."""
-        chunks = self.rescue.chunks
-        others: list[tuple[Task, TaskResult]] = []
-        for task, result in finished:
-            if task.spec.number not in chunks or result.status == TaskStatus.LOST:
-                others.append((task, result))
-                continue
-            goes_on, commands = chunks.finished(task, result)
-            ended = None if goes_on else chunks.end_if_done(task, worker)
-            if goes_on:
-                self.dispatcher.requeue([task])
-            elif ended is None:
-                others.append((task, result))
-            self.notices += commands if ended is None else [*commands, ended]
-        return others
 
     def _retry(self, now_s: float) -> None:
         """Tasks have raised what they are to be run again after."""
         tasks, self.dispatcher.to_retry = self.dispatcher.to_retry, []
         again: list[Task] = []
         for task in tasks:
-            self.rescue.retry(task, now_s, again)
+            if not (self.stragglers and self.stragglers.holds(task)):
+                self.rescue.retry(task, now_s, again)
         self.dispatcher.requeue(again)
 
     # --- the user's wishes
@@ -354,10 +352,17 @@ class WorkerSet:
             commands.append(Send(self._node_of(worker), KillWorker(worker.lease, SIGTERM, "terminated")))
         for process_id in list(self.dispatcher.slots):
             tasks += self.dispatcher.remove_worker(process_id)
+        if self.stragglers:
+            tasks += self.stragglers.held()
         if tasks:
             commands.append(FailTasks(tasks, "cancelled", "the pool was terminated"))
         self._end_if_empty(commands)
         return commands
+
+    def stop(self, task: Task) -> list[Command]:
+        """Stop a task, be it running twice, by ending its worker."""
+        copy = self.stragglers.cancelled(task) if self.stragglers else None
+        return self.stopping.kill_running(task) + (self.stopping.discard(copy) if copy is not None else [])
 
     def give_back_idle(self) -> list[Command]:
         """Others wait for CPUs: return the leases that do nothing."""
@@ -401,10 +406,7 @@ class WorkerSet:
         dispatcher = self.dispatcher
         requested = self.requested.count
         usable = sum(1 for slot in dispatcher.slots.values() if not slot.outstanding and slot.is_open)
-        wanted = min(REQUESTED_MAX, self._leases_wanted())
-        if not wanted and not usable:
-            # All that is left has been sent in batches, but some wait behind a long one: for those another worker.
-            wanted = sum(1 for since_s in dispatcher.stuck_since_s() if since_s <= now_s)
+        wanted = leases_wanted(dispatcher, usable, now_s)
         if wanted > requested + usable:
             if self._may_start():
                 commands.append(self.requested.ask(wanted - requested - usable))
@@ -419,13 +421,6 @@ class WorkerSet:
             elif now_s - slot.idle_since_s >= LINGER_S:
                 idle.append(process_id)
         commands += self._release(idle)
-
-    def _leases_wanted(self) -> int:
-        queued = len(self.dispatcher.queue)
-        mean_s = self.dispatcher.mean_of_next_s()
-        if mean_s is None or mean_s >= BACKLOG_S:
-            return queued
-        return int(queued * mean_s / BACKLOG_S) + (1 if queued else 0)
 
     def _release(self, process_ids: list[str]) -> list[Command]:
         commands: list[Command] = []

@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 
 from clusterpool.calls import engine
 from clusterpool.calls.worker_setup import set_up_worker
+from clusterpool.client.task_limits import checked_exceptions, checked_timeout
 from clusterpool.futures.map_run import MapRun
 from clusterpool.futures.pool_state import PoolState, TaskFuture, close_when_dropped
 from clusterpool.futures.worker_process import WorkerProcess
 
 T = TypeVar("T")
+RetryExceptions = bool | type[BaseException] | Sequence[type[BaseException]]
 
 # How long reading `_processes` waits for workers that are being started: they take milliseconds, a loaded
 # machine a second; a worker that cannot start must not hang the reader.
@@ -38,6 +40,16 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
     - `resources`: what each worker needs, by name, such as `{"GPU": 1}`.
     - `retries`: how often a call whose worker died is run again. 0 keeps the standard rule: the first
       worker that dies breaks the pool, and every pending call ends with BrokenProcessPool.
+    - `retry_exceptions`: True, or exception classes: a call that raises one is run again as well, as often as
+      `retries` says.
+    - `timeout`: seconds that a call may run (with `map`, for one item). Then its worker is killed and replaced, and
+      the call raises TaskTimeout, a TimeoutError. `options(timeout=)` gives an executor on the same workers with
+      another limit.
+    - `cancel_running`: `Future.cancel()` also stops a call that runs, by killing its worker, which is replaced. Each
+      call is then sent alone, when a worker is free: tiny ones take some 0.1 ms each.
+    - `safe_to_repeat`: calls may run twice, even at the same time, with no harm done. Then, while no call waits and a
+      worker is idle, one that takes more than twice as long as usual is started a second time, on another node if
+      there is one; the first result counts, and the worker of the other attempt is killed and replaced.
 
     Source: https://docs.python.org/3/library/concurrent.futures.html#processpoolexecutor (up to 3.14)
     """
@@ -53,6 +65,10 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
         address: str | None = None,
         resources: dict[str, float] | None = None,
         retries: int = 0,
+        retry_exceptions: RetryExceptions = False,
+        timeout: float | None = None,
+        cancel_running: bool = False,
+        safe_to_repeat: bool = False,
         name: str = "executor",
     ) -> None:
         if max_workers is not None and max_workers <= 0:
@@ -61,6 +77,7 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
             raise TypeError("initializer must be a callable")
         _check_tasks_per_child(max_tasks_per_child, mp_context)
         _check_retries(retries)
+        checked_timeout(timeout)
         self._size = max_workers
         self._context = mp_context
         self._options: dict[str, Any] = {
@@ -70,7 +87,16 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
             "tasks_per_worker_max": max_tasks_per_child,
         }
         self._options |= {"initializer": set_up_worker, "initargs": (initializer, tuple(initargs))}
-        self._pool = PoolState(retries=retries)
+        if retry_exceptions is not False:
+            checked_exceptions(retry_exceptions)
+            self._options["retry_exceptions"] = retry_exceptions
+        if cancel_running:
+            self._options["kills_cancelled"] = True
+        if safe_to_repeat:
+            self._options["safe_to_repeat"] = True
+        if timeout is not None:
+            self._options["timeout"] = timeout
+        self._pool = PoolState(retries=retries, cancels_running=cancel_running)
         self._relatives: list[ProcessPoolExecutor] = []  # made by `options(resources=)`, shut down with this one
         close_when_dropped(self, self._pool)
 
@@ -129,23 +155,25 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
         self,
         fn: Callable[..., T],
         iterables: Sequence[Iterable[Any]],
-        timeout: float | None,
+        iteration_s: float | None,
         chunksize: int,
         buffersize: int | None,
         **options: Any,
     ) -> Iterator[T]:
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
+        if "timeout" in options or "timeout" in self._options:
+            chunksize = 1  # the limit is each item's
         if buffersize is not None and not isinstance(buffersize, int):
             raise TypeError("buffersize must be an integer or None")
         if buffersize is not None and buffersize < 1:
             raise ValueError("buffersize must be None or > 0")
-        end_time = None if timeout is None else timeout + time.monotonic()
+        end_time = None if iteration_s is None else iteration_s + time.monotonic()
         if self._pool.send is None:
             self._open()
         items = iter(iterables[0]) if len(iterables) == 1 else zip(*iterables, strict=False)
         kind = engine.chunk_kind(is_star=len(iterables) != 1)
-        run = MapRun(self._pool, fn, _chunks(items, chunksize), kind=kind, **options)
+        run = MapRun(self._pool, fn, _chunks(items, chunksize), chunksize=chunksize, kind=kind, **options)
         run.send(buffersize)
         values = run.results(end_time, is_lazy=buffersize is not None)
         if buffersize is None:
@@ -158,21 +186,26 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
         self,
         *,
         retries: int | None = None,
+        timeout: float | None = None,
         resources: dict[str, float] | None = None,
         name: str | None = None,
     ) -> concurrent.futures.Executor:
         """An executor whose calls have other options.
 
-        `retries` alone: the same workers. `resources` or `name`: workers of its own, as many, which are
+        `retries` and `timeout`: the same workers. `resources` or `name`: workers of its own, as many, which are
         shut down with this executor's.
         """
+        checked_timeout(timeout)
         if retries is not None:
             _check_retries(retries)
         if resources is None and name is None:
-            return ExecutorView(self, self._pool.retries if retries is None else retries)
+            return ExecutorView(self, self._pool.retries if retries is None else retries, timeout)
         relative = ProcessPoolExecutor(self._size, retries=self._pool.retries if retries is None else retries)
         relative._context = self._context
+        relative._pool.cancels_running = self._pool.cancels_running
         relative._options = dict(self._options)
+        if timeout is not None:
+            relative._options["timeout"] = timeout
         relative._options.update({k: v for k, v in (("resources", resources), ("name", name)) if v is not None})
         self._relatives.append(relative)
         return relative
@@ -255,11 +288,13 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
 
 
 class ExecutorView(concurrent.futures.Executor):
-    """The same workers with another number of retries; `shutdown` is the executor's."""
+    """The same workers with another number of retries or limit of time; `shutdown` is the executor's."""
 
-    def __init__(self, executor: ProcessPoolExecutor, retries: int) -> None:
+    def __init__(self, executor: ProcessPoolExecutor, retries: int, timeout: float | None = None) -> None:
         self._executor = executor
-        self._retries = retries
+        self._options: dict[str, Any] = {"retries": retries}
+        if timeout is not None:
+            self._options["timeout"] = timeout
         if retries > 0:
             executor._pool.is_tolerant = True
 
@@ -270,7 +305,7 @@ class ExecutorView(concurrent.futures.Executor):
         pool.pending.add(future)
         try:
             send = pool.send or self._executor._open()
-            future._task_number = send(fn, args, kwargs, future, retries=self._retries)
+            future._task_number = send(fn, args, kwargs, future, **self._options)
         except BaseException:
             pool.pending.discard(future)
             if pool.is_closed or pool.failure is not None:
@@ -286,7 +321,7 @@ class ExecutorView(concurrent.futures.Executor):
         chunksize: int = 1,
         buffersize: int | None = None,
     ) -> Iterator[T]:
-        return self._executor._map(fn, iterables, timeout, chunksize, buffersize, retries=self._retries)
+        return self._executor._map(fn, iterables, timeout, chunksize, buffersize, **self._options)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         self._executor.shutdown(wait, cancel_futures=cancel_futures)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clusterpool.calls import engine
+from clusterpool.client.split_chunk import ItemFailure
 from clusterpool.futures.pool_state import PoolState, load_error
 
 if TYPE_CHECKING:
@@ -22,10 +23,13 @@ class MapRun:
     cheap.
     """
 
-    def __init__(self, pool: PoolState, function: Any, chunks: Iterator[Sequence[Any]], **options: Any) -> None:
+    def __init__(
+        self, pool: PoolState, function: Any, chunks: Iterator[Sequence[Any]], *, chunksize: int = 1, **options: Any
+    ) -> None:
         self._pool = pool
         self._function = function
         self._chunks = chunks
+        self._chunksize = chunksize
         self._options = options  # kind, and retries if the call has its own
         self._sent = 0
         self._task_numbers: list[list[int]] = []  # of the chunks in the order sent
@@ -61,6 +65,14 @@ class MapRun:
             error = self._pool.translated(error)
         self._outcome_by_index[index] = (value, error)
 
+    def chunk_done(self, index: int, values: list[Any], worker: GroupWorker | None) -> None:
+        """Called by the group for a chunk with failed items: the first ends the iteration, as it does there."""
+        self._outcome_by_index[index] = (values, None)
+
+    def item_index(self, index: int, position: int) -> int:
+        """Called by the group."""
+        return index * self._chunksize + position
+
     def load_failed(self, index: int, error: BaseException, worker: GroupWorker | None) -> None:
         """Called by the group."""
         self.task_done(index, None, load_error(error), worker)
@@ -86,6 +98,8 @@ class MapRun:
                 index += 1
                 values.reverse()
                 while values:
+                    if type(values[-1]) is ItemFailure:
+                        raise self._pool.translated(values[-1].error)
                     yield values.pop()
         finally:
             self.cancel_from(index)

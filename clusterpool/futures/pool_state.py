@@ -25,6 +25,8 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError
+from concurrent.futures import TimeoutError as FuturesTimeoutError
+from concurrent.futures._base import PENDING
 from pickle import PicklingError
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -38,9 +40,17 @@ if TYPE_CHECKING:
     from clusterpool.futures.map_run import MapRun
 
 
+# For so long `cancel` waits for a worker that may be deaf: user code in C that keeps the GIL.
+RECALL_PATIENCE_S = 0.05
+
+
 class NotPicklable(errors.SerializationFailed, PicklingError):
     """A result that cannot be pickled: a TypeError and a PicklingError, since the standard executor raises
     either."""
+
+
+class FutureTaskTimeout(errors.TaskTimeout, FuturesTimeoutError):
+    """A call of an executor ran for longer than its limit: also a `concurrent.futures.TimeoutError`."""
 
 
 class TaskFuture(LeanFuture[Any]):
@@ -61,6 +71,21 @@ class TaskFuture(LeanFuture[Any]):
     def load_failed(self, index: int, error: BaseException, worker: GroupWorker | None) -> None:
         self.task_done(index, None, load_error(error), worker)
 
+    def cancel(self) -> bool:
+        """Cancel the call if it has not started; True only if it never will.
+
+        One that waits in a worker, behind a call that runs, is asked back; that takes microseconds, unless the worker
+        is deaf: then the answer is no, though the call may still be dropped later.
+        """
+        if super().cancel():
+            return True
+        pool = self._handle
+        if self._state == PENDING and not self.running():
+            engine.wait_until(self.done, pool.recall_patience_s)
+            if not self.done():
+                pool.recall_patience_s /= 2  # else a thousand calls behind a deaf worker would take a minute
+        return self.cancelled()
+
     def _run_callbacks(self) -> None:
         if "_done_callbacks" in self.__dict__:
             self._handle.run_callbacks(self)
@@ -69,8 +94,10 @@ class TaskFuture(LeanFuture[Any]):
 class PoolState:
     """The part of an executor that lives until its last task is done."""
 
-    def __init__(self, *, retries: int) -> None:
+    def __init__(self, *, retries: int, cancels_running: bool = False) -> None:
         self.retries = retries
+        self.cancels_running = cancels_running
+        self.recall_patience_s = RECALL_PATIENCE_S
         # A view with retries of its own was made: a worker's death alone no longer says that a call failed.
         self.is_tolerant = False
         self.group: WorkerGroup | None = None
@@ -118,7 +145,11 @@ class PoolState:
     # ------------------------------------------------------------------ the futures' task handle
 
     def cancel(self, task_number: int) -> bool:
-        return self.group is not None and self.group.cancel(task_number)
+        if self.group is None:
+            return False
+        if self.cancels_running:
+            return self.group.cancel(task_number, force=True)
+        return self.group.cancel(task_number)
 
     def is_running(self, task_number: int) -> bool:
         return self.group is not None and self.group.is_running(task_number)
@@ -149,6 +180,8 @@ class PoolState:
             return _broken_process_pool(
                 f"A process was terminated abruptly in every attempt at the call: {error}", error
             )
+        if isinstance(error, errors.TaskTimeout):
+            return _as_future_timeout(error)
         if isinstance(error, errors.SerializationFailed) and not isinstance(error, PicklingError):
             wrapped = NotPicklable(*error.args)
             wrapped.__cause__ = error
@@ -245,6 +278,11 @@ def load_error(error: BaseException) -> BaseException:
         "Only this call fails; the executor goes on.",
         error,
     )
+
+
+def _as_future_timeout(error: errors.TaskTimeout) -> BaseException:
+    """Before Python 3.11 `concurrent.futures.TimeoutError` is no builtin TimeoutError."""
+    return error if isinstance(error, FuturesTimeoutError) else FutureTaskTimeout(*error.args)
 
 
 def _sentence(error: BaseException) -> str:

@@ -105,6 +105,8 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
     - `resources`: what each worker needs, by name, such as `{"GPU": 1}`.
     - `retries`: how often a batch whose worker died is run again; with 0 the call raises
     TerminatedWorkerError.
+    - `safe_to_repeat`: batches may run twice, even at the same time: the last ones of a call, if they take much
+    longer than the others, are started a second time on idle workers, and the first result counts.
     - `idle_worker_timeout`: seconds for which the workers are kept for the next call.
     """
 
@@ -121,6 +123,7 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         address: str | None = None,
         resources: dict[str, float] | None = None,
         retries: int = 0,
+        safe_to_repeat: bool = False,
         idle_worker_timeout: float | None = None,
     ) -> None:
         if not isinstance(retries, int) or retries < 0:
@@ -130,6 +133,7 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
             "address": address,
             "resources": resources,
             "retries": retries,
+            "safe_to_repeat": bool(safe_to_repeat),
             "idle_worker_timeout": idle_worker_timeout,
         }
         self._warm: WarmGroup | None = None
@@ -187,15 +191,16 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
                 self._warm.group.resize(size)
             return
         address, resources, retries = (self._options[k] for k in ("address", "resources", "retries"))
+        repeats = {"safe_to_repeat": True} if self._options["safe_to_repeat"] else {}
         client = engine.connect(address)
         env = self._thread_limits(size)
-        key = (tuple(env.items()), tuple(sorted((resources or {}).items())), retries, address)
+        key = (tuple(env.items()), tuple(sorted((resources or {}).items())), retries, address, bool(repeats))
         self._warm = _warm_groups.take(
             key,
             size,
             client,
             lambda: engine.open_exit_safe_group(
-                size, client=client, name="joblib", resources=resources, retries=retries, env=env
+                size, client=client, name="joblib", resources=resources, retries=retries, env=env, **repeats
             ),
         )
 

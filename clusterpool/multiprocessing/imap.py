@@ -6,12 +6,14 @@ and after an error the iteration may go on with the chunk that follows.
 
 from __future__ import annotations
 
+import contextlib
 from builtins import TimeoutError as _BuiltinTimeoutError
 from collections import deque
 from multiprocessing import TimeoutError
 from typing import Any
 
 from clusterpool.calls.lazy_call import LazyCall
+from clusterpool.client.split_chunk import ItemFailure
 from clusterpool.multiprocessing.results import to_stdlib_error
 
 
@@ -30,10 +32,9 @@ class IMapIterator:
 
         Raises: `multiprocessing.TimeoutError`; the error of the task, or of the iterable, whose turn it is.
         """
-        try:
-            return self._items.popleft()
-        except IndexError:
-            pass
+        if self._items:
+            with contextlib.suppress(IndexError):  # another thread was quicker
+                return _given(self._items.popleft())
         try:
             outcome = self._call.take(None if timeout is None else max(0.0, timeout))
         except _BuiltinTimeoutError:
@@ -43,10 +44,9 @@ class IMapIterator:
         if outcome.error is not None:
             raise to_stdlib_error(outcome.error)
         assert outcome.results is not None, "neither results nor an error"
-        if len(outcome.results) == 1:
-            return outcome.results[0]
-        self._items.extend(outcome.results[1:])
-        return outcome.results[0]
+        if len(outcome.results) > 1:
+            self._items.extend(outcome.results[1:])
+        return _given(outcome.results[0])
 
     next = __next__
 
@@ -55,6 +55,13 @@ class IMapIterator:
         call = getattr(self, "_call", None)
         if call is not None:
             call.abandon()
+
+
+def _given(result: Any) -> Any:
+    """Raises: the error of an item that failed where others of its chunk did not."""
+    if type(result) is ItemFailure:
+        raise to_stdlib_error(result.error)
+    return result
 
 
 class IMapUnorderedIterator(IMapIterator):

@@ -34,6 +34,7 @@ from clusterpool.calls.lazy_call import LazyCall
 from clusterpool.calls.progress import ProgressOption, checked_progress, new_progress_bar
 from clusterpool.calls.window import FeedWindow, checked_buffersize
 from clusterpool.calls.worker_setup import set_up_pool_worker
+from clusterpool.client.task_limits import checked_timeout
 from clusterpool.client.worker_group import GroupWorker, TaskKind, WorkerGroup
 from clusterpool.errors import TaskCancelled, WorkerSetupFailed
 from clusterpool.multiprocessing.imap import IMapIterator, IMapUnorderedIterator
@@ -49,6 +50,7 @@ CLOSE = "CLOSE"
 TERMINATE = "TERMINATE"
 
 AsyncResult = ApplyResult
+RetryExceptions = bool | type[BaseException] | Sequence[type[BaseException]]
 
 # How often a chunk whose worker died is tried again. Lower gives up on a node that goes down with several of
 # its workers; higher lets a chunk that kills its worker each time kill more of them.
@@ -63,8 +65,17 @@ class Pool:
 
     `processes`: None means as many as the cluster has CPUs. `context` is accepted and not needed.
     `address`: the cluster to use, if none is in use yet. `resources`: what each worker takes of its node, as
-    in `{"GPU": 1}`. `retries`: how often a chunk is tried again when its worker dies. `progress`: True shows
-    a tqdm bar for each map and imap; a dict gives tqdm's options.
+    in `{"GPU": 1}`. `retries`: how often a chunk is tried again when its worker dies; the chunk is split then, so
+    that only the item that kills its workers is lost in the end. `retry_exceptions`: True, or exception classes: a
+    call that raises one is tried again as well. `safe_to_repeat`: True says that calls may run twice, even at the same
+    time, with no harm done. Then, while no call waits and a worker is idle, one that takes more than twice as long as
+    usual is started a second time, on another node if there is one; the first result counts, and the worker of the
+    other attempt is killed and replaced. `progress`: True shows a tqdm bar for each map and imap; a dict
+    gives tqdm's options.
+
+    All calls take `timeout=`: seconds that the function may run for one item. Then its worker is killed and replaced,
+    and the call, or the item's turn of an `imap`, raises `CallTimeout`. Items with a limit travel one by one, whatever
+    the `chunksize`.
 
     Raises: ValueError or TypeError for an argument that cannot be right.
     """
@@ -82,6 +93,8 @@ class Pool:
         address: str | None = None,
         resources: Mapping[str, float] | None = None,
         retries: int = RETRIES_DEFAULT,
+        retry_exceptions: RetryExceptions = False,
+        safe_to_repeat: bool = False,
         progress: bool | Mapping[str, Any] = False,
     ) -> None:
         self._state = INIT  # first, because __del__ runs even when the rest fails
@@ -109,11 +122,16 @@ class Pool:
         self._broken: WorkerSetupFailed | None = None
         self._setup_failures = _SetupFailures(failures_max=max(3, 2 * self._processes))
         self._workers = WorkerTable()
-        self._group = self._start_group(dict(resources) if resources else None, retries)
+        options: dict[str, Any] = {"resources": dict(resources) if resources else None, "retries": retries}
+        if retry_exceptions is not False:
+            options["retry_exceptions"] = retry_exceptions
+        if safe_to_repeat:
+            options["safe_to_repeat"] = True
+        self._group = self._start_group(options)
         self._workers.watch(self._group)
         self._state = RUN
 
-    def _start_group(self, resources: dict[str, float] | None, retries: int) -> WorkerGroup:
+    def _start_group(self, options: dict[str, Any]) -> WorkerGroup:
         # The group must not keep the pool alive: a pool that nobody holds ends its workers.
         weak_self = weakref.ref(self)
         workers = self._workers
@@ -133,17 +151,23 @@ class Pool:
             initializer=set_up_pool_worker,
             initargs=(self._initializer, self._initargs),
             tasks_per_worker_max=self._maxtasksperchild,
-            retries=retries,
-            resources=resources,
             on_worker_died=worker_died,
             on_setup_failed=setup_failed,
+            **options,
         )
 
     # --- calls
 
-    def apply(self, func: Callable[..., Any], args: Iterable[Any] = (), kwds: Mapping[str, Any] = {}) -> Any:
+    def apply(
+        self,
+        func: Callable[..., Any],
+        args: Iterable[Any] = (),
+        kwds: Mapping[str, Any] = {},
+        *,
+        timeout: float | None = None,
+    ) -> Any:
         """`func(*args, **kwds)` in a worker."""
-        return self.apply_async(func, args, kwds).get()
+        return self.apply_async(func, args, kwds, timeout=timeout).get()
 
     def apply_async(
         self,
@@ -152,6 +176,8 @@ class Pool:
         kwds: Mapping[str, Any] = {},
         callback: Callback | None = None,
         error_callback: Callback | None = None,
+        *,
+        timeout: float | None = None,
     ) -> ApplyResult:
         """Start `func(*args, **kwds)` in a worker."""
         self._check_call(func)
@@ -159,16 +185,26 @@ class Pool:
             args = _checked_args(args)
         result = ApplyResult(self, callback, error_callback)
         try:
-            self._group.submit(func, args, dict(kwds), result)
+            if timeout is None:
+                result._task_number = self._group.submit(func, args, dict(kwds), result)
+            else:
+                result._task_number = self._group.submit(func, args, dict(kwds), result, timeout=timeout)
         except BaseException as error:
             self._drop(result)
             self._raise_if_closed(error)
             raise
         return result
 
-    def map(self, func: Callable[..., Any], iterable: Iterable[Any], chunksize: int | None = None) -> list[Any]:
+    def map(
+        self,
+        func: Callable[..., Any],
+        iterable: Iterable[Any],
+        chunksize: int | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> list[Any]:
         """`[func(item) for item in iterable]`, in the workers."""
-        result = self._map_async(func, iterable, TaskKind.MAP, chunksize)
+        result = self._map_async(func, iterable, TaskKind.MAP, chunksize, timeout=timeout)
         return result.get()  # type: ignore[no-any-return]
 
     def map_async(
@@ -178,15 +214,22 @@ class Pool:
         chunksize: int | None = None,
         callback: Callback | None = None,
         error_callback: Callback | None = None,
+        *,
+        timeout: float | None = None,
     ) -> MapResult:
         """Start a `map`; `callback` gets the list of all results."""
-        return self._map_async(func, iterable, TaskKind.MAP, chunksize, callback, error_callback)
+        return self._map_async(func, iterable, TaskKind.MAP, chunksize, callback, error_callback, timeout=timeout)
 
     def starmap(
-        self, func: Callable[..., Any], iterable: Iterable[Iterable[Any]], chunksize: int | None = None
+        self,
+        func: Callable[..., Any],
+        iterable: Iterable[Iterable[Any]],
+        chunksize: int | None = None,
+        *,
+        timeout: float | None = None,
     ) -> list[Any]:
         """`[func(*item) for item in iterable]`, in the workers."""
-        result = self._map_async(func, iterable, TaskKind.STARMAP, chunksize)
+        result = self._map_async(func, iterable, TaskKind.STARMAP, chunksize, timeout=timeout)
         return result.get()  # type: ignore[no-any-return]
 
     def starmap_async(
@@ -196,9 +239,11 @@ class Pool:
         chunksize: int | None = None,
         callback: Callback | None = None,
         error_callback: Callback | None = None,
+        *,
+        timeout: float | None = None,
     ) -> MapResult:
         """Start a `starmap`; `callback` gets the list of all results."""
-        return self._map_async(func, iterable, TaskKind.STARMAP, chunksize, callback, error_callback)
+        return self._map_async(func, iterable, TaskKind.STARMAP, chunksize, callback, error_callback, timeout=timeout)
 
     def imap(
         self,
@@ -207,13 +252,15 @@ class Pool:
         chunksize: int = 1,
         *,
         buffersize: int | None = None,
+        timeout: float | None = None,
     ) -> IMapIterator:
         """Results one by one, in order, from an iterable read lazily.
 
         `buffersize`: how many chunks may have been submitted and not yet yielded; None: a bound by items and
         bytes.
         """
-        return IMapIterator(self._start_lazy_call(func, iterable, chunksize, buffersize, is_ordered=True))
+        call = self._start_lazy_call(func, iterable, chunksize, buffersize, is_ordered=True, timeout=timeout)
+        return IMapIterator(call)
 
     def imap_unordered(
         self,
@@ -222,9 +269,11 @@ class Pool:
         chunksize: int = 1,
         *,
         buffersize: int | None = None,
+        timeout: float | None = None,
     ) -> IMapUnorderedIterator:
         """As `imap`, results in the order in which they arrive."""
-        return IMapUnorderedIterator(self._start_lazy_call(func, iterable, chunksize, buffersize, is_ordered=False))
+        call = self._start_lazy_call(func, iterable, chunksize, buffersize, is_ordered=False, timeout=timeout)
+        return IMapUnorderedIterator(call)
 
     # --- the end of a pool
 
@@ -324,10 +373,14 @@ class Pool:
         chunksize: int | None = None,
         callback: Callback | None = None,
         error_callback: Callback | None = None,
+        *,
+        timeout: float | None = None,
     ) -> MapResult:
         self._check_call(func)
         if chunksize is not None:
             chunksize = checked_chunksize(chunksize)
+        if timeout is not None:
+            chunksize = 1
         try:
             items = as_items(iterable)
         except Exception as error:  # The border to the user's iterable.
@@ -343,14 +396,15 @@ class Pool:
         bar = new_progress_bar(self._progress, total=len(items), name=name) if self._progress else None
         result = MapResult(self, chunksize, len(items), callback, error_callback, bar)
         if items:
-            self._submit_chunks(func, split(items, chunksize), result, kind)
+            options = {} if timeout is None else {"timeout": timeout}
+            self._submit_chunks(func, split(items, chunksize), result, kind, **options)
         return result
 
     def _submit_chunks(
-        self, func: Callable[..., Any], chunks: list[Sequence[Any]], result: MapResult, kind: TaskKind
+        self, func: Callable[..., Any], chunks: list[Sequence[Any]], result: MapResult, kind: TaskKind, **options: Any
     ) -> None:
         try:
-            self._group.submit_chunks(func, chunks, result, kind=kind)
+            result._task_numbers = self._group.submit_chunks(func, chunks, result, kind=kind, **options)
         except BaseException as error:
             self._drop(result)
             self._raise_if_closed(error)
@@ -364,9 +418,13 @@ class Pool:
         buffersize: int | None,
         *,
         is_ordered: bool,
+        timeout: float | None = None,
     ) -> LazyCall:
         self._check_call(func)
         chunksize = checked_chunksize(chunksize)
+        if timeout is not None:
+            checked_timeout(timeout)
+            chunksize = 1
         buffersize = checked_buffersize(buffersize)
         if not hasattr(iterable, "__iter__") and not hasattr(iterable, "__getitem__"):
             raise TypeError(f"{type(iterable).__name__!r} object is not iterable")
@@ -383,6 +441,7 @@ class Pool:
             # Holds the pool until the call has ended, as a result does.
             on_ended=lambda: self._lazy_call_ended(job),
             progress_bar=bar,
+            timeout=timeout,
         )
         self._cache[job] = call
         call.start(iterable, chunksize)

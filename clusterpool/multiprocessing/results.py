@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import types
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from multiprocessing import TimeoutError
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,12 +18,17 @@ from clusterpool.calls import waiting
 from clusterpool.calls.callbacks import report_callback_error
 from clusterpool.client.future import LeanFuture
 from clusterpool.client.worker_group import GroupWorker
-from clusterpool.errors import NotConnected, SerializationFailed, TaskCancelled
+from clusterpool.errors import NotConnected, SerializationFailed, TaskCancelled, TaskTimeout
 
 if TYPE_CHECKING:
     from clusterpool.multiprocessing.pool import Pool
 
 Callback = Callable[[Any], Any]
+
+
+class CallTimeout(TaskTimeout, TimeoutError):
+    """A call of a pool ran for longer than its `timeout=`: also a `multiprocessing.TimeoutError`."""
+
 
 # Guards the making of futures, which is rare: a lock for each result would cost more than the result.
 _future_lock = threading.Lock()
@@ -40,6 +45,8 @@ class ApplyResult:
     _has_ended = False  # the outcome is here; the callback may still run
     _is_ready = False
     _future: LeanFuture[Any] | None = None
+    _task_number = 0
+    _is_cancelled = False
 
     def __init__(self, pool: Pool, callback: Callback | None = None, error_callback: Callback | None = None) -> None:
         self._pool: Pool | None = pool  # kept until the result is ready: it must not be collected before
@@ -75,6 +82,27 @@ class ApplyResult:
             return self._value
         raise self._error
 
+    def cancel(self) -> bool:
+        """Stop the call: it is dropped if it has not started, else its worker is killed and replaced.
+
+        Returns: whether it will certainly not run to its end; then `get` raises `TaskCancelled`. A `map` is stopped as
+        far as it is not done.
+        """
+        pool = self._pool
+        if pool is None or self._has_ended:
+            return self.cancelled()
+        for number in self._numbers():
+            if pool._group.cancel(number, force=True):
+                self._is_cancelled = True
+        return self._is_cancelled
+
+    def cancelled(self) -> bool:
+        """Whether the call was stopped before it was done."""
+        return self._is_cancelled or isinstance(self._error, TaskCancelled)
+
+    def _numbers(self) -> Sequence[int]:
+        return [self._task_number]
+
     def future(self) -> Future[Any]:
         """The same result as a `concurrent.futures.Future`."""
         with _future_lock:
@@ -99,6 +127,8 @@ class ApplyResult:
         if self._has_ended:
             return
         self._has_ended = True
+        if error is None and self._is_cancelled:
+            error = TaskCancelled("the call was cancelled while it ran")
         if error is None:
             self._value = value
             callback = self._callback
@@ -161,6 +191,7 @@ class MapResult(ApplyResult):
         # Guards `_number_left`: two threads may hand over results of different messages at once.
         self._lock = threading.Lock()
         self._number_left = -(-length // chunksize) if length else 0
+        self._task_numbers: Sequence[int] = ()
         if not length:
             # As in the standard library, the callback is not called: there was nothing to wait for.
             self._become_ready()
@@ -183,6 +214,13 @@ class MapResult(ApplyResult):
         if is_last:
             self._end(self._value, self._error)
 
+    def item_index(self, index: int, position: int) -> int:
+        """Called by the group."""
+        return index * self._chunksize + position
+
+    def _numbers(self) -> Sequence[int]:
+        return self._task_numbers
+
     def _become_ready(self) -> None:
         if self._error is not None:
             self._value = None
@@ -203,7 +241,9 @@ class _Text:
 
 
 def to_stdlib_error(error: BaseException) -> BaseException:
-    """`MaybeEncodingError`, as in the standard library, for a result that could not be pickled."""
+    """`MaybeEncodingError`, as in the standard library, for a result that could not be pickled; `CallTimeout`."""
+    if isinstance(error, TaskTimeout):
+        return CallTimeout(*error.args)
     if not isinstance(error, SerializationFailed):
         return error
     if not error.value_repr:

@@ -46,6 +46,8 @@ class CallRunner:
                 return self._create_actor(owner, spec)
             call = self.call_of(owner, spec)
             is_loaded = True
+            if extras is not None and extras.limits is not None and extras.limits.timeout_s > 0:
+                runner.client.send(owner, m.TaskStarted(spec.number))
             return self.returned(owner, spec, call())
         except Interrupted:
             return TaskResult(spec.number, TaskStatus.CANCELLED, b"")

@@ -234,6 +234,24 @@ class TaskRunner:
         if self.interrupts.current is not None:
             self.client.send(self.interrupts.current.owner, m.TasksFinished([], 0, False))
 
+    def _drop(self, owner: Address, numbers: list[int]) -> None:
+        """Drop those of these tasks that have not started, and say so."""
+        kept: list[tuple[Address, TaskSpec]] = []
+        dropped: list[TaskResult] = []
+        while self.pending:
+            try:
+                item = self.pending.pop()  # from the other end than the main thread: each gets a task or not
+            except IndexError:
+                break
+            if item[0] == owner and item[1].number in numbers and item[1].kind not in _ACTOR_KINDS:
+                dropped.append(TaskResult(item[1].number, TaskStatus.CANCELLED, b""))
+                self.drop_references(item[1])
+            else:
+                kept.append(item)
+        self.pending.extend(reversed(kept))
+        if dropped:
+            self.client.send(owner, m.TasksFinished(dropped, 0, self._is_blocked))
+
     def _give_back(self, owner: Address, count: int) -> list[TaskResult]:
         """Take unstarted tasks of `owner` from the end; results that say so."""
         returned: list[TaskResult] = []
@@ -285,6 +303,9 @@ class TaskRunner:
             self._lingers = message.lingers
 
     def _cancel(self, source: Address, message: m.CancelTasks) -> None:
+        if not message.interrupt:
+            self._drop(source, message.numbers)
+            return
         for number in message.numbers:
             key = Key(source, number)
             if self.actor is None or not self.actor.cancel(key):

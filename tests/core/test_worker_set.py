@@ -8,12 +8,12 @@ import pytest
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core.chunks import ChunkTable
+from clusterpool.core.lease_needs import REQUESTED_MAX
 from clusterpool.core.messages import Address, TaskStatus, WorkerKind
 from clusterpool.core.rescue import Rescue
 from clusterpool.core.stopping import SIGKILL
 from clusterpool.core.worker_set import (
     LINGER_S,
-    REQUESTED_MAX,
     SETUP_FAILURES_MAX,
     SIGTERM,
     START_FAILURES_MAX,

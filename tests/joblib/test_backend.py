@@ -250,3 +250,19 @@ def test_permutation_importance_gives_what_it_gives_with_loky(digits):
     model = RidgeClassifier().fit(*digits)
     loky, ours = run_both(lambda: permutation_importance(model, *digits, n_repeats=2, random_state=0).importances)
     np.testing.assert_array_equal(ours, loky)
+
+
+def slow_first_time(folder, i):
+    path = os.path.join(folder, str(i))
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return i
+    time.sleep(600 if i == 5 else 0.05)
+    return i
+
+
+def test_a_batch_that_is_late_is_started_again_where_that_is_safe(tmp_path):
+    with parallel_config("clusterpool", n_jobs=2, safe_to_repeat=True):
+        results = Parallel(batch_size=1)(delayed(slow_first_time)(str(tmp_path), i) for i in range(8))
+    assert results == list(range(8))
