@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from clusterpool.client.object_ref import ObjectRef
     from clusterpool.client.runtime import Runtime
 
-# How often a value that nobody says is gone is asked for in vain. Each time the nodes have tried for some seconds at
-# least; where two cannot reach each other for longer, an error is better than to wait for ever.
+# How often a value is asked for in vain that nobody says is gone, on a node that nobody says is dead. Each time the
+# nodes have tried for some seconds at least; where two cannot reach each other for longer, an error is better than to
+# wait for ever.
 VAIN_ROUNDS_MAX = 3
 
 
@@ -31,7 +32,7 @@ class Rounds:
 
     def go_on(self, error: ObjectUnreadable) -> bool:
         """Tell the owner that the value could not be read; whether to try again once there is one."""
-        if not error.unreadable.gone:
+        if not (error.unreadable.gone or error.unreadable.dead):
             self._vain += 1
             if self._vain >= VAIN_ROUNDS_MAX:
                 return False

@@ -206,7 +206,7 @@ class Values:
         """The value in the pages that the node has pinned for us, or in a file of it."""
         if isinstance(answer, m.StoreFailed):
             if answer.kind in _UNREADABLE:
-                raise ObjectUnreadable(m.UnreadablePart(stored.object_id, answer.gone, answer.text))
+                raise ObjectUnreadable(m.UnreadablePart(stored.object_id, answer.gone, answer.text, answer.dead))
             raise make_error(answer.kind, answer.text)
         if isinstance(answer, m.ObjectOnDisk):
             return loads_packed(self._read_spilled(stored))

@@ -380,7 +380,7 @@ class NodeMachine:
 
     def _membership(self, event: Any, now_s: float) -> Commands:
         commands: Commands = []
-        version = self.membership.view.version
+        version, was_member = self.membership.view.version, self._is_member
         for command in self.membership.handle(event, now_s):
             if isinstance(command, (ms.NodeDied, ms.NodeLeft)):
                 reason = command.reason if isinstance(command, ms.NodeDied) else "it left the cluster"
@@ -398,7 +398,7 @@ class NodeMachine:
         if isinstance(event, (ms.Registered, ms.Restored)):
             # Until then others may have ended waits of this node's processes, as those of a dead one.
             commands += self.coordination.handle(ce.StoreChanged(), now_s)
-        if self.membership.view.version != version:
+        if self.membership.view.version != version or self._is_member != was_member:
             commands += self.scheduler.peers_changed([candidate_of(view) for view in self._peers()])
         return commands
 
@@ -408,8 +408,13 @@ class NodeMachine:
             return []
         return [e.Send(source, StillAlive(message.incarnation))]
 
+    @property
+    def _is_member(self) -> bool:
+        return self.membership.state is ms.State.MEMBER
+
     def _peers(self) -> list[NodeView]:
-        return self.membership.view.trusted_peers()
+        # Whom we would pass a request on to drops what comes from a life that is over; the next has not begun yet.
+        return self.membership.view.trusted_peers() if self._is_member else []
 
     def _node_lost(self, node_id: str, reason: str, now_s: float) -> Commands:
         commands: Commands = [e.PeerLost(node_id, reason), *self.objects.node_lost(node_id, now_s)]

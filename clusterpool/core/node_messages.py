@@ -203,13 +203,14 @@ class ObjectCreated(Message, frozen=True):
 class StoreFailed(Message, frozen=True):
     """Answer to CreateObject or PinObject. `kind`: `too_large`, `store_full`, `disk_full`, `lost`, `exists`.
 
-    `gone`: when lost, the nodes that certainly have no copy any more.
+    `gone`, `dead`: when lost, as in UnreadablePart.
     """
 
     request: int
     kind: str
     text: str
     gone: list[str] = []
+    dead: list[str] = []
 
 
 class SealObject(Message, frozen=True):

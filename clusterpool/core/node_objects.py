@@ -58,8 +58,10 @@ class NodeObjects:
         if isinstance(message, r.PromoteCopy):
             return self._promote(source, message.object_id)
         if type(message) in _TRANSFER_MESSAGES:
-            if isinstance(message, t.OpenTransfer) and message.object_id in self.store.objects:
-                self._takers.setdefault(message.object_id, {})[source.node_id] = None
+            if isinstance(message, t.OpenTransfer):
+                item = self.store.objects.get(message.object_id)
+                if item is not None and not item.is_freed:
+                    self._takers.setdefault(message.object_id, {})[source.node_id] = None
             return self._transfer(t.PeerSpoke(source.node_id, message))
         return None
 
@@ -97,9 +99,11 @@ class NodeObjects:
         event = t.PullRequested(f"{client}/{request}", stored.object_id, others, stored.size_bytes)
         return self._transfer(event)
 
-    def _refuse(self, client: str, request: int, kind: str, text: str, *, gone: list[str]) -> Commands:
+    def _refuse(
+        self, client: str, request: int, kind: str, text: str, *, gone: list[str], dead: list[str] | None = None
+    ) -> Commands:
         self._wanted.pop((client, request), None)
-        return [Send(Address(self.node_id, client), m.StoreFailed(request, kind, text, gone))]
+        return [Send(Address(self.node_id, client), m.StoreFailed(request, kind, text, gone, dead or []))]
 
     # --- events of the shell
 
@@ -261,7 +265,8 @@ class NodeObjects:
                 commands += self._put(s.PinRequested(client, int(request), command.object_id))
             else:
                 gone = [*command.gone, self.node_id]  # it was asked for elsewhere because it is not here
-                commands += self._refuse(client, int(request), command.kind, command.text, gone=gone)
+                failure = command.kind, command.text
+                commands += self._refuse(client, int(request), *failure, gone=gone, dead=command.dead)
         return commands
 
 

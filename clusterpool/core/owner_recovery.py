@@ -241,10 +241,17 @@ class OwnerRecovery:
         value = record.value if record is not None else None
         if value is None or value.stored is None or value.stored.object_id != unreadable.object_id:
             return [], True
-        known = value.stored.node_ids
-        commands = self._without_nodes(reference.number, unreadable.gone, unreadable.text)
+        # A reader that takes our own node for dead is wrong: we would not hear it.
+        own = self._owner.node.node_id
+        lost = [*unreadable.gone, *(node_id for node_id in unreadable.dead if node_id != own)]
+        known, object_id = value.stored.node_ids, value.stored.object_id
+        # If another is not dead either, it must not keep what nobody counts on any more.
+        commands: Commands = [
+            e.Send(Address(node_id, node_id), m.FreeObjects([object_id])) for node_id in known if node_id in lost
+        ]
+        commands += self._without_nodes(reference.number, lost, unreadable.text)
         commands += self.want(reference)
-        return commands, any(node_id in known for node_id in unreadable.gone) or not known
+        return commands, bool(unreadable.gone or unreadable.dead) or not known
 
     def _ask_owner_again(self, reference: Reference, unreadable: m.UnreadablePart) -> tuple[Commands, bool]:
         borrowed = self._table.borrowed.get((reference.owner, reference.number))
@@ -255,7 +262,7 @@ class OwnerRecovery:
             return [], True
         borrowed.value, borrowed.is_asked = None, False
         commands = self._objects.wanted(reference, next(self._owner.requests), unreadable)
-        return commands + self._drop(value.references), bool(unreadable.gone)
+        return commands + self._drop(value.references), bool(unreadable.gone or unreadable.dead)
 
     def want(self, reference: Reference) -> Commands:
         """Somebody waits for an object of ours: if it is lost, rebuild it."""

@@ -156,11 +156,14 @@ class TaskSpec(Part, frozen=True):
 
 
 class UnreadablePart(Part, frozen=True):
-    """A stored value could not be read. `gone`: nodes that certainly have no copy; others only did not answer."""
+    """A stored value could not be read. `gone`: nodes that have said themselves that they have no copy. `dead`: those
+    that the reader's node takes for dead, which may be wrong; others only did not answer.
+    """
 
     object_id: str
     gone: list[str]
     text: str
+    dead: list[str] = []
 
 
 class ResultExtras(Part, frozen=True):

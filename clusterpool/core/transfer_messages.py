@@ -209,7 +209,7 @@ class ReportPulled(TransferCommand, frozen=True):
 class ReportPullFailed(TransferCommand, frozen=True):
     """Tell the requesters that there is no copy; `kind` is the store's refusal, or `lost`.
 
-    `gone`: the sources that certainly have none; the others did not answer.
+    `gone`: the sources that said so. `dead`: those that are taken for dead; the others did not answer.
     """
 
     object_id: str
@@ -217,6 +217,7 @@ class ReportPullFailed(TransferCommand, frozen=True):
     kind: str
     text: str
     gone: list[str] = []
+    dead: list[str] = []
 
 
 # --- commands of ServingTable -----------------------------------------------------------------------------

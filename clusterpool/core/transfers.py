@@ -89,7 +89,8 @@ class Pull:
     in_flight: set[int] = field(default_factory=set)
     progress_s: float = 0.0
     trouble: list[str] = field(default_factory=list)
-    gone: list[str] = field(default_factory=list)  # sources that certainly have no copy
+    gone: list[str] = field(default_factory=list)  # sources that said that they have no copy
+    dead: list[str] = field(default_factory=list)  # sources that are taken for dead
 
     def chunk_bytes(self, offset: int) -> int:
         return min(CHUNK_BYTES, self.size_bytes - offset)
@@ -151,7 +152,7 @@ class TransferTable:
         if pull is not None:
             pull.requesters[event.requester] = None
             for node_id in event.node_ids:
-                if node_id not in pull.gone:
+                if node_id not in pull.gone and node_id not in pull.dead:
                     pull.failures_by_source.setdefault(node_id, 0)
             return
         phase = Phase.WAITING if event.size_bytes else Phase.SIZING
@@ -249,12 +250,12 @@ class TransferTable:
         for pull in list(self.pulls.values()):
             if event.node_id not in pull.failures_by_source:
                 continue
+            pull.dead.append(event.node_id)
             if pull.source == event.node_id and pull.transfer:
                 self._give_up_source(pull, "the node is gone", now_s, is_gone=True)
             else:
                 del pull.failures_by_source[event.node_id]
                 pull.trouble.append(f"{event.node_id}: the node is gone")
-                pull.gone.append(event.node_id)
                 if not pull.failures_by_source and pull.phase is Phase.WAITING:
                     self._fail(pull, "lost", self._lost_text(pull))
 
@@ -307,7 +308,7 @@ class TransferTable:
     def _give_up_source(self, pull: Pull, text: str, now_s: float, *, is_gone: bool) -> None:
         pull.trouble.append(f"{pull.source}: {text}")
         pull.failures_by_source[pull.source] += 1
-        if is_gone:
+        if is_gone and pull.source not in pull.dead:
             pull.gone.append(pull.source)
         if is_gone or pull.failures_by_source[pull.source] >= TRIES_MAX:
             del pull.failures_by_source[pull.source]
@@ -327,7 +328,7 @@ class TransferTable:
 
     def _fail(self, pull: Pull, kind: str, text: str) -> None:
         self._drop(pull)
-        self._do(ReportPullFailed(pull.object_id, list(pull.requesters), kind, text, pull.gone))
+        self._do(ReportPullFailed(pull.object_id, list(pull.requesters), kind, text, pull.gone, pull.dead))
 
     def _drop(self, pull: Pull) -> None:
         if pull.phase in CLAIMING:

@@ -447,7 +447,7 @@ class Client(Party):
         )
         if isinstance(answer, m.StoreFailed):
             if answer.kind in ("lost", "freed"):
-                raise Unreadable(m.UnreadablePart(stored.object_id, answer.gone, answer.text))
+                raise Unreadable(m.UnreadablePart(stored.object_id, answer.gone, answer.text, answer.dead))
             return Outcome(answer.kind, 0, text=answer.text), None
         assert isinstance(answer, m.ObjectPinned)
         content = self.node_party.arena.read(answer.offset, answer.size_bytes)
@@ -486,7 +486,7 @@ class Client(Party):
             try:
                 outcome, view = yield from self.load(part)
             except Unreadable as exc:
-                vain += not exc.unreadable.gone
+                vain += not (exc.unreadable.gone or exc.unreadable.dead)
                 if vain >= VAIN_ROUNDS_MAX:
                     return Outcome("object_lost", 0, text=exc.unreadable.text)
                 self.event(e.ValueUnreadable(ref.part, exc.unreadable))

@@ -243,6 +243,17 @@ def test_a_reader_that_says_it_is_gone_is_believed(owner: Lineages) -> None:
     assert owner.is_clean()
 
 
+def test_a_reader_that_takes_the_owners_own_node_for_dead_is_not_believed(owner: Lineages) -> None:
+    value = ValuePart(stored=StoredValue("d1.500", 10**6, ["n1", "n3"], DRIVER))
+    owner.put(500, value)
+    claim = m.UnreadablePart("d1.500", [], "both are gone", ["n1", "n3"])
+    commands = owner.hear(OTHER, m.ResolveObject(5, 500, claim))
+    left = ValuePart(stored=StoredValue("d1.500", 10**6, ["n1"], DRIVER))
+    assert sent(commands, m.ObjectResolved, OTHER) == [m.ObjectResolved(5, left)]
+    # Should the other live after all, it need not keep its copy.
+    assert sent(commands, m.FreeObjects, N3) == [m.FreeObjects(["d1.500"])]
+
+
 def test_a_reader_gets_the_other_copy(owner: Lineages) -> None:
     owner.submit(make_task(1, sink=None, retries=3))
     owner.run(made(1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core.messages import Address, WorkerKind
+from clusterpool.core.recovery_messages import RequestsLost
 from tests.core.machines import NODE, Owner, make_task, make_worker, of_type, sent
 
 LOST = m.NodeLost("n2", "silent")
@@ -77,3 +78,12 @@ def test_an_actor_that_has_no_worker_yet_asks_again_and_gives_back_what_comes_la
     assert [release.leases for release in sent(late, m.ReleaseWorkers, NODE)] == [[9]]
     granted = owner.hear(NODE, m.WorkerGranted(again.request, make_worker("w1", lease=1)))
     assert sent(granted, m.StartTasks, Address("n1", "w1"))
+
+
+def test_what_was_lost_with_a_node_that_another_had_passed_it_on_to_is_asked_for_again() -> None:
+    owner = Owner()
+    owner.open_set()
+    (request,) = sent(owner.submit(make_task(1)), m.RequestWorkers)
+    commands = owner.hear(Address("n5", "n5"), RequestsLost("n2"))
+    assert sent(commands, m.CancelRequest, NODE) == [m.CancelRequest(request.request, 1)]
+    assert [again.count for again in sent(commands, m.RequestWorkers, NODE)] == [1]

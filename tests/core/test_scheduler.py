@@ -10,6 +10,7 @@ from clusterpool.core import messages as m
 from clusterpool.core.messages import Address, WorkerKind
 from clusterpool.core.node_events import EndWorker, ForkWorker, Send, WorkerEnded
 from clusterpool.core.placement import Candidate
+from clusterpool.core.recovery_messages import RequestsLost
 from clusterpool.core.resources import to_amounts
 from clusterpool.core.scheduler import HOPS_MAX, SIGKILL, Scheduler
 from tests.core.machines import DRIVER, JOB, T
@@ -389,3 +390,15 @@ def test_the_owner_is_told_the_peak_memory_and_the_cause_of_a_workers_end() -> N
     )
     (exited,) = messages(commands, m.WorkerExited, DRIVER)
     assert (exited.task, exited.peak_bytes, exited.cause) == (m.LastTask(4), 12_000, m.EndCause.STACK_OVERFLOW)
+
+
+def test_owners_hear_when_a_node_is_lost_to_which_their_requests_were_passed_on() -> None:
+    node = Node(CPU=1)
+    node.scheduler.peers_changed([peer("n3")])
+    elsewhere = Address("n9", "d9")
+    for source in (elsewhere, elsewhere, DRIVER):
+        node.request(source=source, hops=1, CPU=2.0)
+    commands = node.scheduler.peer_lost("n3")
+    # Those of this node hear of it from the node itself.
+    assert messages(commands, RequestsLost) == messages(commands, RequestsLost, elsewhere) == [RequestsLost("n3")]
+    assert node.scheduler.peer_lost("n3") == []
