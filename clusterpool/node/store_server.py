@@ -29,6 +29,8 @@ LOCK_NAME = "store.lock"
 _LOCK_RETRY_S = 1.0
 # A server loads about 100 MB/s of its append-only file.
 _LOAD_TIMEOUT_S = 60.0
+# It has nothing to save, and may hang.
+_EMBEDDED_STOP_S = 0.5
 
 
 class StoreServer:
@@ -67,7 +69,7 @@ class StoreServer:
         if self._thread.ident is not None:
             self._thread.join(5.0)
         if self._config.control_store_url is None and self._server is not None:
-            self._server.stop()
+            self._server.stop(_EMBEDDED_STOP_S)
 
     # --- the thread
 

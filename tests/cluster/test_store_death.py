@@ -162,3 +162,20 @@ def test_an_embedded_cluster_survives_the_death_of_its_server(fresh: None) -> No
     for number in range(2):
         kill_server(folder)
         assert clusterpool.get(clusterpool.get_actor("one").add.remote(), timeout=LIMIT_S)[0] == 2 + number
+
+
+def test_a_cluster_whose_server_hangs_can_be_ended(fresh: None) -> None:
+    folder = Path(clusterpool.init(num_cpus=2)["address"]).parent
+    actor = clusterpool.remote(Counting).remote()
+    assert clusterpool.get(actor.add.remote(), timeout=LIMIT_S)[0] == 1
+    os.kill(server_pid(folder), signal.SIGSTOP)
+    started_s = time.monotonic()
+    clusterpool.shutdown()
+    assert time.monotonic() - started_s < 10
+    assert not folder.exists()
+
+
+@pytest.mark.timeout(90)
+def test_down_ends_a_cluster_whose_server_hangs(mortal_nodes: Cluster) -> None:
+    os.kill(server_pid(mortal_nodes.session_folder), signal.SIGSTOP)
+    # The fixture says `clusterpool down`, and looks for what it leaves behind.
