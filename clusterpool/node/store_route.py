@@ -46,6 +46,7 @@ class NodeStoreRoute:
         self._machine = sr.StoreRoute()
         self._lock = threading.Lock()  # guards the machine
         self._peers: tuple[str, ...] = ()
+        self._way_told = ""  # the way that the log named last
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()  # those that go through a peer
         self._prober: threading.Thread | None = None
         self._is_stopping = threading.Event()
@@ -94,6 +95,10 @@ class NodeStoreRoute:
 
     def worked(self) -> None:
         """An operation by the way in use was answered."""
+        peer = self._machine.peer
+        if peer != self._way_told:
+            self._way_told = peer
+            logger.warning("the control store is reached %s", f"through node {peer}" if peer else "directly again")
         self._handle(sr.AttemptWorked())
 
     def stop(self) -> None:
@@ -107,10 +112,11 @@ class NodeStoreRoute:
                 self._use(command.peer)
 
     def _use(self, peer: str) -> None:
+        # Not a warning: while the store is away for all, the peers are tried again and again.
         if peer:
-            logger.warning("the control store is tried through node %s", peer)
+            logger.info("the control store is tried through node %s", peer)
         else:
-            logger.warning("the control store is tried directly again")
+            logger.info("the control store is tried directly again")
         self._break_connections()
         if peer and (self._prober is None or not self._prober.is_alive()):
             self._prober = threading.Thread(target=self._probe_until_direct, name="store-probe", daemon=True)

@@ -94,7 +94,7 @@ def test_a_node_that_only_the_store_does_not_hear_works_on_through_a_peer(
             nodes |= {node_id for _, node_id in pool.map(numbered_node_of_task, range(40), chunksize=1)}
             clusterpool.get(actor.add.remote(), timeout=5)
         assert nodes == everybody
-    apart.wait_for_log("tried through node")
+    apart.wait_for_log("the control store is reached through node")
     # A driver there finds names, makes actors and moves locks, all of which need the store.
     done = run_at(
         apart,
@@ -119,7 +119,7 @@ def test_a_node_that_only_the_store_does_not_hear_works_on_through_a_peer(
     assert done.stdout.split()[2:] == ["locked", "4"]
     check_nobody_died(mortal_nodes, apart, everybody)
     apart.proxy.resume()
-    apart.wait_for_log("the control store is tried directly again")
+    apart.wait_for_log("the control store is reached directly again")
     again = there(Counting).options(name="after").remote()
     assert clusterpool.get(again.add.remote(), timeout=LIMIT_S)[0] == 1
     check_nobody_died(mortal_nodes, apart, everybody)
