@@ -102,7 +102,7 @@ class MemoryMonitor:
         worker.end_cause = m.EndCause.OUT_OF_MEMORY
         self._ending, self._ended_s = worker.process_id, now_s
         lines = m.LogLines(worker.name, worker.pid, node_id, 2, [text])
-        return [EndWorker(worker.process_id, SIGKILL), WarnOfMemory(text), Send(worker.job.owner, lines)]
+        return [EndWorker(worker.process_id, SIGKILL, True), WarnOfMemory(text), Send(worker.job.owner, lines)]
 
     def _warn(self, event: MemoryRead, now_s: float) -> list[Command]:
         if self._warned_s is not None and now_s - self._warned_s < WARNING_INTERVAL_S:

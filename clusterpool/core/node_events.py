@@ -136,10 +136,11 @@ class ForkWorker(Command, frozen=True):
 
 
 class EndWorker(Command, frozen=True):
-    """Send a worker process this signal."""
+    """Send a worker process this signal; with all that it has started in its process group, if `with_group`."""
 
     process_id: str
     signal: int
+    with_group: bool = False
 
 
 class ReadMemory(Command, frozen=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
@@ -86,6 +87,24 @@ class MemoryReader:
             return 0
         return (int(words[1]) - int(words[2])) * _PAGE_BYTES
 
+    def group_bytes(self, pids: Iterable[int]) -> dict[int, int]:
+        """What the other members of process groups have for themselves, by the group's leader.
+
+        Programs that a task has started are such members. A look at all processes of the machine: some milliseconds.
+        """
+        sizes = dict.fromkeys(pids, 0)
+        for name in os.listdir(self._root / "proc"):  # noqa: PTH208 (names, not a path object for each process)
+            if not name.isdigit() or int(name) in sizes:
+                continue
+            try:
+                line = (self._root / "proc" / name / "stat").read_bytes()
+            except OSError:
+                continue  # it has just ended
+            group = int(line[line.rindex(b")") + 2 :].split()[2])
+            if group in sizes:
+                sizes[group] += self.process_bytes(int(name))
+        return sizes
+
 
 class MemoryWatch:
     """The node's loop calls `look`; readings go to the machine when they are due."""
@@ -97,6 +116,8 @@ class MemoryWatch:
         self._is_off = shell.config.memory_threshold >= 1
         self._with_workers = False
         self._kernel_kills = self._reader.kernel_kills()
+        self._groups_read_s = -INTERVAL_MAX_S
+        self._started_bytes: dict[int, int] = {}  # by worker's pid, what the programs that it has started have
         self.due_s = 0.0
 
     def look(self, now_s: float) -> None:
@@ -138,12 +159,21 @@ class MemoryWatch:
             store_bytes = arena.reserved_bytes
         sizes: dict[str, int] | None = None
         if self._with_workers or self._limit_bytes is not None:
-            sizes = {name: self._reader.process_bytes(pid) for name, pid in self._shell.workers.pids().items()}
+            sizes = self._worker_sizes()
         if self._limit_bytes is not None and sizes is not None:
             others = [os.getpid(), self._shell.workers.zygote_pid]
             used_bytes = sum(sizes.values()) + sum(map(self._reader.process_bytes, others)) + store_bytes
             use = max(use, Use(used_bytes, self._limit_bytes, "this node's memory limit"), key=lambda use: use.part)
         return e.MemoryRead(use.used_bytes, use.limit_bytes, use.where, store_bytes, sizes)
+
+    def _worker_sizes(self) -> dict[str, int]:
+        pids = self._shell.workers.pids()
+        now_s = monotonic()
+        # Where only the machine is watched, it is read at the threshold only.
+        if self._limit_bytes is None or now_s - self._groups_read_s >= INTERVAL_MAX_S:
+            self._groups_read_s = now_s
+            self._started_bytes = self._reader.group_bytes(pids.values())
+        return {name: self._reader.process_bytes(pid) + self._started_bytes.get(pid, 0) for name, pid in pids.items()}
 
 
 def _cgroup_limit(folder: Path) -> int | None:

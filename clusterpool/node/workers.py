@@ -113,7 +113,7 @@ class WorkerProcesses:
 
     def end(self, command: e.EndWorker) -> None:
         """Send a worker a signal."""
-        self._zygote.kill_worker(command.process_id, command.signal)
+        self._zygote.kill_worker(command.process_id, command.signal, with_group=command.with_group)
 
     def close(self) -> None:
         """End all workers, and the zygote."""

@@ -142,10 +142,13 @@ class Zygote:
         """
         self._request(("fork", worker_id, spec))
 
-    def kill_worker(self, worker_id: str, signal_number: int) -> None:
-        """Send a signal to the worker; nothing happens if it has ended. For SIGKILL, WorkerExited follows."""
+    def kill_worker(self, worker_id: str, signal_number: int, *, with_group: bool = False) -> None:
+        """Send a signal to the worker; nothing happens if it has ended. For SIGKILL, WorkerExited follows.
+
+        `with_group`: also to what it has started in its process group.
+        """
         if self._control is not None:
-            self._request(("kill", worker_id, int(signal_number)))
+            self._request(("kill", worker_id, int(signal_number), with_group))
 
     def preload(self, modules: tuple[str, ...]) -> None:
         """Import modules that the workers to come then share; Preloaded follows.
@@ -234,7 +237,7 @@ class Zygote:
         for descriptor in descriptors:
             os.close(descriptor)
         self._abandoned.add(worker_id)
-        self._request(("kill", worker_id, int(signal.SIGKILL)))
+        self._request(("kill", worker_id, int(signal.SIGKILL), False))
         return ForkFailed(worker_id, "the node has too many open files for the worker's output; raise `ulimit -n`")
 
     def _died(self) -> ZygoteDied:

@@ -159,9 +159,12 @@ class ZygoteLoop:
         self._control.close()
         self._close_all([*descriptors, self._wake_read, self._wake_write])
 
-    def _kill(self, worker_id: str, signal_number: int) -> None:
+    def _kill(self, worker_id: str, signal_number: int, with_group: bool) -> None:
         pid = self._pid_by_worker.get(worker_id)
         if pid is not None:
+            # Its group has its own number, from its first moments on. Both are its own until it is waited for.
+            if with_group and os.getpgid(pid) == pid:
+                os.killpg(pid, signal_number)
             os.kill(pid, signal_number)
         self._send(("acknowledged",))
 

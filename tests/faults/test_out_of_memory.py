@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 import clusterpool
 from clusterpool import errors
-from tests.client.engine import MIB
+from tests.client.engine import MIB, wait_for
 
 LIMIT_MIB = 600
 
@@ -98,3 +99,22 @@ def test_objects_count_as_used_once() -> None:
     task = clusterpool.remote(retries=0)(read)
     refs = [task.remote(ref) for _ in range(12)]
     assert clusterpool.get(refs, timeout=50) == [50 * MIB] * 12
+
+
+def test_a_program_that_a_task_has_started_counts_with_it_and_ends_with_it(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    def start(path: Path) -> int:
+        program = (
+            "import time\nblocks = []\nfor _ in range(200):\n  blocks.append(b'x' * 10_000_000); time.sleep(0.005)"
+        )
+        process = subprocess.Popen([sys.executable, "-c", program])
+        (path / "part").write_text(str(process.pid))
+        (path / "part").rename(path / "pid")
+        return process.wait()
+
+    with pytest.raises(errors.WorkerDied, match="memory was about to run out"):
+        clusterpool.get(clusterpool.remote(retries=0)(start).remote(tmp_path), timeout=50)
+    pid = int((tmp_path / "pid").read_text())
+    assert wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
