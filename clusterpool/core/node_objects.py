@@ -25,7 +25,7 @@ class NodeObjects:
 
     def __init__(self, node_id: str, capacity_bytes: int) -> None:
         self.node_id = node_id
-        self.store = StoreIndex(capacity_bytes)
+        self.store = StoreIndex(capacity_bytes, reads_files=lambda client: not client.startswith(_SERVE))
         self.pulls = TransferTable()
         self.servings = ServingTable()
         # By object, the nodes that have opened a transfer of it, in order; until it is freed.

@@ -76,11 +76,14 @@ class StoreIndex:
         create_wait_s: float = CREATE_WAIT_S,
         disk_wait_s: float = DISK_WAIT_S,
         disk_retry_s: float = DISK_RETRY_S,
+        reads_files: Callable[[str], bool] = lambda client: True,
     ) -> None:
+        """`reads_files`: whether a client whose pin is refused reads the object's file itself."""
         self.allocator = Allocator(capacity_bytes)
         self.create_wait_s = create_wait_s
         self.disk_wait_s = disk_wait_s
         self.disk_retry_s = disk_retry_s
+        self._reads_files = reads_files
         self.objects: dict[str, StoredObject] = {}
         self.queue: OrderedDict[str, None] = OrderedDict()  # QUEUED and RECALLED objects, first come first
         self.pins_by_client: dict[str, dict[str, int]] = {}
@@ -273,8 +276,10 @@ class StoreIndex:
             self._refuse_queued(self.objects[object_id], Refusal.STORE_FULL, now_s)
         if self._disk_failed_s is not None and not self.spilling_bytes:
             # What is on the full disk is read from there: its reader may be the one who makes room.
-            for object_id in [name for name in self.queue if self.objects[name].state is State.RECALLED]:
-                self._refuse_queued(self.objects[object_id], Refusal.DISK_FULL, now_s)
+            recalled = [item for item in map(self.objects.__getitem__, self.queue) if item.state is State.RECALLED]
+            for item in recalled:
+                if all(self._reads_files(client) for client, _ in item.waiters):
+                    self._refuse_queued(item, Refusal.DISK_FULL, now_s)
         head = self._head()
         if head is None or self._disk_failed_s is None or not self.spillable.room_by_id:
             return
