@@ -146,6 +146,11 @@ class SessionPaths:
     def session_id(self) -> str:
         return self.folder.name.removeprefix("s-")
 
+    @property
+    def store_folder(self) -> Path:
+        """Where a cluster's own control store runs, which outlives its head."""
+        return self.folder / "store"
+
     def node(self, node_id: str) -> NodePaths:
         return NodePaths(self.folder / f"n-{node_id.removeprefix('n')}")
 

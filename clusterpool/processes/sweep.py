@@ -18,6 +18,7 @@ from clusterpool.processes.death import (
     ProcessIdentity,
     is_same_process,
     kill_process,
+    process_identity,
     read_process,
 )
 from clusterpool.processes.session_folder import (
@@ -37,6 +38,7 @@ SESSION_VARIABLE = "CLUSTERPOOL_SESSION"
 ORPHAN_GRACE_S = 10.0
 # A folder gets its name within milliseconds of being made. After a minute its maker has died in between.
 UNNAMED_GRACE_S = 60.0
+_SERVER_NAMES = ("valkey", "redis")
 _KILL_WAIT_S = 1.0
 _ORPHAN_MARK = "orphaned"
 
@@ -102,14 +104,48 @@ def _sweep_session(session: SessionPaths, report: SweepReport) -> None:
         _sweep_nodes_of_living_session(session, report)
         return
     try:
+        server = _server_of(session)
+        if server is not None and _has_clients(server):
+            return  # nodes of other hosts live on with it
         for node in session.nodes():
             _sweep_node(node, report)
+        if server is not None and kill_process(server, timeout_s=_KILL_WAIT_S):
+            report.pids_killed.append(server.pid)
         for arena in node_arenas(session):
             arena.unlink(missing_ok=True)
         remove_folder(session.folder)
         report.session_ids.append(session.session_id)
     finally:
         os.close(lock)
+
+
+def _server_of(session: SessionPaths) -> ProcessIdentity | None:
+    """The control store of a cluster that was started by command; it is no child of any node.
+
+    It is known by the folder that it runs in: its pid may have changed since it was written down, and it writes over
+    its environment.
+    """
+    if not session.store_folder.is_dir():
+        return None
+    for name in os.listdir("/proc"):  # noqa: PTH208
+        try:
+            if not name.isdigit() or os.readlink(f"/proc/{name}/cwd") != str(session.store_folder):  # noqa: PTH115
+                continue
+            if Path(f"/proc/{name}/comm").read_text().startswith(_SERVER_NAMES):  # a shell may stand there as well
+                return process_identity(int(name))
+        except OSError:
+            continue
+    return None
+
+
+def _has_clients(server: ProcessIdentity) -> bool:
+    import psutil  # takes longer to load than the rest of a sweep, and is hardly ever needed
+
+    try:
+        connections = psutil.Process(server.pid).net_connections("tcp")
+    except psutil.Error:
+        return False
+    return any(connection.status == psutil.CONN_ESTABLISHED for connection in connections)
 
 
 def node_arenas(session: SessionPaths) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from clusterpool.config import NodeConfig, NodePaths, SessionPaths
+from clusterpool.control_store.server import ServerProcess
 from clusterpool.errors import StartFailed
 from clusterpool.ids import new_node_id, new_session_id
 from clusterpool.processes import sweep
@@ -33,9 +35,11 @@ def wait_until(is_true: Callable[[], bool], timeout_s: float = 10) -> None:
 
 
 @contextlib.contextmanager
-def running(*command: str, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    *command: str, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process that ends with the block, however that ends."""
-    with subprocess.Popen(command, env=env) as process:
+    with subprocess.Popen(command, env=env, cwd=cwd) as process:
         try:
             yield process
         finally:
@@ -101,6 +105,25 @@ def test_a_killed_session_is_swept_with_its_processes_and_files(
     assert not user_folder.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["of the user"]
     assert sweep_stale_sessions([user_folder]) == SweepReport()
+
+
+def test_the_control_store_of_a_killed_cluster_is_ended_with_it(session: SessionPaths, user_folder: Path) -> None:
+    process = launch(config_of(session))
+    process.wait_ready()
+    server = ServerProcess.start(session.store_folder, host="127.0.0.1", password="x" * 32)
+    server.wait_ready()
+    assert sweep_stale_sessions([user_folder]).pids_killed == []  # it has a living node
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    host, port = server.url.removeprefix("redis://").removesuffix("/0").split(":")
+    with socket.create_connection((host, int(port))):  # a node of another host
+        assert sweep_stale_sessions([user_folder]) == SweepReport()
+    wait_until(lambda: not sweep._has_clients(process_identity(server.pid)))  # type: ignore[arg-type]
+    with running("sleep", "60", cwd=session.store_folder) as bystander:
+        assert sweep_stale_sessions([user_folder]).pids_killed == [server.pid]
+        assert bystander.poll() is None
+    assert process_identity(server.pid) is None
+    assert not user_folder.exists()
 
 
 def test_a_living_session_is_left_alone(session: SessionPaths, user_folder: Path, launched: list[NodeProcess]) -> None:
