@@ -39,9 +39,10 @@ Counts = tuple[int, int]  # tokens held, and given back ever
 class _Census:
     """The count for one semaphore."""
 
-    def __init__(self, number: int, total: int) -> None:
+    def __init__(self, number: int, total: int, *, for_forks: bool) -> None:
         self.number = number
         self.total = total
+        self.for_forks = for_forks
         self.looks: list[e.ThinTokensRead] = []
         self.unanswered: set[Address] = set()
         self.first: dict[Address, Counts] = {}
@@ -57,19 +58,22 @@ class TokenCensus:
         self._holders: dict[str, Address] = {}  # by name, who alone held all of it at the last count
         self._last_number = 0
 
-    def reported(self, message: c.ReportStuck) -> Commands:
-        """A process has waited for a token of this semaphore for long."""
+    def reported(self, message: c.ReportStuck, *, for_forks: bool = False) -> Commands:
+        """A process has waited for a token of this semaphore for long.
+
+        for_forks: nobody has, but processes that cannot be asked may have died; nothing is done if there were none.
+        """
         if message.name in self._running:
             return []
-        return self._begin(message.name, message.total)
+        return self._begin(message.name, message.total, for_forks=for_forks)
 
     def token_given(self, name: str) -> None:
         """A process has given a token of a moved semaphore to the store: another total from here on."""
         self._running.pop(name, None)
 
-    def _begin(self, name: str, total: int) -> Commands:
+    def _begin(self, name: str, total: int, *, for_forks: bool = False) -> Commands:
         self._last_number += 1
-        self._running[name] = _Census(self._last_number, total)
+        self._running[name] = _Census(self._last_number, total, for_forks=for_forks)
         return [e.ReadThinTokens(name)]
 
     def read(self, event: e.ThinTokensRead) -> Commands:
@@ -77,6 +81,8 @@ class TokenCensus:
         census = self._running.get(event.name)
         if census is None:
             return []
+        if census.for_forks and not event.registrations:
+            return self._end(event.name)
         census.looks.append(event)
         recorded = sum(record.held for record in event.records)
         nothing_lost = event.free + recorded >= census.total

@@ -113,7 +113,7 @@ class CoordinationMachine:
             e.GrantRead: self._granted,
             e.CarrierDrained: self._drained,
             e.CarrierMissing: self._missing,
-            e.TimeToLook: lambda _: self._look(),
+            e.TimeToLook: lambda _: self._look(for_forks=True),
             e.ThinTokensRead: lambda event: self._lost(self._census.read(event)),
             e.ThinTokensMissing: self._census.missing,
         }
@@ -419,12 +419,12 @@ class CoordinationMachine:
     def _process_gone(self, event: e.ProcessGone) -> Commands:
         return [*self._census.process_gone(event.address), *self._look(), *self._end_waits(event)]
 
-    def _look(self) -> Commands:
+    def _look(self, *, for_forks: bool = False) -> Commands:
         """Who still holds what it had taken before a move? Those who wait for it, in the store, cannot report it."""
         commands: Commands = []
         for name, move in self._moves.items():
             if move.held and move.is_done:
-                commands += self._census.reported(c.ReportStuck(name, move.held))
+                commands += self._census.reported(c.ReportStuck(name, move.held), for_forks=for_forks)
         return commands
 
     def _stuck(self, _source: Address, message: c.ReportStuck) -> Commands:

@@ -509,16 +509,25 @@ def test_a_release_names_the_wait_that_brought_the_token(node: Node) -> None:
     assert failed(node.fail(writing, "LockLost")) == [(7, "LockLost")]
 
 
+def test_while_no_fork_has_used_it_nobody_is_asked_only_because_time_passes() -> None:
+    node = Node(W1)
+    moved_while_held(node)
+    assert node.handle(e.TimeToLook()) == [e.ReadThinTokens(LOCK)]
+    assert node.handle(e.ThinTokensRead(LOCK, 0)) == []
+    assert node.handle(e.ProcessGone(W2)) == [e.ReadThinTokens(LOCK)]
+    assert sent(node.handle(e.ThinTokensRead(LOCK, 0)), c.CountHeld, W1)
+
+
 @pytest.mark.parametrize("sign", [e.TimeToLook(), e.ProcessGone(W2)])
 def test_what_the_dead_held_at_home_when_it_moved_goes_to_the_store(sign: Any) -> None:
     node = Node(W1)
     moved_while_held(node, "guard", 2)
     commands = node.handle(sign)
     for held in (1, 1):
-        commands = node.handle(e.ThinTokensRead(LOCK, 0))
+        commands = node.handle(e.ThinTokensRead(LOCK, 0, registrations=1))
         (question,) = sent(commands, c.CountHeld, W1)
         commands = node.hear(W1, c.HeldCounted(question.request, LOCK, held, 0))
-    assert calls(node.handle(e.ThinTokensRead(LOCK, 0))) == [("release", LOCK, 1, "na/thin")]
+    assert calls(node.handle(e.ThinTokensRead(LOCK, 0, registrations=1))) == [("release", LOCK, 1, "na/thin")]
     # The other token is W1's: it gives it back itself.
     assert calls(node.hear(W1, c.ReleaseToken(5, LOCK, 1, is_thin=True))) == [("release", LOCK, 1, "na/thin")]
     assert node.handle(e.TimeToLook()) == []
