@@ -41,6 +41,11 @@ class LogBudget:
         self._allowance_bytes = min(self._allowance_bytes + gained, float(BURST_BYTES))
         return self._allowance_bytes < min(size_bytes, BURST_BYTES)
 
+    @property
+    def is_untouched(self) -> bool:
+        """Whether a new one would be as good."""
+        return not self.dropped and self._allowance_bytes >= BURST_BYTES
+
     def notice(self, where: str) -> str:
         """What to say instead of the dropped lines; they count as said."""
         dropped, self.dropped = self.dropped, 0

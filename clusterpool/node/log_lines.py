@@ -56,7 +56,7 @@ class LogLineSender:
                 del self._budgets[driver]
             elif not budget.is_behind(1000, unsent_bytes, now_s):
                 self._say_dropped(driver, budget)
-                if unsent_bytes == 0:
+                if unsent_bytes == 0 or (unsent_bytes is None and budget.is_untouched):
                     del self._budgets[driver]
 
     def _say_dropped(self, driver: Address, budget: LogBudget) -> None:
