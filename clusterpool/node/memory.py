@@ -109,9 +109,9 @@ class MemoryReader:
 class MemoryWatch:
     """The node's loop calls `look`; readings go to the machine when they are due."""
 
-    def __init__(self, shell: NodeShell) -> None:
+    def __init__(self, shell: NodeShell, *, reader: MemoryReader | None = None) -> None:
         self._shell = shell
-        self._reader = MemoryReader()
+        self._reader = reader or MemoryReader()
         self._limit_bytes = shell.config.memory_limit_bytes
         self._is_off = shell.config.memory_threshold >= 1
         self._with_workers = False
@@ -127,7 +127,13 @@ class MemoryWatch:
         self.due_s = now_s + INTERVAL_MAX_S
         if self._is_off or not self._shell.machine.scheduler.workers:
             return  # nobody to end: an idle node costs nothing
-        self._shell.handle(self._read())
+        try:
+            reading = self._read()
+        except (OSError, ValueError, KeyError) as exc:
+            logger.warning("memory cannot be watched here (%s: %s): no worker is ended for it", type(exc).__name__, exc)
+            self._is_off = True
+            return
+        self._shell.handle(reading)
 
     def take(self, command: e.ReadMemory | e.WarnOfMemory) -> None:
         """What the machine says to a reading."""
