@@ -6,10 +6,10 @@ import concurrent.futures
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-from clusterpool import ids
 from clusterpool.client import current
 from clusterpool.core import owner_events as e
 from clusterpool.core.messages import Address, Reference
+from clusterpool.core.object_names import object_id
 from clusterpool.errors import NotConnected
 from clusterpool.serialization import references
 
@@ -57,7 +57,7 @@ class ObjectRef:
     @property
     def object_id(self) -> str:
         """The object's name: its owner's process id and its number there."""
-        return ids.object_id(self._owner.process_id, self._number)
+        return object_id(self._owner.process_id, self._number)
 
     def future(self) -> concurrent.futures.Future[Any]:
         """A standard future of the value, for `concurrent.futures.wait`, `as_completed` and callbacks."""

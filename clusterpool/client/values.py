@@ -7,9 +7,10 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from clusterpool import errors, ids
+from clusterpool import errors
 from clusterpool.core import messages as m
 from clusterpool.core.messages import Address, ValuePart
+from clusterpool.core.object_names import object_id
 from clusterpool.object_store.arena import Arena
 from clusterpool.serialization.exceptions import load_exception
 from clusterpool.serialization.packing import Serialized, dumps_value, loads, loads_packed
@@ -161,7 +162,7 @@ class Values:
 
     def new_object_id(self, number: int) -> str:
         """The name of an object of this process in the stores."""
-        return ids.object_id(self._client.address.process_id, number)
+        return object_id(self._client.address.process_id, number)
 
     # --- out
 

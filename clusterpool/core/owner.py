@@ -355,6 +355,7 @@ class OwnerMachine:
         commands = self.objects.process_gone(message.address, message.text)
         worker_set = self._set_by_process.get(process_id)
         if worker_set is not None:
+            commands += self.recovery.orphans(worker_set, message)
             ended = worker_set.exited(process_id, message.exit_code, message.text, now_s, task=message.task)
             commands += self._checked(ended)
         commands += self.children.process_gone(message.address, message.exit_code)

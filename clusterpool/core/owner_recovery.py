@@ -24,6 +24,7 @@ from clusterpool.core.actors import ActorChannel
 from clusterpool.core.dispatch import Task
 from clusterpool.core.lineage import LineageRecord, LineageTable
 from clusterpool.core.messages import Address, Reference, StoredValue, TaskStatus, ValuePart
+from clusterpool.core.object_names import object_id
 from clusterpool.core.ownership import OwnedObject
 from clusterpool.core.worker_set import WorkerSet
 
@@ -144,6 +145,17 @@ class OwnerRecovery:
 
     def _drop(self, references: list[Reference]) -> Commands:
         return self._objects.dropped([(reference.owner, reference.number) for reference in references])
+
+    def orphans(self, worker_set: WorkerSet, message: m.WorkerExited) -> Commands:
+        """A worker is gone that may have stored results which we have not heard of: nobody will ever ask for them."""
+        slot = worker_set.dispatcher.slots.get(message.address.process_id)
+        names: list[str] = []
+        for task in slot.outstanding.values() if slot is not None else ():
+            names += _names_of_results(self._owner.address, task.spec)
+            if task.spec.number == message.task.started:
+                break  # those behind it have not been begun
+        node_id = message.address.node_id
+        return [e.Send(Address(node_id, node_id), m.FreeObjects(names))] if names else []
 
     # --- copies
 
@@ -441,6 +453,13 @@ def is_lost(value: ValuePart | None) -> bool:
 def _has_copy_on(record: OwnedObject, node_id: str) -> bool:
     value = record.value
     return value is not None and value.stored is not None and node_id in value.stored.node_ids
+
+
+def _names_of_results(owner: Address, spec: m.TaskSpec) -> list[str]:
+    """As in worker/calls.py; not of a stream's items, of which only the last can be unknown here."""
+    extras = spec.extras or m.TaskExtras()
+    first = spec.number + (extras.span.part if extras.span is not None else 0)
+    return [object_id(owner.process_id, first + offset, extras.attempt) for offset in range(extras.returns)]
 
 
 def _without_values(spec: m.TaskSpec) -> m.TaskSpec:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from clusterpool import ids
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core.messages import Address, Message, Reference, ResultExtras, TaskResult, TaskSpec, TaskStatus
+from clusterpool.core.object_names import object_id
 from clusterpool.simulation.client import BLOCK_PATIENCE_S, Client, Ref
 from clusterpool.simulation.party import Host
 from clusterpool.simulation.programs import (
@@ -253,8 +253,8 @@ class Worker(Client):
         self, owner: Address, spec: TaskSpec, operation: Operation, number: int, references: list[Reference]
     ) -> Steps:
         attempt = spec.extras.attempt if spec.extras is not None else 1
-        object_id = ids.object_id(owner.process_id, spec.number, attempt)
-        part = yield from self.part_of(object_id, number, operation.result_bytes, references, owner)
+        name = object_id(owner.process_id, spec.number, attempt)
+        part = yield from self.part_of(name, number, operation.result_bytes, references, owner)
         if isinstance(part, Outcome):
             self.released.extend((reference.owner, reference.number) for reference in references)
             raise _Failed(part)

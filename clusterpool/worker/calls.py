@@ -10,10 +10,10 @@ from pickle import PicklingError
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from clusterpool import ids
 from clusterpool.client.values import INLINE_BYTES_MAX, NONE_PAYLOAD, ObjectUnreadable
 from clusterpool.core import messages as m
 from clusterpool.core.messages import Address, ResultExtras, TaskKind, TaskResult, TaskSpec, TaskStatus, ValuePart
+from clusterpool.core.object_names import object_id
 from clusterpool.errors import ObjectLost
 from clusterpool.processes.task_page import ITEM, ITEMS
 from clusterpool.serialization.exceptions import unpicklable_result
@@ -202,9 +202,9 @@ def _object_id(owner: Address, spec: TaskSpec, offset: int = 0) -> str:
     """What attempts have made lies under a name of each, and so does what the spans of one chunk have."""
     extras = spec.extras
     if extras is None:
-        return ids.object_id(owner.process_id, spec.number + offset)
+        return object_id(owner.process_id, spec.number + offset)
     part = extras.span.part if extras.span is not None else 0
-    return ids.object_id(owner.process_id, spec.number + offset + part, extras.attempt)
+    return object_id(owner.process_id, spec.number + offset + part, extras.attempt)
 
 
 def _refuse_unnamed(values: Iterable[Any]) -> None:

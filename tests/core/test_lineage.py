@@ -492,6 +492,13 @@ def test_a_copy_that_was_evicted_is_not_counted_on(owner: Lineages) -> None:
     assert owner.value(1).stored == StoredValue("d1.1", 10**6, [], DRIVER)
 
 
+def test_results_that_went_with_their_worker_are_freed(owner: Lineages) -> None:
+    owner.submit(*(make_task(number, retries=3) for number in (1, 2)))
+    owner.grant(1, "w1", node_id="n2")
+    gone = m.WorkerExited(1, Address("n2", "w1"), -9, "killed", m.LastTask(0, 1))
+    assert sent(owner.hear(N2, gone), m.FreeObjects, N2) == [m.FreeObjects(["d1.1"])]
+
+
 # --- results for sinks
 
 
