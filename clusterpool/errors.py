@@ -79,6 +79,17 @@ class ActorDied(ClusterpoolError, RuntimeError):
     """The actor's process ended, or its constructor failed; later calls fail as well."""
 
 
+class ActorUnavailable(ActorDied):
+    """The actor's process ended while it had this call, but the actor is started again: later calls may work.
+
+    Whether the call had an effect is not known. Actors with `max_task_retries` have it sent again instead.
+    """
+
+
+class CheckpointFailed(ClusterpoolError, RuntimeError):
+    """The state of an actor could not be saved; the call after which that was due has had its effect."""
+
+
 class ActorNotFound(ClusterpoolError, ValueError):
     """No living actor has this name in this namespace."""
 

@@ -6,35 +6,26 @@ Source: Ray paper, section 3.1 (actors).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from clusterpool import errors, ids
 from clusterpool.client import api, current
+from clusterpool.client.actor_options import ACTOR_OPTIONS, check_actor_options, check_whole, has_checkpoints
+from clusterpool.client.detached_actors import encoded_creation
 from clusterpool.client.object_ref import ObjectRef
-from clusterpool.client.remote_function import (
-    RESOURCE_OPTIONS,
-    env_of,
-    resources_of,
-    returns_of,
-    send,
-    strategy_of,
-    stream_buffer_of,
-)
+from clusterpool.client.remote_function import env_of, resources_of, returns_of, send, strategy_of, stream_buffer_of
 from clusterpool.client.runtime import Runtime
 from clusterpool.client.submission import put_value
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
-from clusterpool.core.messages import ActorPart, TaskExtras, TaskKind, WorkerDemand, WorkerKind
+from clusterpool.core.messages import ActorPart, ActorPlan, TaskExtras, TaskKind, WorkerDemand, WorkerKind
 
 if TYPE_CHECKING:
     from clusterpool.client.client import Client
 
-ACTOR_OPTIONS = (
-    *RESOURCE_OPTIONS, "name", "namespace", "lifetime", "get_if_exists", "max_concurrency", "scheduling", "runtime_env",
-)  # fmt: skip
 # Coroutines of an actor with async methods that run at once, when nobody says.
 ASYNC_CONCURRENCY = 1000
 # The node answers when the control store has, or says after 90 s that it is away.
@@ -46,7 +37,7 @@ class ActorClass:
 
     def __init__(self, cls: type, options: dict[str, Any]) -> None:
         api.check_options(options, ACTOR_OPTIONS)
-        _check_actor_options(options)
+        check_actor_options(options)
         env_of(options)
         self._cls = cls
         self._options = options
@@ -67,23 +58,33 @@ class ActorClass:
 
         Raises: NameTaken when a living actor has the name; what pickle raises for the arguments.
         """
-        _check_whole(self._options)
+        check_whole(self._options)
         here = api.runtime_for(args, kwargs)
         actor = self._actor_part(here)
-        if actor.name:
-            existing = self._claim_name(here, actor)
-            if existing is not None:
-                return existing
         is_async = any(inspect.iscoroutinefunction(getattr(self._cls, name, None)) for name in actor.methods)
         concurrency = self._options.get("max_concurrency") or (ASYNC_CONCURRENCY if is_async else 1)
-        extras = TaskExtras(1, self.__name__, 1, concurrency=concurrency)
-        task, arguments = here.maker.call(
-            here.functions, self._cls, args, kwargs, None, 0, extras=extras, kind=TaskKind.CREATE_ACTOR
-        )
+        if actor.is_logged and concurrency > 1:
+            raise ValueError(
+                f"{self.__name__} has checkpoints, so its calls run one by one, in an order that can be repeated: "
+                "leave out max_concurrency= and coroutines, or checkpoint_every= and checkpoint_period_s="
+            )
+        plan = self._plan(actor) if actor.is_logged else None
+        extras = TaskExtras(1, self.__name__, 1, concurrency=concurrency, actor=plan)
         demand = WorkerDemand(
             WorkerKind.ACTOR, self._resources, actor.name or self.__name__, env_of(self._options), self._strategy,
             actor_id=actor.actor_id,
         )  # fmt: skip
+        if actor.detached:
+            creation = encoded_creation(here, self._cls, (args, kwargs), demand, extras)
+            existing = self._claim_name(here, actor, creation)
+            return existing or _handle_of(here, actor)
+        if actor.name:
+            existing = self._claim_name(here, actor)
+            if existing is not None:
+                return existing
+        task, arguments = here.maker.call(
+            here.functions, self._cls, args, kwargs, None, 0, extras=extras, kind=TaskKind.CREATE_ACTOR
+        )
         setup = e.SetupPlan(demand.name, demand.env)
         if not actor.name:
             # Nobody can look it up before its handle is passed on, so nobody has to wait for the registry.
@@ -94,6 +95,11 @@ class ActorClass:
         number = lifetime.part.number if lifetime is not None else 0
         here.client.handle_event(e.ActorOpened(actor, demand, setup, task, arguments, number))
         return ActorHandle(here.client, actor, lifetime)
+
+    def _plan(self, actor: ActorPart) -> ActorPlan:
+        period_s = self._options.get("checkpoint_period_s")
+        every = self._options.get("checkpoint_every") or 0
+        return ActorPlan(actor.actor_id, every, -1.0 if period_s is None else float(period_s))
 
     def _actor_part(self, here: Runtime) -> ActorPart:
         options, job = self._options, here.client.job
@@ -107,13 +113,16 @@ class ActorClass:
             namespace=options.get("namespace") or job.namespace,
             detached=options.get("lifetime") == "detached",
             job_id=job.job_id,
+            restarts=options.get("max_restarts") or 0,
+            retries=options.get("max_task_retries") or 0,
+            is_logged=has_checkpoints(options),
         )
 
-    def _claim_name(self, here: Runtime, actor: ActorPart) -> ActorHandle | None:
+    def _claim_name(self, here: Runtime, actor: ActorPart, creation: bytes = b"") -> ActorHandle | None:
         """Register a named actor; the handle of the one that has the name, with `get_if_exists`."""
         wants_existing = bool(self._options.get("get_if_exists"))
         answer = here.client.request(
-            lambda request: m.RegisterActor(request, actor, wants_existing), timeout_s=STORE_PATIENCE_S
+            lambda request: m.RegisterActor(request, actor, wants_existing, creation), timeout_s=STORE_PATIENCE_S
         )
         assert isinstance(answer, m.ActorLocated)
         if answer.actor.state == "taken":
@@ -126,30 +135,6 @@ class ActorClass:
         if answer.actor.actor_id != actor.actor_id:
             return _handle_of(here, answer.actor)
         return None
-
-
-def _check_actor_options(options: Mapping[str, Any]) -> None:
-    """Raises: TypeError, ValueError."""
-    if options.get("lifetime") not in (None, "detached"):
-        raise ValueError(f"lifetime must be 'detached' or left out: {options['lifetime']!r}")
-    concurrency = options.get("max_concurrency", 1)
-    if not isinstance(concurrency, int):
-        raise TypeError(f"max_concurrency must be an integer: {concurrency!r}")
-    if concurrency < 1:
-        raise ValueError(f"max_concurrency must be 1 or more: {concurrency}")
-    for name in ("name", "namespace"):
-        if not isinstance(options.get(name, ""), (str, type(None))):
-            raise TypeError(f"{name} must be a string: {options[name]!r}")
-
-
-def _check_whole(options: Mapping[str, Any]) -> None:
-    """What only makes sense together, looked at when the actor is made: `.options()` may still have added some.
-
-    Raises: ValueError.
-    """
-    for option in ("lifetime", "get_if_exists"):
-        if options.get(option) and not options.get("name"):
-            raise ValueError(f"{option}={options[option]!r} needs a name=, or nobody could ever find the actor")
 
 
 def _methods_of(cls: type) -> dict[str, int]:
@@ -224,7 +209,8 @@ class ActorMethod:
         """
         here = runtime_of(self._handle)
         extras = TaskExtras(1, self._name, self._returns, method=self._name, stream_buffer=self._stream_buffer)
-        made = here.maker.task(0, args, kwargs, None, 0, extras=extras, kind=TaskKind.ACTOR_CALL)
+        retries = self._handle._actor.retries
+        made = here.maker.task(0, args, kwargs, None, 0, retries=retries, extras=extras, kind=TaskKind.ACTOR_CALL)
         return send(here, made, self._returns, self._submitter(here, made))
 
     def _submitter(self, here: Runtime, made: tuple[Any, Any]) -> Callable[[], None]:
@@ -279,12 +265,12 @@ def find_actor(here: Runtime, name: str, namespace: str | None) -> ActorHandle:
         lambda request: m.LocateActor(request, "", name, namespace), timeout_s=STORE_PATIENCE_S
     )
     assert isinstance(answer, m.ActorLocated)
-    if answer.actor.state not in ("alive", "pending"):
+    if answer.actor.state not in ("alive", "pending", "restarting"):
         raise errors.ActorNotFound(f"no living actor is named {name!r} in namespace {namespace!r}")
     return _handle_of(here, answer.actor)
 
 
-def kill_actor(handle: ActorHandle) -> None:
+def kill_actor(handle: ActorHandle, *, no_restart: bool = True) -> None:
     """End an actor, wherever it is."""
     here = runtime_of(handle)
     actor_id = handle.actor_id
@@ -297,7 +283,13 @@ def kill_actor(handle: ActorHandle) -> None:
     if channel is None or channel.actor.state == "dead":
         return
     address = channel.address
-    client.send(client.node, m.KillActor(actor_id, address))
+    may_return = channel.actor.may_return
+    if no_restart or address is not None:
+        client.send(client.node, m.KillActor(actor_id, address, no_restart, may_return))
+    if may_return:
+        if no_restart:  # the registry sees to the actor, wherever it is; our own calls need not wait for that
+            client.handle_event(e.ActorKilled(actor_id, "the actor was killed with clusterpool.kill()"))
+        return
     if address is None and client.wait_until(
         lambda: channel.actor.state == "dead" or channel.address is not None, 30.0
     ):

@@ -449,13 +449,16 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
     return find_actor(runtime(), name, namespace)
 
 
-def kill(actor: ActorHandle) -> None:
-    """End an actor at once; its pending calls raise ActorDied."""
+def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:
+    """End an actor at once; its pending calls raise ActorDied.
+
+    `no_restart=False`: only its process, so that it is started again if its `max_restarts` allow that.
+    """
     from clusterpool.client.actor_handle import ActorHandle, kill_actor
 
     if not isinstance(actor, ActorHandle):
         raise TypeError(f"kill() takes an actor's handle, not {type(actor).__name__}")
-    kill_actor(actor)
+    kill_actor(actor, no_restart=no_restart)
 
 
 def check_options(options: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -32,6 +32,7 @@ from clusterpool.client.loop import Loop
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core import wire
+from clusterpool.core.actor_messages import ActorLoaded, ActorSaved, CallsResumed, ResultsTaken
 from clusterpool.core.coordination_messages import CoordinationDone, CoordinationFailed, CountHeld, HeldCounted
 from clusterpool.core.dispatch import Task
 from clusterpool.core.joining import RegistrationRefused, mismatch
@@ -554,9 +555,19 @@ class Client:
 
 
 _WORKER_MESSAGES = frozenset(
-    {m.SetupWorker, m.StartTasks, m.ForgetFunctions, m.TakeBackTasks, m.CancelTasks, m.RetireWorker, m.StreamTaken}
+    {
+        m.SetupWorker,
+        m.StartTasks,
+        m.ForgetFunctions,
+        m.TakeBackTasks,
+        m.CancelTasks,
+        m.RetireWorker,
+        m.StreamTaken,
+        ResultsTaken,
+        CallsResumed,
+    }
 )
 _REPLIES = frozenset(
     {m.ObjectCreated, m.ObjectPinned, m.ObjectOnDisk, m.StoreFailed, m.ActorLocated, m.ClusterDescribed, PackageAnswer}
-    | {CoordinationDone, CoordinationFailed}
+    | {ActorSaved, ActorLoaded, CoordinationDone, CoordinationFailed}
 )

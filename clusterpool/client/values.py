@@ -37,6 +37,7 @@ ERROR_BY_KIND: dict[str, type[Exception]] = {
     "cancelled": errors.TaskCancelled,
     "not_connected": errors.NotConnected,
     "actor_died": errors.ActorDied,
+    "actor_unavailable": errors.ActorUnavailable,
     "object_lost": errors.ObjectLost,
     "lost": errors.ObjectLost,
     "owner_died": errors.OwnerDied,

@@ -28,6 +28,7 @@ class Keys:
         self.jobs = self.prefix + "jobs"
         self.actors = self.prefix + "actors"
         self.actor_names = self.prefix + "actor_names"
+        self.actor_keepers = self.prefix + "actor_keepers"
         self.replica_mark = self.prefix + "replica_mark"
 
     def for_nodes(self) -> tuple[str, ...]:
@@ -46,6 +47,15 @@ class Keys:
 
     def actor(self, actor_id: str) -> str:
         return f"{self.prefix}actor:{actor_id}"
+
+    def actor_creation(self, actor_id: str) -> str:
+        return f"{self.prefix}actor_creation:{actor_id}"
+
+    def actor_checkpoint_chunk(self, actor_id: str, calls: int, number: int) -> str:
+        return f"{self.actor_creation(actor_id)}:{calls}:{number}"
+
+    def actor_log(self, actor_id: str) -> str:
+        return f"{self.prefix}actor_log:{actor_id}"
 
     def package(self, digest: str) -> str:
         return f"{self.prefix}package:{digest}"

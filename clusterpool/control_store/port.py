@@ -8,7 +8,7 @@ bytes here, UTF-8 text because events carry them too; see `records`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from clusterpool.core.cluster_view import NodeLoad, NodeRecord, NodesSnapshot
@@ -42,6 +42,14 @@ class ActorEntry(NamedTuple):
     namespace: str
     record: bytes
     fields: dict[str, str]  # the newest value of each field ever given to `update_actor`
+
+
+class CallLog(NamedTuple):
+    """What the next life of an actor with checkpoints starts from."""
+
+    checkpoint: bytes  # empty: none was taken
+    calls: int  # how many calls the checkpoint covers
+    log: list[bytes]  # the calls after these, in order
 
 
 class ControlStorePort(Protocol):
@@ -82,9 +90,22 @@ class ControlStorePort(Protocol):
     # Actors
 
     def create_actor(
-        self, actor_id: str, record: bytes, *, state: str = "pending", name: str = "", namespace: str = ""
+        self,
+        actor_id: str,
+        record: bytes,
+        *,
+        state: str = "pending",
+        name: str = "",
+        namespace: str = "",
+        keeper: str = "",
+        restarts: int = 0,
+        is_detached: bool = False,
+        creation: bytes = b"",
     ) -> None:
-        """Raises: NameTaken when a living actor has the name in this namespace."""
+        """`keeper`: the node that answers for it. Its field `life` is 0. `creation`: kept until it is dead.
+
+        Raises: NameTaken when a living actor has the name in this namespace.
+        """
 
     def update_actor(
         self,
@@ -104,6 +125,35 @@ class ControlStorePort(Protocol):
 
     def list_actors(self) -> list[ActorEntry]:
         """The living ones, by id."""
+
+    # Lives of actors
+
+    def start_life(self, actor_id: str, life: int, address: str, *, keeper: str = "") -> bool:
+        """This life is there: the actor is "alive" at `address`. False: another life is the actor's, or none."""
+
+    def end_life(self, actor_id: str, life: int, text: str, *, teller: str, keeper: str = "", address: str = "") -> str:
+        """This life is over: "restart" for the one caller who is to start the next (the field `life` is one more, the
+        state "restarting"), "dead" when no restart was left, else "none": it was known, or is not the teller's to say.
+
+        `teller`: "creator"; "host", a node whose word counts unless the actor has a creator who starts it again;
+        "orphan", anybody, which counts when the keeper's incarnation is over. `address`: only if it lives there.
+        """
+
+    def orphaned_actors(self) -> list[str]:
+        """The living actors whose keeper's incarnation is over, by id."""
+
+    def get_creation(self, actor_id: str) -> bytes: ...
+
+    # Checkpoints of actors, and the calls since. Answers: "ok"; "fenced", it is another life's now; "gone", it is
+    # dead; "gap", something before is missing.
+
+    def append_calls(self, actor_id: str, life: int, first: int, calls: Sequence[bytes]) -> str:
+        """Calls, numbered from `first` on; those that are there already are left out."""
+
+    def store_checkpoint(self, actor_id: str, life: int, calls: int, content: bytes) -> str:
+        """The checkpoint after so many calls, in place of the one before and of the calls that it covers."""
+
+    def load_calls(self, actor_id: str) -> CallLog: ...
 
     # Packages: blobs named by their content
 

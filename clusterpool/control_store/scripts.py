@@ -24,7 +24,7 @@ class Script:
 
 
 # Of every script KEYS[1] and KEYS[2] are the stream and its counter.
-_PUBLISH = f"""
+PUBLISH = f"""
 local function publish(...)
   local number = redis.call('INCR', KEYS[2])
   redis.call('XADD', KEYS[1], 'MAXLEN', '~', {EVENTS_MAX}, string.format('%.0f-0', number), 'kind', ...)
@@ -62,7 +62,7 @@ end
 # ARGV: node_id, record, a fresh generation, the number of the registration (0: none). Returns {incarnation,
 # generation}.
 REGISTER_NODE = Script(
-    _PUBLISH
+    PUBLISH
     + _NODES
     + """
 redis.call('SET', GENERATION, ARGV[3], 'NX')
@@ -82,7 +82,7 @@ return {incarnation, redis.call('GET', GENERATION)}
 # ARGV: node_id, record, a fresh generation, incarnation, the generation it registered in. Returns {0 | 1,
 # generation}.
 RESTORE_NODE = Script(
-    _PUBLISH
+    PUBLISH
     + _NODES
     + """
 local current = redis.call('HGET', INCARNATIONS, ARGV[1])
@@ -101,7 +101,7 @@ return {1, redis.call('GET', GENERATION)}
 # ARGV: node_id, incarnation, load, the generation it registered in. Returns 1 accepted, 0 fenced, 2
 # forgotten.
 HEARTBEAT = Script(
-    _PUBLISH
+    PUBLISH
     + _NODES
     + """
 local current = redis.call('HGET', INCARNATIONS, ARGV[1])
@@ -117,7 +117,7 @@ return 0
 
 # ARGV: node_id, incarnation, kind of the event, reason. Returns 1 if this call ended that incarnation.
 END_NODE = Script(
-    _PUBLISH
+    PUBLISH
     + _NODES
     + """
 if redis.call('HGET', INCARNATIONS, ARGV[1]) ~= ARGV[2] then return 0 end
@@ -133,7 +133,7 @@ return 1
 
 # KEYS[3]: jobs. ARGV: job_id, record.
 REGISTER_JOB = Script(
-    _PUBLISH
+    PUBLISH
     + """
 if redis.call('HSET', KEYS[3], ARGV[1], ARGV[2]) == 1 then publish('job_started', 'job_id', ARGV[1]) end
 return 1
@@ -142,7 +142,7 @@ return 1
 
 # KEYS[3]: jobs. ARGV: job_id, reason. Returns 1 if the job was running.
 FINISH_JOB = Script(
-    _PUBLISH
+    PUBLISH
     + """
 if redis.call('HDEL', KEYS[3], ARGV[1]) == 0 then return 0 end
 publish('job_finished', 'job_id', ARGV[1], 'reason', ARGV[2])
@@ -150,63 +150,8 @@ return 1
 """
 )
 
-# KEYS[3..5]: actor_names, actors, the actor. ARGV: actor_id, field of the name ('' for none), name,
-# namespace, state, record. Returns '' or the id of the actor that holds the name.
-CREATE_ACTOR = Script(
-    _PUBLISH
-    + """
-if redis.call('EXISTS', KEYS[5]) == 1 then return '' end
-if ARGV[2] ~= '' then
-  local holder = redis.call('HGET', KEYS[3], ARGV[2])
-  if holder and holder ~= ARGV[1] then return holder end
-  redis.call('HSET', KEYS[3], ARGV[2], ARGV[1])
-end
-redis.call('SADD', KEYS[4], ARGV[1])
-redis.call('HSET', KEYS[5], 'state', ARGV[5], 'record', ARGV[6], 'name', ARGV[3], 'namespace', ARGV[4],
-           'name_field', ARGV[2])
-publish('actor_created', 'actor_id', ARGV[1], 'state', ARGV[5], 'name', ARGV[3], 'namespace', ARGV[4])
-return ''
-"""
-)
-
-# KEYS as above. ARGV: actor_id, request, new state, time to live of the dead in s, number of expected
-# states, these states, then field and value by turns. Returns 1 if the actor was in one of these states.
-# `request` names this call, so that the same call sent twice succeeds twice.
-UPDATE_ACTOR = Script(
-    _PUBLISH
-    + """
-local state = redis.call('HGET', KEYS[5], 'state')
-if not state then return 0 end
-if redis.call('HGET', KEYS[5], 'request') == ARGV[2] then return 1 end
-if state == 'dead' and ARGV[3] ~= 'dead' then return 0 end
-local expected_count = tonumber(ARGV[5])
-local is_expected = expected_count == 0
-for index = 6, 5 + expected_count do
-  if ARGV[index] == state then is_expected = true end
-end
-if not is_expected then return 0 end
-redis.call('HSET', KEYS[5], 'state', ARGV[3], 'request', ARGV[2])
-local event = {}
-for index = 6 + expected_count, #ARGV, 2 do
-  redis.call('HSET', KEYS[5], 'field:' .. ARGV[index], ARGV[index + 1])
-  event[#event + 1] = ARGV[index]
-  event[#event + 1] = ARGV[index + 1]
-end
-if ARGV[3] == 'dead' then
-  local name_field = redis.call('HGET', KEYS[5], 'name_field')
-  if name_field ~= '' and redis.call('HGET', KEYS[3], name_field) == ARGV[1] then
-    redis.call('HDEL', KEYS[3], name_field)
-  end
-  redis.call('SREM', KEYS[4], ARGV[1])
-  redis.call('EXPIRE', KEYS[5], ARGV[4])
-end
-publish('actor_changed', 'actor_id', ARGV[1], 'state', ARGV[3], 'previous_state', state, unpack(event))
-return 1
-"""
-)
-
 # ARGV: kind, then field and value by turns. Returns the event's number.
-PUBLISH_EVENT = Script(_PUBLISH + "return publish(unpack(ARGV))\n")
+PUBLISH_EVENT = Script(PUBLISH + "return publish(unpack(ARGV))\n")
 
 # KEYS[3]: the value. ARGV: value, time to live in ms (0: none). Returns 1 if the value is now ours, or was
 # already.

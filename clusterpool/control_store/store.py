@@ -10,12 +10,11 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import msgspec
-
 from clusterpool.control_store import scripts
+from clusterpool.control_store.actor_operations import ActorOperations
 from clusterpool.control_store.address import (
     ANSWER_TIMEOUT_S,
     Route,
@@ -26,12 +25,12 @@ from clusterpool.control_store.address import (
     split_replicas_min,
 )
 from clusterpool.control_store.keys import Keys
-from clusterpool.control_store.port import DEAD, ActorEntry, Event, EventsLost, package_digest
+from clusterpool.control_store.port import Event, EventsLost, package_digest
 from clusterpool.control_store.records import decode_record, encode_record
 from clusterpool.control_store.scripts import Script
 from clusterpool.core.cluster_view import NodeEntry, NodeLoad, NodeRecord, NodesSnapshot
 from clusterpool.core.membership import HeartbeatAnswer
-from clusterpool.errors import NameTaken, NotConnected
+from clusterpool.errors import NotConnected
 
 # A server is slow for everybody while it copies one huge value, and a connection that breaks loses one
 # chunk only.
@@ -39,8 +38,6 @@ CHUNK_BYTES = 4 << 20
 # Packages are kept this long after the last use: long enough for any job to add a node, short enough to be
 # bounded.
 PACKAGE_TTL_S = 7 * 86400
-# Why an actor died can be asked for this long.
-DEAD_ACTOR_TTL_S = 3600
 REPLICA_WAIT_MS = 1000
 # How often a store without replicas is asked whether it has one. Each change until then is a risk.
 _ALONE_PERIOD_S = 2.0
@@ -48,7 +45,7 @@ logger = logging.getLogger(__name__)
 _ANSWERS = {0: HeartbeatAnswer.FENCED, 1: HeartbeatAnswer.ACCEPTED, 2: HeartbeatAnswer.FORGOTTEN}
 
 
-class ControlStore:
+class ControlStore(ActorOperations):
     """Made by `connect`. `address` is fit for messages: it holds no password."""
 
     def __init__(self, client: Any, *, address: str, cluster_id: str, replicas_min: int = 0) -> None:
@@ -185,61 +182,6 @@ class ControlStore:
     def list_jobs(self) -> dict[str, bytes]:
         jobs = self._run("HGETALL", self.keys.jobs)
         return {job_id.decode(): jobs[job_id] for job_id in sorted(jobs)}
-
-    # Actors
-
-    def create_actor(
-        self, actor_id: str, record: bytes, *, state: str = "pending", name: str = "", namespace: str = ""
-    ) -> None:
-        if state == DEAD:
-            raise ValueError("an actor cannot be created dead")
-        name_field = _name_field(namespace, name) if name else ""
-        arguments = (actor_id, name_field, name, namespace, state, record)
-        holder = self._change(scripts.CREATE_ACTOR, self._actor_keys(actor_id), *arguments)
-        if holder:
-            raise NameTaken(
-                f"the name {name!r} in namespace {namespace!r} belongs to the living actor {holder.decode()}"
-                "; use get_actor to call that one, kill it first, or choose another name or namespace"
-            )
-
-    def update_actor(
-        self,
-        actor_id: str,
-        expected_states: Collection[str],
-        new_state: str,
-        fields: Mapping[str, str] | None = None,
-    ) -> bool:
-        pairs = [text for item in (fields or {}).items() for text in item]
-        arguments = (
-            actor_id,
-            _token(),
-            new_state,
-            DEAD_ACTOR_TTL_S,
-            len(expected_states),
-            *expected_states,
-            *pairs,
-        )
-        return bool(self._change(scripts.UPDATE_ACTOR, self._actor_keys(actor_id), *arguments))
-
-    def get_actor(self, actor_id: str) -> ActorEntry | None:
-        return _actor_entry(actor_id, self._run("HGETALL", self.keys.actor(actor_id)))
-
-    def find_actor(self, namespace: str, name: str) -> ActorEntry | None:
-        actor_id = self._run("HGET", self.keys.actor_names, _name_field(namespace, name))
-        return self.get_actor(actor_id.decode()) if actor_id else None
-
-    def list_actors(self) -> list[ActorEntry]:
-        actor_ids = sorted(actor_id.decode() for actor_id in self._run("SMEMBERS", self.keys.actors))
-        with errors_mapped(self.address), self._client.pipeline(transaction=False) as pipeline:
-            for actor_id in actor_ids:
-                pipeline.hgetall(self.keys.actor(actor_id))
-            answers = pipeline.execute()
-        entries = (_actor_entry(actor_id, answer) for actor_id, answer in zip(actor_ids, answers, strict=True))
-        # Between the two questions an actor may have died.
-        return [entry for entry in entries if entry is not None and entry.state != DEAD]
-
-    def _actor_keys(self, actor_id: str) -> tuple[str, ...]:
-        return self._with_events(self.keys.actor_names, self.keys.actors, self.keys.actor(actor_id))
 
     # Packages
 
@@ -445,11 +387,6 @@ def _token() -> str:
     return os.urandom(8).hex()
 
 
-def _name_field(namespace: str, name: str) -> str:
-    # JSON, because any separator could be part of a name.
-    return msgspec.json.encode([namespace, name]).decode()
-
-
 def _milliseconds(ttl_s: float) -> int:
     if ttl_s <= 0:
         raise ValueError(f"a time to live must be positive: {ttl_s=}")
@@ -467,21 +404,3 @@ def _events(entries: Any) -> list[Event]:
 def _pairs(pairs: Any) -> Any:
     # redis-py makes a dict of the fields where it knows the command.
     return pairs.items() if isinstance(pairs, dict) else zip(pairs[::2], pairs[1::2], strict=True)
-
-
-def _actor_entry(actor_id: str, answer: dict[bytes, bytes]) -> ActorEntry | None:
-    if not answer:
-        return None
-    prefix = b"field:"
-    return ActorEntry(
-        actor_id=actor_id,
-        state=answer[b"state"].decode(),
-        name=answer[b"name"].decode(),
-        namespace=answer[b"namespace"].decode(),
-        record=answer[b"record"],
-        fields={
-            name.removeprefix(prefix).decode(): value.decode()
-            for name, value in answer.items()
-            if name.startswith(prefix)
-        },
-    )

@@ -1,10 +1,12 @@
 """Calls to one actor from one process: in order, as fast as the actor takes them.
 
     pending (no address yet) --> alive --> dead
-       calls queue                calls are sent at once, in the order of submission; a call that waits for an
-                                  argument holds back those behind it, and so do OUTSTANDING_MAX without a result
+       calls queue                | ^ calls are sent at once, in the order of submission; a call that waits for an
+                                  v | argument holds back those behind it, and so do OUTSTANDING_MAX without a result
+                              restarting: calls queue; of those under way, the ones that may be sent again stand first
 
-The creator also holds the lease of the actor's worker and sends the creation task ahead of every call.
+The creator also holds the lease of the actor's worker and sends the creation task ahead of every call. Each life of an
+actor has a process of its own, so that what a former life says is known by its source, and is not heard.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from clusterpool.core.messages import (
     TaskResult,
     WorkerDemand,
 )
-from clusterpool.core.owner_events import Command, FailTasks, Send
+from clusterpool.core.owner_events import Command, FailTasks, Send, SetupPlan
 
 # What one message holds at most: the actor's results come back at least this often.
 BATCH_MAX = 1000
@@ -46,12 +48,14 @@ class ActorChannel:
         self.outstanding: dict[int, Task] = {}
         self.waiting: set[int] = set()  # numbers of queued calls whose arguments are not known yet
         self.is_creator = False
-        self.request = 0  # the creator's request for a worker
+        self.request = 0  # the creator's request for a worker, or anybody's for news
+        self.is_worker_asked = False  # the creator: it is for a worker
         self.wish: tuple[WorkerDemand, JobPart] | None = None  # what it asked for
         self.lease = 0
         self.creation: Task | None = None
         self.is_creation_sent = False
-        self.functions_sent: set[int] = set()
+        self.class_payload = b""  # the creator's, from the first creation on
+        self.setup = SetupPlan()
         self.error = b""  # the exception of its constructor, when that was its end
         self.lifetime: Reference | None = None  # of somebody else's actor: what its handles are counted by
         self.is_held = False  # our calls keep it alive
@@ -83,7 +87,15 @@ class ActorChannel:
             self.is_creation_sent = True
             self.outstanding[creation.spec.number] = creation
             self._outstanding_bytes += len(creation.spec.payload)
-            parts = [FunctionPart(creation.spec.function, functions[creation.spec.function])]
+            # For a later life too: the user may have let go of the class by then.
+            self.class_payload = self.class_payload or functions[creation.spec.function]
+            parts = [FunctionPart(creation.spec.function, self.class_payload)]
+            extras = creation.spec.extras
+            if extras is not None and extras.actor is not None:
+                plan = msgspec.structs.replace(extras.actor, life=self.actor.life)
+                creation.spec = msgspec.structs.replace(
+                    creation.spec, extras=msgspec.structs.replace(extras, actor=plan)
+                )
             batches.append(([creation], Send(address, StartTasks(parts, [creation.spec]))))
         queue = self.queue
         while queue:
@@ -116,6 +128,29 @@ class ActorChannel:
                 self._outstanding_bytes -= len(task.spec.payload)
                 finished.append((task, result))
         return finished
+
+    def life_ended(self, text: str) -> list[Command]:
+        """The worker is gone, but the actor may come again: calls under way wait for that, or fail."""
+        self.actor = msgspec.structs.replace(self.actor, state="restarting", text=text, address=None)
+        self.is_creation_sent = self.is_retiring = False
+        self.streams.clear()
+        failed: list[Task] = []
+        again: list[Task] = []
+        # Behind a constructor that has not returned no call has started.
+        was_made = self.creation is None or self.creation.spec.number not in self.outstanding
+        for task in self.outstanding.values():
+            if task is self.creation:
+                continue
+            if task.is_cancelled or (was_made and task.retries_left == 0):
+                failed.append(task)
+                continue
+            task.retries_left -= was_made and task.retries_left > 0
+            task.worker = ""
+            again.append(task)
+        self.outstanding.clear()
+        self._outstanding_bytes = 0
+        self.queue.extendleft(reversed(again))
+        return [FailTasks(failed, "actor_unavailable", text)] if failed else []
 
     def died(self, text: str, error: bytes = b"") -> list[Command]:
         """The actor is no more: its calls fail, and so will all later ones."""

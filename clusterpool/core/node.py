@@ -79,7 +79,7 @@ class NodeMachine:
         self.scheduler = Scheduler(self.node_id, record.host_name, record.resources, process_ids=process_ids)
         self.memory = MemoryMonitor(self.scheduler, threshold=memory_threshold)
         self.objects = NodeObjects(self.node_id, arena_bytes)
-        self.actors = NodeActors(self.node_id)
+        self.actors = NodeActors(self.node_id, self.scheduler)
         self.membership = ms.Membership(self.node_id)
         self.environments = env.Environments()
         self.coordination = CoordinationMachine(
@@ -104,7 +104,7 @@ class NodeMachine:
             e.PagesReserved: lambda event, now_s: self.objects.pages_reserved(event, now_s),
             e.StoreReturned: lambda event, _: self.actors.answered(event),
             e.StoreRaised: lambda event, _: self.actors.answered(event),
-            e.ActorEventRead: lambda event, _: self.actors.event_read(event.actor_id),
+            e.ActorEventRead: lambda event, _: self.actors.event_read(event),
             e.TimePassed: self._time_passed,
         }
         self._message_handlers = self._handlers_of_messages()
@@ -121,10 +121,7 @@ class NodeMachine:
             m.ProcessEnded: self._remote_ended,
             m.Undeliverable: self._remote_ended,
             m.LeaveNode: self._leave,
-            m.RegisterActor: lambda source, message, _: self.actors.registered(source, message),
-            m.ActorChanged: lambda _, message, __: self.actors.changed(message),
-            m.LocateActor: lambda source, message, _: self.actors.located(source, message),
-            m.KillActor: self._kill_actor,
+            **self.actors.message_handlers(),
             m.DescribeCluster: self._describe,
             m.StopNode: self._stop,
             LoadChanged: self._load_changed,
@@ -234,7 +231,7 @@ class NodeMachine:
         ends_job = process.job_id if process.kind == "driver" else ""
         commands: Commands = list(self.scheduler.owner_ended(process.address, ends_job=ends_job))
         commands += self.objects.process_left(process.address.process_id, now_s)
-        self.actors.process_left(process.address)
+        commands += self.actors.process_left(process.address)
         self.jobs.process_ended(process.address)
         commands += self.coordination.handle(ce.ProcessGone(process.address), now_s)
         if ends_job and not process.is_leaving:
@@ -257,7 +254,7 @@ class NodeMachine:
         if source.node_id != self.node_id:
             self._told.setdefault(source.node_id, ())
         origin = message.origin or source
-        if origin.node_id == self.node_id and origin.process_id not in self.processes:
+        if origin.node_id == self.node_id and origin.process_id not in (*self.processes, self.node_id):
             return []  # it came home by way of another node, and its owner has ended meanwhile
         driver = self.processes.get(message.job.owner.process_id)
         is_leaving = (driver is not None and driver.is_leaving) or message.job.owner in self._departing
@@ -300,7 +297,7 @@ class NodeMachine:
         text = worker.end_text or event.text
         commands = self._process_left(e.ProcessLeft(Address(self.node_id, event.process_id)), now_s)
         commands += self._tell_watchers(Address(self.node_id, event.process_id), text)
-        commands += self.actors.worker_ended(worker.actor_id, text)
+        commands += self.actors.worker_ended(worker, event.exit_code, text)
         commands += self.scheduler.worker_ended(event)
         self.environments.worker_ended(event.process_id)
         return commands + self._workers_gone(worker.job.job_id)
@@ -322,12 +319,6 @@ class NodeMachine:
         commands: Commands = list(self.scheduler.owner_ended(message.address))
         return commands + self.objects.process_left(message.address.process_id, now_s)
 
-    def _kill_actor(self, _source: Address, message: m.KillActor, _now_s: float) -> Commands:
-        address = message.address
-        if address is not None and address.node_id != self.node_id:
-            return [e.Send(Address(address.node_id, address.node_id), message)]
-        return list(self.scheduler.kill_actor(message.actor_id))
-
     # --- messages
 
     def _message_arrived(self, event: e.MessageArrived, now_s: float) -> Commands:
@@ -341,7 +332,8 @@ class NodeMachine:
     # --- the cluster
 
     def _time_passed(self, _event: e.TimePassed, now_s: float) -> Commands:
-        commands = self.objects.time_passed(now_s) + self.coordination.handle(ce.TimeToLook(), now_s)
+        commands = self.objects.time_passed(now_s) + self.actors.time_passed(now_s)
+        commands += self.coordination.handle(ce.TimeToLook(), now_s)
         if self._fencing is not None and self._fencing.isdisjoint(self.scheduler.workers):
             self._fencing = None
             commands += self._membership(ms.WorkEnded(), now_s)
@@ -398,6 +390,8 @@ class NodeMachine:
         if isinstance(event, (ms.Registered, ms.Restored)):
             # Until then others may have ended waits of this node's processes, as those of a dead one.
             commands += self.coordination.handle(ce.StoreChanged(), now_s)
+        if isinstance(event, (ms.Registered, ms.EventsMissed)) and not self.is_embedded:
+            commands += self.actors.events_missed()
         if self.membership.view.version != version or self._is_member != was_member:
             commands += self.scheduler.peers_changed([candidate_of(view) for view in self._peers()])
         return commands
@@ -420,7 +414,7 @@ class NodeMachine:
         commands: Commands = [e.PeerLost(node_id, reason), *self.objects.node_lost(node_id, now_s)]
         self._told.pop(node_id, None)
         self.jobs.node_lost(node_id)
-        commands += self.coordination.handle(ce.NodeGone(node_id), now_s)
+        commands += self.coordination.handle(ce.NodeGone(node_id), now_s) + self.actors.node_lost(node_id, reason)
         for owner in self.scheduler.owners_on(node_id):
             self._departing.pop(owner, None)
             commands += self.scheduler.owner_ended(owner)
@@ -446,7 +440,7 @@ class NodeMachine:
         commands: Commands = []
         for view in list(self.membership.view):
             commands += self._node_lost(view.node_id, reason, now_s)
-        commands += self.coordination.handle(ce.SelfFenced(), now_s)
+        commands += self.coordination.handle(ce.SelfFenced(), now_s) + self.actors.keeper.fenced()
         commands += self.objects.fenced(set(self.processes))
         self._fencing = set(self.scheduler.workers)
         return commands + self.scheduler.end_all(f"its node was taken for dead: {reason}")

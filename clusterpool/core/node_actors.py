@@ -1,69 +1,196 @@
-"""The actors' half of a node: their registry in the control store, and who waits to hear of them."""
+"""The actors' half of a node: their registry in the control store, who waits to hear of them, who answers for them.
+
+An ordinary actor is started again by its creator, who has its class and arguments; a detached one by a node (see
+actor_keeper). Either way the registry decides, in one step, whether a life is over and whose the next one is. So a
+caller needs to know one thing only: in which life the actor was when its calls failed; its node tells it of a later
+one.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from clusterpool.core import messages as m
+from clusterpool.core.actor_keeper import ActorKeeper
+from clusterpool.core.actor_messages import ActorLoaded, ActorSaved, LoadActor, LogCalls, SaveActor
 from clusterpool.core.messages import Address
-from clusterpool.core.node_events import CallStore, Send, StoreRaised, StoreReturned
+from clusterpool.core.node_events import ActorEventRead, CallStore, Send, StoreRaised, StoreReturned
+from clusterpool.core.scheduler import Scheduler, Worker
 
 Commands = list[Any]
+OnAnswer = Callable[[Any, str, str], Commands]
 _UNKNOWN = m.ActorPart("", "", {}, None, "unknown", "no actor of this name is known")
+# Who has a handle may hear of the actor before the registry does: an unnamed one is registered in passing.
+UNKNOWN_WAIT_S = 5.0
+# Whoever waits asks again after this time, should the change feed have lost the news.
+ASK_AGAIN_S = 2.0
+
+
+class _Waiter:
+    __slots__ = ("life", "request", "since_s", "source")
+
+    def __init__(self, source: Address, request: int, life: int, since_s: float) -> None:
+        self.source = source
+        self.request = request
+        self.life = life
+        self.since_s = since_s
 
 
 class NodeActors:
     """Asks the control store for the processes of one node. Records there are ActorParts."""
 
-    def __init__(self, node_id: str) -> None:
+    def __init__(self, node_id: str, scheduler: Scheduler) -> None:
         self.node_id = node_id
+        self._scheduler = scheduler
         self._last_tag = 0
-        self._calls: dict[int, Callable[[Any, str, str], Commands]] = {}
-        self._waiting: dict[str, list[tuple[Address, int]]] = {}  # by actor id, who wants to hear when it is alive
+        self._calls: dict[int, tuple[OnAnswer | None, CallStore, bool]] = {}
+        self._waiting: dict[str, list[_Waiter]] = {}  # by actor id
+        self._created: dict[str, Address] = {}  # by id of a living actor that is not detached, its creator
+        self._again: Commands = []  # calls to make again at the next tick
+        self._asked_s = 0.0
+        self._now_s = 0.0
+        address = Address(node_id, node_id)
+        self.keeper = ActorKeeper(address, itertools.count(1), self._call_for_keeper, self._life_ended_here)
+
+    def message_handlers(self) -> dict[type, Callable[[Address, Any, float], Commands]]:
+        """What the node's processes, and other nodes, say about actors."""
+        keeper = self.keeper
+        return {
+            m.RegisterActor: lambda source, message, _: self.registered(source, message),
+            m.ActorChanged: lambda _, message, __: self.changed(message),
+            m.LocateActor: self.located,
+            m.LifeEnded: lambda source, message, _: self.life_ended(source, message),
+            m.KillActor: lambda _, message, __: self.killed(message),
+            LogCalls: lambda source, message, _: self._log_called(source, message),
+            SaveActor: lambda source, message, _: self._log_called(source, message),
+            LoadActor: lambda source, message, _: self._load_asked(source, message),
+            m.WorkerGranted: lambda _, message, __: keeper.granted(message),
+            m.RequestFailed: lambda _, message, __: keeper.request_failed(message),
+            m.WorkerExited: lambda _, message, __: keeper.worker_exited(message),
+            m.TasksFinished: lambda source, message, _: keeper.finished(source, message),
+        }
 
     def call(
-        self, operation: str, arguments: dict[str, Any], on_answer: Callable[[Any, str, str], Commands] | None = None
+        self, operation: str, arguments: dict[str, Any], on_answer: OnAnswer | None = None, *, is_stubborn: bool = False
     ) -> Commands:
-        """Call the control store; `on_answer(value, error_kind, error_text)`."""
+        """Call the control store; `on_answer(value, error_kind, error_text)`. `is_stubborn`: until it answers."""
         self._last_tag += 1
-        if on_answer is not None:
-            self._calls[self._last_tag] = on_answer
-        return [CallStore(self._last_tag, operation, arguments)]
+        command = CallStore(self._last_tag, operation, arguments)
+        if on_answer is not None or is_stubborn:
+            self._calls[self._last_tag] = (on_answer, command, is_stubborn)
+        return [command]
+
+    def _call_for_keeper(
+        self, operation: str, arguments: dict[str, Any], on_answer: OnAnswer | None = None
+    ) -> Commands:
+        return self.call(operation, arguments, on_answer, is_stubborn=True)
 
     def answered(self, event: StoreReturned | StoreRaised) -> Commands:
         """The control store has answered a call."""
-        on_answer = self._calls.pop(event.tag, None)
+        on_answer, command, is_stubborn = self._calls.get(event.tag, (None, None, False))
+        if command is None:
+            return []
+        if is_stubborn and isinstance(event, StoreRaised) and event.kind == "NotConnected":
+            self._again.append(command)  # whoever waits for this has nobody else to ask
+            return []
+        del self._calls[event.tag]
         if on_answer is None:
             return []
         if isinstance(event, StoreReturned):
             return on_answer(event.value, "", "")
         return on_answer(None, event.kind, event.text)
 
+    # --- creators
+
     def registered(self, source: Address, message: m.RegisterActor) -> Commands:
         """A creator wants its actor known, and its name claimed."""
         actor = message.actor
+        if not message.creation:
+            self._created[actor.actor_id] = source
 
         def on_created(_value: Any, kind: str, text: str) -> Commands:
+            if kind:
+                self._created.pop(actor.actor_id, None)
             if kind == "NameTaken" and message.get_if_exists:
                 return self._find(source, message.request, actor.namespace, actor.name)
             state = "taken" if kind == "NameTaken" else ("failed" if kind else "pending")
             answer = msgspec.structs.replace(actor, state=state, text=text)
-            return [Send(source, m.ActorLocated(message.request, answer))]
+            commands: Commands = [Send(source, m.ActorLocated(message.request, answer))]
+            if message.creation and not kind:
+                commands += self.keeper.begin(actor, message.creation)
+            return commands
 
-        return self.call("create_actor", {"actor": actor}, on_created)
+        return self.call("create_actor", {"actor": actor, "creation": message.creation}, on_created)
 
     def changed(self, message: m.ActorChanged) -> Commands:
         """The creator reports that its actor lives, or will not."""
-        return self.call("update_actor", {"actor": message.actor})
+        actor = message.actor
+        if actor.state == "alive":
+            arguments = {
+                "actor_id": actor.actor_id, "life": actor.life, "address": actor.address, "is_kept": False
+            }  # fmt: skip
+            return self.call("start_life", arguments)
+        if actor.state == "dead":
+            self._created.pop(actor.actor_id, None)
+        return self.call("update_actor", {"actor": actor})
 
-    def located(self, source: Address, message: m.LocateActor) -> Commands:
+    def life_ended(self, source: Address, message: m.LifeEnded) -> Commands:
+        """A creator asks whether it may start its actor again."""
+
+        def on_ended(value: Any, kind: str, text: str) -> Commands:
+            actor = value[1] if value is not None else None
+            if actor is None:
+                actor = msgspec.structs.replace(_UNKNOWN, actor_id=message.actor_id, state="dead", text=text)
+            elif actor.state != "restarting":
+                actor = msgspec.structs.replace(actor, state="dead")
+            return [Send(source, m.ActorLocated(message.request, actor))]
+
+        arguments = {
+            "actor_id": message.actor_id, "life": message.life, "text": message.text, "teller": "creator",
+            "address": None,
+        }  # fmt: skip
+        return self.call("end_life", arguments, on_ended, is_stubborn=True)
+
+    def process_left(self, address: Address) -> Commands:
+        """Forget who waited. The actors of a creator end with it, also those that have no worker just now."""
+        for actor_id, waiting in list(self._waiting.items()):
+            left = [waiter for waiter in waiting if waiter.source != address]
+            if left:
+                self._waiting[actor_id] = left
+            else:
+                del self._waiting[actor_id]
+        mine = [actor_id for actor_id, creator in self._created.items() if creator == address]
+        for actor_id in mine:
+            del self._created[actor_id]
+        return self.call("end_actors", {"actor_ids": mine, "text": "its creator has ended"}) if mine else []
+
+    def killed(self, message: m.KillActor) -> Commands:
+        """End the actor's worker; before that, if it might come again, have the registry know that it shall not."""
+        if message.no_restart and message.may_return:
+            text = "the actor was killed with clusterpool.kill()"
+            then = msgspec.structs.replace(message, may_return=False)
+
+            def on_buried(_value: Any, _kind: str, _text: str) -> Commands:
+                return self.killed(then)
+
+            arguments = {"actor_id": message.actor_id, "text": text, "error": ""}
+            return self.call("bury_actor", arguments, on_buried, is_stubborn=True)
+        address = message.address
+        if address is not None and address.node_id != self.node_id:
+            return [Send(Address(address.node_id, address.node_id), message)]
+        return list(self._scheduler.kill_actor(message.actor_id))
+
+    # --- callers
+
+    def located(self, source: Address, message: m.LocateActor, now_s: float) -> Commands:
         """Somebody has a handle, or a name, and wants an address."""
         if not message.actor_id:
             return self._find(source, message.request, message.namespace, message.name)
-        return self._get(source, message.request, message.actor_id)
+        return self._get(message.actor_id, [_Waiter(source, message.request, message.life, now_s)])
 
     def _find(self, source: Address, request: int, namespace: str, name: str) -> Commands:
         def on_found(value: Any, kind: str, text: str) -> Commands:
@@ -74,37 +201,142 @@ class NodeActors:
 
         return self.call("find_actor", {"namespace": namespace, "name": name}, on_found)
 
-    def _get(self, source: Address, request: int, actor_id: str) -> Commands:
+    def _get(self, actor_id: str, waiters: list[_Waiter]) -> Commands:
+        """Read of an actor for those who wait for it."""
+
         def on_got(value: Any, kind: str, text: str) -> Commands:
-            if isinstance(value, m.ActorPart):
-                if value.state == "pending":
-                    self._waiting.setdefault(actor_id, []).append((source, request))
-                    return []
-                return [Send(source, m.ActorLocated(request, value))]
-            unknown = msgspec.structs.replace(_UNKNOWN, text=text or _UNKNOWN.text)
-            return [Send(source, m.ActorLocated(request, unknown))]
+            actor = value if isinstance(value, m.ActorPart) else None
+            commands = self._look_at(actor) if actor is not None else []
+            for waiter in waiters:
+                if actor is not None and (actor.state == "dead" or _is_there(actor, waiter.life)):
+                    commands.append(Send(waiter.source, m.ActorLocated(waiter.request, actor)))
+                elif actor is None and (kind or self._now_s - waiter.since_s >= UNKNOWN_WAIT_S):
+                    unknown = msgspec.structs.replace(_UNKNOWN, text=text or _UNKNOWN.text)
+                    commands.append(Send(waiter.source, m.ActorLocated(waiter.request, unknown)))
+                else:
+                    self._waiting.setdefault(actor_id, []).append(waiter)
+            return commands
 
         return self.call("get_actor", {"actor_id": actor_id}, on_got)
 
-    def event_read(self, actor_id: str) -> Commands:
-        """The change feed mentions an actor: those who wait for it ask again."""
-        commands: Commands = []
-        for source, request in self._waiting.pop(actor_id, []):
-            commands += self._get(source, request, actor_id)
+    def time_passed(self, now_s: float) -> Commands:
+        """A tick of the clock."""
+        self._now_s = now_s
+        commands, self._again = self._again, []
+        if not self._waiting or now_s - self._asked_s < ASK_AGAIN_S:
+            return commands
+        self._asked_s = now_s
+        for actor_id in list(self._waiting):
+            commands += self._get(actor_id, self._waited(actor_id))
         return commands
 
-    def worker_ended(self, actor_id: str, text: str) -> Commands:
-        """The process that held an actor is gone."""
+    def _waited(self, actor_id: str) -> list[_Waiter]:
+        return self._waiting.pop(actor_id, [])
+
+    # --- the change feed
+
+    def event_read(self, event: ActorEventRead) -> Commands:
+        """The change feed mentions an actor: those who wait for it ask again, and what is over is ended here."""
+        actor_id, address = event.actor_id, event.address
+        is_of_interest = actor_id in self._waiting
+        if event.state == "alive" and address is not None and address.node_id == self.node_id:
+            is_of_interest = is_of_interest or address.process_id not in self._scheduler.workers
+        if not is_of_interest and event.state in ("dead", "restarting"):
+            is_of_interest = (
+                actor_id in self._created
+                or actor_id in self.keeper.creations
+                or any(worker.actor_id == actor_id for worker in self._scheduler.workers.values())
+            )
+        return self._get(actor_id, self._waited(actor_id)) if is_of_interest else []
+
+    def events_missed(self) -> Commands:
+        """The change feed has a gap: ask for all that matters here."""
+        actor_ids = {worker.actor_id for worker in self._scheduler.workers.values() if worker.actor_id}
+        actor_ids |= {*self._waiting, *self._created, *self.keeper.creations}
+        commands = [
+            command for actor_id in sorted(actor_ids) for command in self._get(actor_id, self._waited(actor_id))
+        ]
+        return commands + self.adopt_orphans()
+
+    def _look_at(self, actor: m.ActorPart) -> Commands:
+        """Hold what is here of an actor against the registry: a former life of it, or one that is dead, ends."""
+        commands: Commands = []
+        actor_id = actor.actor_id
+        is_dead = actor.state == "dead"
+        for worker in list(self._scheduler.workers.values()):
+            if worker.actor_id == actor_id and not worker.is_ending and (is_dead or worker.actor_life < actor.life):
+                commands += self._scheduler.end_worker(worker.process_id, actor.text or "its actor lives elsewhere now")
+        creation = self.keeper.creations.get(actor_id)
+        if creation is not None and (is_dead or creation.actor.life < actor.life):
+            commands += self.keeper.dropped(actor_id)
+        creator = self._created.get(actor_id)
+        if creator is not None and is_dead:
+            del self._created[actor_id]
+            commands.append(Send(creator, m.ActorLocated(0, actor)))
+        address = actor.address
+        is_mine = actor.state == "alive" and address is not None and address.node_id == self.node_id
+        if is_mine and actor.detached and address is not None and address.process_id not in self._scheduler.workers:
+            text = "its worker ended as soon as it was there"
+            commands += self._life_ended_here(actor_id, actor.life, text, address)
+        return commands
+
+    # --- checkpoints
+
+    def _log_called(self, source: Address, message: LogCalls | SaveActor) -> Commands:
+        def on_done(value: Any, kind: str, _text: str) -> Commands:
+            return [Send(source, ActorSaved(message.request, kind or str(value)))]
+
+        arguments: dict[str, Any] = {"actor_id": message.actor_id, "life": message.life}
+        if isinstance(message, LogCalls):
+            arguments |= {"first": message.first, "calls": message.entries}
+            return self.call("append_calls", arguments, on_done, is_stubborn=True)
+        arguments |= {"calls": message.calls, "content": message.content}
+        return self.call("store_checkpoint", arguments, on_done, is_stubborn=True)
+
+    def _load_asked(self, source: Address, message: LoadActor) -> Commands:
+        def on_loaded(value: Any, _kind: str, _text: str) -> Commands:
+            checkpoint, calls, entries = value or (b"", 0, [])
+            return [Send(source, ActorLoaded(message.request, checkpoint, calls, entries))]
+
+        return self.call("load_calls", {"actor_id": message.actor_id}, on_loaded, is_stubborn=True)
+
+    # --- lives
+
+    def worker_ended(self, worker: Worker, exit_code: int, text: str) -> Commands:
+        """A process is gone; if it held an actor, that one's life is over, and of its own will with exit code 0."""
+        actor_id, life = worker.actor_id, worker.actor_life
         if not actor_id:
             return []
-        actor = m.ActorPart(actor_id, "", {}, None, "dead", text)
-        return self.call("update_actor", {"actor": actor})
+        address = Address(self.node_id, worker.process_id)
+        if exit_code == 0:
+            arguments = {"actor_id": actor_id, "address": address, "text": text}
+            return self.call("retire_actor", arguments, is_stubborn=True)
+        return self._life_ended_here(actor_id, life, text, address)
 
-    def process_left(self, address: Address) -> None:
-        """Forget who waited."""
-        for actor_id, waiting in list(self._waiting.items()):
-            left = [waiter for waiter in waiting if waiter[0] != address]
-            if left:
-                self._waiting[actor_id] = left
-            else:
-                del self._waiting[actor_id]
+    def _life_ended_here(self, actor_id: str, life: int, text: str, address: Address | None = None) -> Commands:
+        arguments = {"actor_id": actor_id, "life": life, "text": text, "teller": "host", "address": address}
+        return self.call("end_life", arguments, self._begin_next, is_stubborn=True)
+
+    def _begin_next(self, value: Any, _kind: str, _text: str) -> Commands:
+        if value is None:
+            return []
+        outcome, actor, creation = value
+        if outcome != "restart" or not actor.detached:
+            return []
+        return self.keeper.begin(actor, creation)
+
+    def adopt_orphans(self) -> Commands:
+        """A node is gone, or this one is new: take over the detached actors that nobody answers for any more."""
+
+        def on_adopted(values: Any, kind: str, text: str) -> Commands:
+            return [command for value in values or () for command in self._begin_next(value, kind, text)]
+
+        return self.call("adopt_orphans", {}, on_adopted, is_stubborn=True)
+
+    def node_lost(self, node_id: str, text: str) -> Commands:
+        """Another node is gone."""
+        return self.keeper.node_lost(node_id, text) + self.adopt_orphans()
+
+
+def _is_there(actor: m.ActorPart, life: int) -> bool:
+    return actor.state == "alive" and actor.address is not None and actor.life >= life

@@ -109,6 +109,8 @@ class ActorEventRead(Event, frozen=True):
     """The change feed says that an actor changed."""
 
     actor_id: str
+    state: str = ""  # its new one; "": look
+    address: Address | None = None
 
 
 class TimePassed(Event, frozen=True):

@@ -73,6 +73,7 @@ class WorkerDemand(Part, frozen=True):
     strategy: str = ""  # "", "spread", "node:<id>" (must be there), "near:<id>" (rather there)
     stored: list[StoredValue] = []  # large arguments of the first task: placed where their bytes are
     actor_id: str = ""
+    actor_life: int = 0
     outlives_owner: bool = False  # it goes on when its owner dies, until the job ends: a child process does
     is_retriable: bool = True  # its tasks are run again when it dies: it is ended first when memory runs out
 
@@ -269,20 +270,34 @@ class ActorPart(Part, frozen=True):
     class_name: str
     methods: dict[str, int]  # name to number of return values (-1: streaming)
     address: Address | None
-    state: str  # "pending", "alive", "dead"
+    state: str  # "pending", "alive", "restarting", "dead"
     text: str = ""
     name: str = ""
     namespace: str = ""
     detached: bool = False
     job_id: str = ""
+    life: int = 0  # how often it was started again
+    restarts: int = 0  # how often it may be (-1: without limit)
+    retries: int = 0  # how often a call is sent again to a next life (-1: without limit), unless its caller says
+    is_logged: bool = False  # it has checkpoints: results are kept until their callers say that they have them
+    error: bytes = b""  # the exception of its constructor, when that was its end
+
+    @property
+    def may_return(self) -> bool:
+        """Whether the end of its process need not be its own."""
+        return self.restarts != 0 or self.detached
 
 
 class RegisterActor(Message, frozen=True):
-    """Make the actor known to the cluster, and claim its name."""
+    """Make the actor known to the cluster, and claim its name.
+
+    `creation`: of a detached actor, an encoded ActorCreation. Nodes create such an actor, its creator does not.
+    """
 
     request: int
     actor: ActorPart
     get_if_exists: bool = False
+    creation: bytes = b""
 
 
 class ActorChanged(Message, frozen=True):
@@ -291,27 +306,44 @@ class ActorChanged(Message, frozen=True):
     actor: ActorPart
 
 
+class LifeEnded(Message, frozen=True):
+    """From the creator of an actor that may be started again: this life is over. May I? (Answer: ActorLocated.)"""
+
+    request: int
+    actor_id: str
+    life: int
+    text: str
+
+
 class LocateActor(Message, frozen=True):
-    """Tell me where this actor is (by id, or by name and namespace) once it is alive or dead."""
+    """Tell me where this actor is (by id, or by name and namespace) once it is dead, or alive in this or a later life.
+
+    By name the answer comes at once, whatever its state.
+    """
 
     request: int
     actor_id: str
     name: str
     namespace: str
+    life: int = 0
 
 
 class ActorLocated(Message, frozen=True):
-    """Answer to RegisterActor (state `pending` or `taken`) and to LocateActor (`alive`, `dead`, `unknown`)."""
+    """Answer to RegisterActor (state `pending`, `taken` or `failed`), to LocateActor (`alive`, `dead`, `unknown`) and
+    to LifeEnded (`restarting`: start its next life; `dead`). Request 0: it was killed, tells its creator's node.
+    """
 
     request: int
     actor: ActorPart
 
 
 class KillActor(Message, frozen=True):
-    """End the actor, wherever it is."""
+    """End the actor, wherever it is. `no_restart`: for good."""
 
     actor_id: str
     address: Address | None
+    no_restart: bool = True
+    may_return: bool = False  # as in ActorPart
 
 
 # --- questions about the cluster ------------------------------------------------------------------------------------

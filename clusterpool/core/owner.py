@@ -81,6 +81,7 @@ class OwnerMachine:
             e.ProcessWatched: self.children.watched,
             e.ActorOpened: self.actors.opened,
             e.ActorMet: self.actors.met,
+            e.ActorKilled: self.actors.killed,
             e.ActorCallsSubmitted: self.actors.calls_submitted,
             e.StreamClosed: self.cancels.stream_closed,
             e.ItemsTaken: lambda event, _: self.objects.items_taken(event.number, event.taken),
@@ -359,7 +360,7 @@ class OwnerMachine:
             ended = worker_set.exited(process_id, message.exit_code, message.text, now_s, task=message.task)
             commands += self._checked(ended)
         commands += self.children.process_gone(message.address, message.exit_code)
-        return commands + self.actors.process_gone(message.address, message.text)
+        return commands + self.actors.process_gone(message.address, message.text, exit_code=message.exit_code)
 
     def _request_failed(self, _source: m.Address, message: m.RequestFailed, now_s: float) -> Commands:
         worker_set = self._set_of_request(message.request)

@@ -8,6 +8,7 @@ import msgspec
 
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
+from clusterpool.core.actor_messages import CallsResumed, ResultsTaken
 from clusterpool.core.actors import ActorChannel
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import Address, TaskStatus
@@ -27,7 +28,6 @@ class OwnerActors:
         self.channels: dict[str, ActorChannel] = {}
         self.channel_of_process: dict[str, ActorChannel] = {}
         self._channel_of_request: dict[int, ActorChannel] = {}
-        self._envs: dict[str, e.SetupPlan] = {}
 
     # --- from the shell
 
@@ -39,7 +39,7 @@ class OwnerActors:
         channel.creation = event.creation
         if event.lifetime:
             owner.objects.lifetimes[event.lifetime] = lambda: self._released(channel)
-        self._envs[event.actor.actor_id] = event.setup
+        channel.setup = event.setup
         channel.wish = (event.demand, msgspec.structs.replace(owner.job, detached=event.actor.detached))
         commands: Commands = [self._request_worker(channel)]
         if event.arguments is not None:
@@ -52,7 +52,9 @@ class OwnerActors:
         owner = self._owner
         assert channel.wish is not None
         demand, job = channel.wish
+        demand = msgspec.structs.replace(demand, actor_life=channel.actor.life)
         channel.request = next(owner.requests)
+        channel.is_worker_asked = True
         self._channel_of_request[channel.request] = channel
         return e.Send(owner.node, m.RequestWorkers(channel.request, 1, demand, job))
 
@@ -67,10 +69,10 @@ class OwnerActors:
             return self._owner.objects.watch(event.actor.address)
         return self._locate(channel)
 
-    def _locate(self, channel: ActorChannel) -> Commands:
-        request = next(self._owner.requests)
+    def _locate(self, channel: ActorChannel, life: int = 0) -> Commands:
+        channel.request = request = next(self._owner.requests)
         self._channel_of_request[request] = channel
-        return [e.Send(self._owner.node, m.LocateActor(request, channel.actor.actor_id, "", ""))]
+        return [e.Send(self._owner.node, m.LocateActor(request, channel.actor.actor_id, "", "", life))]
 
     def calls_submitted(self, event: e.ActorCallsSubmitted, _now_s: float) -> Commands:
         """Calls without references, in order."""
@@ -160,12 +162,12 @@ class OwnerActors:
         channel.lease = worker.lease
         channel.actor = msgspec.structs.replace(channel.actor, address=worker.address)
         self.channel_of_process[worker.address.process_id] = channel
-        setup = self._envs.pop(channel.actor.actor_id, e.SetupPlan())
+        setup = channel.setup
         env = dict(setup.env)
         if worker.gpu_ids:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, worker.gpu_ids))
         commands: Commands = [e.Send(worker.address, m.SetupWorker(env, b"", setup.name, worker.lease))]
-        return commands + self.send_ready(channel)
+        return commands + self._resume(channel) + self.send_ready(channel)
 
     def request_failed(self, message: m.RequestFailed) -> Commands:
         """No worker for an actor."""
@@ -202,6 +204,8 @@ class OwnerActors:
                 rest.append((task, result))
                 continue
             commands += self._created(channel, result)
+        if channel.actor.is_logged and rest:
+            commands.append(e.Send(source, ResultsTaken([task.spec.number for task, _ in rest])))
         worker = m.WorkerPart(source, 0, "", channel.lease)
         commands += self._owner.settle(rest, worker, channel)
         if channel.queue:
@@ -217,7 +221,8 @@ class OwnerActors:
         creation = channel.creation
         assert creation is not None
         self._owner.tasks.pop(creation.spec.number, None)
-        commands = self._owner.objects.release_arguments(creation)
+        # An actor that may come again needs them again.
+        commands = [] if channel.actor.restarts else self._owner.objects.release_arguments(creation)
         if result.status == TaskStatus.OK:
             channel.actor = msgspec.structs.replace(channel.actor, state="alive")
             commands.append(e.Send(self._owner.node, m.ActorChanged(channel.actor)))
@@ -232,35 +237,89 @@ class OwnerActors:
         return commands
 
     def located(self, message: m.ActorLocated) -> Commands:
-        """The node found (or did not find) an actor that we have a handle of."""
+        """The node found (or did not find) an actor that we have a handle of; or tells a creator what became of its."""
+        actor = message.actor
         channel = self._channel_of_request.pop(message.request, None)
-        if channel is None:
+        if channel is None and actor.state == "dead":  # nobody asked, but its creator has to know
+            channel = self.channels.get(actor.actor_id)
+        if channel is None or channel.actor.state == "dead":
             return []
-        if message.actor.state != "alive" or message.actor.address is None:
-            return self._died(channel, message.actor.text or "the actor is not known any more")
-        channel.actor = message.actor
-        self.channel_of_process[message.actor.address.process_id] = channel
-        commands = self._owner.objects.watch(message.actor.address)
-        return [*commands, e.ActorMoved(channel.actor), *self.send_ready(channel)]
+        if channel.is_creator:
+            return self._judged(channel, actor)
+        if actor.state != "alive" or actor.address is None:
+            return self._died(channel, actor.text or "the actor is not known any more", actor.error)
+        channel.actor = msgspec.structs.replace(channel.actor, state="alive", address=actor.address, life=actor.life)
+        self.channel_of_process[actor.address.process_id] = channel
+        commands = self._owner.objects.watch(actor.address)
+        return [*commands, e.ActorMoved(channel.actor), *self._resume(channel), *self.send_ready(channel)]
 
-    def process_gone(self, address: Address, text: str) -> Commands:
+    def _resume(self, channel: ActorChannel) -> Commands:
+        """A next life of an actor with checkpoints need not keep results for us but of these calls."""
+        actor = channel.actor
+        if not actor.is_logged or actor.life == 0 or actor.address is None:
+            return []
+        return [e.Send(actor.address, CallsResumed([task.spec.number for task in channel.queue]))]
+
+    def killed(self, event: e.ActorKilled, _now_s: float) -> Commands:
+        """The user has ended an actor that might have come again; the registry hears of it from the node."""
+        channel = self.channels.get(event.actor_id)
+        if channel is None or channel.actor.state == "dead":
+            return []
+        return self._judged(channel, msgspec.structs.replace(channel.actor, state="dead", text=event.text))
+
+    def _judged(self, channel: ActorChannel, actor: m.ActorPart) -> Commands:
+        """What is to become of an actor: it may be started again, or is dead."""
+        if actor.state == "restarting":
+            channel.actor = msgspec.structs.replace(channel.actor, life=actor.life)
+            return [self._request_worker(channel)]
+        commands: Commands = []
+        address = channel.actor.address
+        if address is not None:
+            self.channel_of_process.pop(address.process_id, None)
+            if channel.is_creator:
+                node = Address(address.node_id, address.node_id)
+                commands.append(e.Send(node, m.KillWorker(channel.lease, 9, actor.text)))
+        elif self._channel_of_request.pop(channel.request, None) is not None and channel.is_worker_asked:
+            commands.append(e.Send(self._owner.node, m.CancelRequest(channel.request, 1)))
+        return commands + self._died(channel, actor.text)
+
+    def process_gone(self, address: Address, text: str, *, exit_code: int = -1, is_node_lost: bool = False) -> Commands:
         """A process ended; it may have been an actor's worker."""
         channel = self.channel_of_process.pop(address.process_id, None)
-        return self._died(channel, text) if channel is not None else []
+        if channel is None:
+            return []
+        actor = channel.actor
+        if is_node_lost and channel.is_creator and not channel.is_creation_sent:
+            # Its constructor has not run: nothing is lost but a worker.
+            channel.actor = msgspec.structs.replace(actor, address=None)
+            return [self._request_worker(channel)]
+        is_done = channel.is_creator and (exit_code == 0 or (channel.is_retiring and not channel.outstanding))
+        if not actor.may_return or is_done:
+            return self._died(channel, text)
+        commands = self._owner.checked(channel.life_ended(text))
+        if channel.is_creator:
+            channel.request = next(self._owner.requests)
+            channel.is_worker_asked = False
+            self._channel_of_request[channel.request] = channel
+            commands.append(e.Send(self._owner.node, m.LifeEnded(channel.request, actor.actor_id, actor.life, text)))
+        else:
+            commands += self._locate(channel, actor.life + 1)
+        return [*commands, e.ActorMoved(channel.actor), *self._let_go_if_done(channel)]
 
     def node_gone(self, node_id: str, text: str) -> Commands:
         """A node is lost, with its actors."""
-        commands: Commands = []
+        commands = self.ask_again()
         for channel in list(self.channel_of_process.values()):
             if channel.actor.address is not None and channel.actor.address.node_id == node_id:
-                commands += self.process_gone(channel.actor.address, text)
-        return commands + self.ask_again()
+                gone = f"its node {node_id} is gone: {text}"
+                commands += self.process_gone(channel.actor.address, gone, is_node_lost=True)
+        return commands
 
     def ask_again(self) -> Commands:
         """Requests may have gone with the node that they were passed on to."""
         commands: Commands = []
         for request, channel in list(self._channel_of_request.items()):
-            if channel.is_creator and channel.request == request:
+            if channel.is_creator and channel.request == request and channel.is_worker_asked:
                 # What comes for the old one nevertheless is given back.
                 del self._channel_of_request[request]
                 commands.append(e.Send(self._owner.node, m.CancelRequest(request, 1)))

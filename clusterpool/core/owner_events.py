@@ -165,6 +165,13 @@ class ActorMet(Event, frozen=True):
     lifetime: Reference | None = None
 
 
+class ActorKilled(Event, frozen=True):
+    """The user has ended an actor for good."""
+
+    actor_id: str
+    text: str
+
+
 class StreamClosed(Event, frozen=True):
     """Nobody will take more items of a generator task than the first `taken`."""
 

@@ -67,7 +67,8 @@ class Worker:
     """A worker process of this node."""
 
     __slots__ = (
-        "actor_id", "end_cause", "end_text", "has_joined", "is_ending", "job", "lease", "name", "pid", "process_id"
+        "actor_id", "actor_life", "end_cause", "end_text", "has_joined", "is_ending", "job", "lease", "name", "pid",
+        "process_id",
     )  # fmt: skip
 
     def __init__(self, process_id: str, job: m.JobPart, name: str) -> None:
@@ -81,6 +82,7 @@ class Worker:
         self.end_text = ""  # why we ended it, when we did
         self.end_cause = ""
         self.actor_id = ""
+        self.actor_life = 0
 
 
 class Scheduler:
@@ -110,7 +112,8 @@ class Scheduler:
         commands: list[Command] = []
         for owner in (pending.origin, pending.job.owner):
             # A lease of an owner elsewhere must end when that owner does; idle workers end with their driver.
-            if owner.node_id != self.node_id and owner not in self._watched:
+            is_node = owner.process_id == owner.node_id  # its end is told by membership
+            if owner.node_id != self.node_id and not is_node and owner not in self._watched:
                 self._watched.add(owner)
                 commands.append(Send(Address(owner.node_id, owner.node_id), m.WatchProcess(owner.process_id)))
         if pending.demand.kind == WorkerKind.GROUP and pending.hops == 0:
@@ -250,7 +253,7 @@ class Scheduler:
             worker.lease = lease
             return [self._granted(lease)]
         worker = Worker(next(self._process_ids), pending.job, pending.demand.name)
-        worker.actor_id = pending.demand.actor_id
+        worker.actor_id, worker.actor_life = pending.demand.actor_id, pending.demand.actor_life
         lease = self.leases[self._last_lease] = Lease(self._last_lease, pending, worker, gpu_ids)
         worker.lease = lease
         self.workers[worker.process_id] = worker
@@ -367,6 +370,10 @@ class Scheduler:
             self.pending.remove(pending)
             commands.append(Send(pending.origin, m.RequestFailed(pending.request, pending.count, "killed", text)))
         return commands
+
+    def end_worker(self, process_id: str, text: str) -> list[Command]:
+        """This worker must not go on."""
+        return [self._end(self.workers[process_id], text)]
 
     def _let_end(self, worker: Worker) -> Command:
         # Not by a signal: it may own objects that others have references to.

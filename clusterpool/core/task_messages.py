@@ -129,6 +129,15 @@ class LastTask(Part, frozen=True):
     items: int = 0  # of a chunk: how many it has
 
 
+class ActorPlan(Part, frozen=True):
+    """Of an actor with checkpoints: which life the worker holds, and when its state is saved."""
+
+    actor_id: str
+    checkpoint_every: int = 0  # calls; 0: not by their number
+    checkpoint_period_s: float = -1.0  # below 0: not by time
+    life: int = 0
+
+
 class TaskExtras(Part, frozen=True):
     """What only some tasks have."""
 
@@ -143,6 +152,7 @@ class TaskExtras(Part, frozen=True):
     limits: TaskLimits | None = None
     span: ChunkSpan | None = None  # MAP, STARMAP: only these items
     stream_buffer: int = 0  # a generator: untaken items at most; 0 for the default, -1 for any number
+    actor: ActorPlan | None = None  # CREATE_ACTOR with checkpoints
 
 
 class TaskSpec(Part, frozen=True):

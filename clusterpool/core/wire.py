@@ -6,6 +6,7 @@ from typing import Any, Union
 
 import msgspec
 
+from clusterpool.core import actor_messages as a
 from clusterpool.core import coordination_messages as c
 from clusterpool.core import joining as j
 from clusterpool.core import messages as m
@@ -23,7 +24,9 @@ AnyMessage = Union[  # noqa: UP007
     m.LeaveNode, m.LeftNode, m.RequestWorkers, m.CancelRequest, m.WorkerGranted, m.RequestFailed, m.ReleaseWorkers,
     m.KillWorker, m.ReclaimLeases, m.WorkerExited, m.WorkerBlocked, m.WorkerUnblocked, m.LogLines, m.CreateObject,
     m.ObjectCreated, m.StoreFailed, m.SealObject, m.AbortObject, m.PinObject, m.ObjectPinned, m.ObjectOnDisk,
-    m.UnpinObjects, m.FreeObjects, m.RegisterActor, m.ActorChanged, m.LocateActor, m.ActorLocated, m.KillActor,
+    m.UnpinObjects, m.FreeObjects, m.RegisterActor, m.ActorChanged, m.LifeEnded, m.LocateActor, m.ActorLocated,
+    m.KillActor,
+    a.LogCalls, a.SaveActor, a.ActorSaved, a.LoadActor, a.ActorLoaded, a.ResultsTaken, a.CallsResumed,
     m.DescribeCluster, m.ClusterDescribed, m.StopNode, m.Relay, m.Undeliverable,
     n.EndJob, n.JobEnded, n.LoadChanged, n.AskAlive, n.StillAlive,
     j.RegistrationRefused, p.OfferPackage, p.SendPackage, p.PackageAnswer,

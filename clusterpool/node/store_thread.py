@@ -14,9 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from clusterpool.config import NodeConfig
+from clusterpool.control_store.actor_registry import ActorRegistry, actor_event
 from clusterpool.core import membership as ms
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
@@ -54,6 +53,7 @@ class StoreThread:
         self._post = post
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._store: Any = None
+        self._actors: Any = None
         self._is_stopping = False
         self._away_since_s: float | None = None
         self._thread = threading.Thread(target=self._main, name="control-store", daemon=True)
@@ -118,6 +118,7 @@ class StoreThread:
     def _main(self) -> None:
         failure = self._open()
         if not failure:
+            self._actors = ActorRegistry(self._store, self._config.node_id, self._post)
             self._is_connected.set()
             if not self._config.is_embedded:
                 self._feed.start()
@@ -200,7 +201,8 @@ class StoreThread:
     def _call(self, call: e.CallStore, deadline_s: float) -> None:
         while True:
             try:
-                value = getattr(self, f"_op_{call.operation}")(**call.arguments)
+                operation = getattr(self, f"_op_{call.operation}", None) or getattr(self._actors, call.operation)
+                value = operation(**call.arguments)
                 self._is_back()
             except NotConnected as exc:
                 self._is_away(exc)
@@ -252,33 +254,6 @@ class StoreThread:
     def _op_finish_job(self, job_id: str) -> None:
         self._store.finish_job(job_id)
 
-    def _op_create_actor(self, actor: m.ActorPart) -> None:
-        if actor.name:
-            self._op_find_actor(actor.namespace, actor.name)  # frees the name if its holder's node is gone
-        record = msgspec.json.encode(actor)
-        self._store.create_actor(actor.actor_id, record, state=actor.state, name=actor.name, namespace=actor.namespace)
-
-    def _op_update_actor(self, actor: m.ActorPart) -> None:
-        address = ",".join(actor.address) if actor.address is not None else ""
-        self._store.update_actor(actor.actor_id, (), actor.state, {"address": address, "text": actor.text})
-        # A lone node does not follow the feed; in a cluster hearing it twice does no harm.
-        self._post(e.ActorEventRead(actor.actor_id))
-
-    def _op_find_actor(self, namespace: str, name: str) -> m.ActorPart | None:
-        actor = _actor_of_entry(self._store.find_actor(namespace, name))
-        if actor is None or actor.address is None or actor.address.node_id == self._config.node_id:
-            return actor
-        living = {node.record.node_id for node in self._store.list_nodes().nodes}
-        if actor.address.node_id in living:
-            return actor
-        # Its creator would have reported its death, but has ended as well.
-        text = f"its node {actor.address.node_id} is gone"
-        self._store.update_actor(actor.actor_id, (), "dead", {"address": "", "text": text})
-        return None
-
-    def _op_get_actor(self, actor_id: str) -> m.ActorPart | None:
-        return _actor_of_entry(self._store.get_actor(actor_id))
-
     # --- the change feed
 
     def _follow(self) -> None:
@@ -329,13 +304,4 @@ class StoreThread:
             reason = fields.get("reason", "")
             self._post(ms.NodeEventRead(event.kind, fields.get("node_id", ""), incarnation, reason))
         elif event.kind in ("actor_changed", "actor_created"):
-            self._post(e.ActorEventRead(fields.get("actor_id", "")))
-
-
-def _actor_of_entry(entry: Any) -> m.ActorPart | None:
-    if entry is None:
-        return None
-    actor = msgspec.json.decode(entry.record, type=m.ActorPart)
-    address = entry.fields.get("address", "")
-    where = m.Address(*address.split(",")) if address else None
-    return msgspec.structs.replace(actor, state=entry.state, address=where, text=entry.fields.get("text", actor.text))
+            self._post(actor_event(fields))

@@ -12,8 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
+from clusterpool.control_store.actor_registry import ActorRegistry, actor_event
 from clusterpool.control_store.port import EventsLost
 from clusterpool.control_store.records import JobRecord, encode_record
 from clusterpool.core import membership as ms
@@ -33,7 +32,7 @@ CALL_RETRIES_S = 30.0
 FSYNC_PERIOD_S = 1.0
 _STATE = (
     "_events", "_event_number", "_generation", "_generation_by_node", "_incarnation", "_entry_by_node",
-    "_record_by_job", "_actor_by_id", "_values",
+    "_record_by_job", "_actor_by_id", "_made", "_values",
 )  # fmt: skip
 
 Answer = Callable[[Any, BaseException | None], None]
@@ -226,11 +225,20 @@ class StoreClient:
                 self._node.event(e.StoreRaised(call.tag, type(error).__name__, str(error)))
             else:
                 self._node.event(e.StoreReturned(call.tag, value))
-            if call.operation == "update_actor" and error is None:
-                self._node.event(e.ActorEventRead(call.arguments["actor"].actor_id))
+            for event in posted:
+                self._node.event(event)
             self._next()
 
-        self._call(lambda fake: getattr(self, f"_op_{call.operation}")(fake, **call.arguments), answered)
+        posted: list[e.ActorEventRead] = []
+
+        def operation(fake: FakeControlStore) -> Any:
+            own = getattr(self, f"_op_{call.operation}", None)
+            if own is not None:
+                return own(fake, **call.arguments)
+            posted.clear()
+            return getattr(ActorRegistry(fake, self._node.node_id, posted.append), call.operation)(**call.arguments)
+
+        self._call(operation, answered)
 
     def _op_register_job(self, fake: FakeControlStore, job: m.JobPart, pid: int) -> None:
         record = JobRecord(job.job_id, self._node.node_id, job.owner.process_id, pid)
@@ -238,30 +246,6 @@ class StoreClient:
 
     def _op_finish_job(self, fake: FakeControlStore, job_id: str) -> None:
         fake.finish_job(job_id)
-
-    def _op_create_actor(self, fake: FakeControlStore, actor: m.ActorPart) -> None:
-        if actor.name:
-            self._op_find_actor(fake, actor.namespace, actor.name)
-        record = msgspec.json.encode(actor)
-        fake.create_actor(actor.actor_id, record, state=actor.state, name=actor.name, namespace=actor.namespace)
-
-    def _op_update_actor(self, fake: FakeControlStore, actor: m.ActorPart) -> None:
-        address = ",".join(actor.address) if actor.address is not None else ""
-        fake.update_actor(actor.actor_id, (), actor.state, {"address": address, "text": actor.text})
-
-    def _op_find_actor(self, fake: FakeControlStore, namespace: str, name: str) -> m.ActorPart | None:
-        actor = _actor_of_entry(fake.find_actor(namespace, name))
-        if actor is None or actor.address is None or actor.address.node_id == self._node.node_id:
-            return actor
-        living = {node.record.node_id for node in fake.list_nodes().nodes}
-        if actor.address.node_id in living:
-            return actor
-        text = f"its node {actor.address.node_id} is gone"
-        fake.update_actor(actor.actor_id, (), "dead", {"address": "", "text": text})
-        return None
-
-    def _op_get_actor(self, fake: FakeControlStore, actor_id: str) -> m.ActorPart | None:
-        return _actor_of_entry(fake.get_actor(actor_id))
 
     # --- the change feed
 
@@ -309,13 +293,4 @@ class StoreClient:
             node_id = fields.get("node_id", "")
             self._node.event(ms.NodeEventRead(event.kind, node_id, incarnation, fields.get("reason", "")))
         elif event.kind in ("actor_changed", "actor_created"):
-            self._node.event(e.ActorEventRead(fields.get("actor_id", "")))
-
-
-def _actor_of_entry(entry: Any) -> m.ActorPart | None:
-    if entry is None:
-        return None
-    actor = msgspec.json.decode(entry.record, type=m.ActorPart)
-    address = entry.fields.get("address", "")
-    where = m.Address(*address.split(",")) if address else None
-    return msgspec.structs.replace(actor, state=entry.state, address=where, text=entry.fields.get("text", actor.text))
+            self._node.event(actor_event(fields))

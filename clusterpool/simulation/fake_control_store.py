@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
-from clusterpool.control_store.port import DEAD, ActorEntry, Event, EventsLost, package_digest
+from clusterpool.control_store.port import Event, EventsLost, package_digest
 from clusterpool.core.cluster_view import NodeEntry, NodeLoad, NodeRecord, NodesSnapshot
 from clusterpool.core.membership import HeartbeatAnswer
-from clusterpool.errors import NameTaken, NotConnected
+from clusterpool.errors import NotConnected
+from clusterpool.simulation.fake_actors import FakeActors
 
 
-class FakeControlStore:
+class FakeControlStore(FakeActors):
     """All clients share one object. `now_s` is the server's clock. Set `is_away` to make every call fail."""
 
     def __init__(self, now_s: Callable[[], float], *, events_max: int = 10_000) -> None:
@@ -38,7 +39,7 @@ class FakeControlStore:
         self._registration_by_node: dict[str, int] = {}
         self._entry_by_node: dict[str, NodeEntry] = {}
         self._record_by_job: dict[str, bytes] = {}
-        self._actor_by_id: dict[str, ActorEntry] = {}
+        self._forget_actors()
         self._package_by_digest: dict[str, bytes] = {}
         self._values: dict[str, tuple[bytes, float | None]] = {}
 
@@ -53,6 +54,10 @@ class FakeControlStore:
         return self._event_number
 
     # Nodes
+
+    def _incarnation_of(self, node_id: str) -> int:
+        entry = self._entry_by_node.get(node_id)
+        return entry.incarnation if entry is not None else 0
 
     def register_node(self, record: NodeRecord, registration: int = 0) -> int:
         self._reach()
@@ -142,55 +147,6 @@ class FakeControlStore:
     def list_jobs(self) -> dict[str, bytes]:
         self._reach()
         return dict(sorted(self._record_by_job.items()))
-
-    # Actors
-
-    def create_actor(
-        self, actor_id: str, record: bytes, *, state: str = "pending", name: str = "", namespace: str = ""
-    ) -> None:
-        self._reach()
-        if state == DEAD:
-            raise ValueError("an actor cannot be created dead")
-        if actor_id in self._actor_by_id:
-            return
-        if name and (holder := self.find_actor(namespace, name)) is not None:
-            raise NameTaken(f"{name!r} belongs to {holder.actor_id}")
-        self._actor_by_id[actor_id] = ActorEntry(actor_id, state, name, namespace, record, {})
-        fields = {"actor_id": actor_id, "state": state, "name": name, "namespace": namespace}
-        self._publish("actor_created", fields)
-
-    def update_actor(
-        self,
-        actor_id: str,
-        expected_states: Collection[str],
-        new_state: str,
-        fields: Mapping[str, str] | None = None,
-    ) -> bool:
-        self._reach()
-        entry = self._actor_by_id.get(actor_id)
-        if entry is None or (entry.state == DEAD and new_state != DEAD):
-            return False
-        if expected_states and entry.state not in expected_states:
-            return False
-        changed = dict(fields or {})
-        self._actor_by_id[actor_id] = entry._replace(state=new_state, fields=entry.fields | changed)
-        event = {"actor_id": actor_id, "state": new_state, "previous_state": entry.state, **changed}
-        self._publish("actor_changed", event)
-        return True
-
-    def get_actor(self, actor_id: str) -> ActorEntry | None:
-        self._reach()
-        return self._actor_by_id.get(actor_id)
-
-    def find_actor(self, namespace: str, name: str) -> ActorEntry | None:
-        for entry in self.list_actors():
-            if name and (entry.namespace, entry.name) == (namespace, name):
-                return entry
-        return None
-
-    def list_actors(self) -> list[ActorEntry]:
-        self._reach()
-        return [entry for _, entry in sorted(self._actor_by_id.items()) if entry.state != DEAD]
 
     # Packages
 

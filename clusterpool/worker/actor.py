@@ -15,15 +15,17 @@ from clusterpool.core.messages import Address, TaskResult, TaskSpec, TaskStatus
 from clusterpool.worker.interrupts import Interrupted, Key
 
 if TYPE_CHECKING:
+    from clusterpool.worker.journal import Journal
     from clusterpool.worker.task_runner import TaskRunner
 
 
 class ActorRunner:
     """An instance, and how its methods run."""
 
-    def __init__(self, runner: TaskRunner, instance: Any, *, concurrency: int) -> None:
+    def __init__(self, runner: TaskRunner, instance: Any, *, concurrency: int, journal: Journal | None = None) -> None:
         self._runner = runner
-        self._instance = instance
+        self.instance = instance
+        self._journal = journal
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread: threading.Thread | None = None
         self._threads: concurrent.futures.ThreadPoolExecutor | None = None
@@ -37,10 +39,13 @@ class ActorRunner:
 
     def method(self, name: str) -> Any:
         """A bound method."""
-        return getattr(self._instance, name)
+        return getattr(self.instance, name)
 
     def take(self, owner: Address, spec: TaskSpec) -> bool:
-        """Run a call outside the main thread, if this actor's calls do; whether it was taken."""
+        """Run a call as this actor's calls run, if that is not as others do; whether it was taken."""
+        if self._journal is not None:
+            self._journal.run(owner, spec)
+            return True
         if self._loop is not None:
             future = asyncio.run_coroutine_threadsafe(self._run_async(owner, spec), self._loop)
         elif self._threads is not None:
@@ -51,6 +56,11 @@ class ActorRunner:
         self._running[key] = future
         future.add_done_callback(lambda _: self._running.pop(key, None))
         return True
+
+    def message(self, source: Address, message: m.Message) -> None:
+        """What a caller says about results."""
+        if self._journal is not None:
+            self._journal.message(source, message)
 
     def cancel(self, key: Key) -> bool:
         """Cancel a call that was taken; whether it was one that need not be told otherwise."""
@@ -65,6 +75,8 @@ class ActorRunner:
 
     def close(self) -> None:
         """Finish what runs."""
+        if self._journal is not None:
+            self._journal.close()
         if self._threads is not None:
             self._threads.shutdown(wait=True)
         if self._loop is not None and self._loop_thread is not None:

@@ -193,8 +193,16 @@ class CallRunner:
         assert spec.extras is not None
         args, kwargs = runner.arguments_of(spec)
         cls = runner.function_of(owner, spec.function)
-        instance = _call(cls, args, kwargs)
-        runner.actor = ActorRunner(runner, instance, concurrency=spec.extras.concurrency)
+        plan = spec.extras.actor
+        if plan is None:
+            instance = _call(cls, args, kwargs)
+            runner.actor = ActorRunner(runner, instance, concurrency=spec.extras.concurrency)
+        else:
+            from clusterpool.worker.journal import Journal
+
+            journal = Journal(runner, plan)
+            runner.actor = ActorRunner(runner, journal.make(cls, args, kwargs), concurrency=1, journal=journal)
+            journal.replay()
         return TaskResult(spec.number, TaskStatus.OK, NONE_PAYLOAD)
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from clusterpool.client.submission import Slot
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
+from clusterpool.core.actor_messages import CallsResumed, ResultsTaken
 from clusterpool.core.messages import Address, Reference, TaskResult, TaskSpec, TaskStatus, ValuePart
 from clusterpool.processes.task_page import ENDED, ITEMS, TASK
 from clusterpool.serialization.exceptions import dump_exception, unpicklable_result
@@ -60,6 +61,8 @@ class TaskRunner:
         self.interrupts = Interrupts(USER_CODE_CALLERS)
         self.streams = StreamPaces(self)
         self.actor: Any = None  # worker.actor.ActorRunner
+        self._is_made_known = False
+        self.early: list[tuple[Address, m.Message]] = []  # what callers say of an actor that is still being made
         self.calls = CallRunner(self)
         # The main thread appends without a lock; whoever sends takes away what is there under `_flush_lock`.
         self._results: list[TaskResult] = []
@@ -162,6 +165,10 @@ class TaskRunner:
             # The constructor failed: the creator, who hears of it first, fails the calls and ends the process.
             self.drop_references(spec)
             return True
+        if spec.kind == m.TaskKind.ACTOR_CALL and not self._is_made_known:
+            # Should this call kill the process, its sender must know that it had started.
+            self._is_made_known = True
+            self.flush()
         return self.actor is not None and self.actor.take(owner, spec)
 
     def _set_up(self, owner: Address, setup: m.SetupWorker) -> bool:
@@ -298,6 +305,11 @@ class TaskRunner:
             if message.references:
                 self.client.handle_event(e.ReferencesHeld(message.references))
             self.setups.append((source, message))
+        elif isinstance(message, (ResultsTaken, CallsResumed)):
+            if self.actor is None:
+                self.early.append((source, message))
+            else:
+                self.actor.message(source, message)
         elif isinstance(message, m.RetireWorker):
             self.is_retiring = True
             self._lingers = message.lingers

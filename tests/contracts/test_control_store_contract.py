@@ -193,7 +193,7 @@ def test_actor_changes_its_state_only_from_an_expected_one(store: ControlStorePo
     entry = store.get_actor("a1")
     assert entry is not None
     assert entry.record == b'{"class":"C"}'
-    assert (entry.state, entry.fields) == ("alive", {"node_id": "n1", "process_id": "w2"})
+    assert (entry.state, entry.fields) == ("alive", {"life": "0", "node_id": "n1", "process_id": "w2"})
     event = store.read_events(0)[1]
     assert event.fields == {
         "actor_id": "a1",
@@ -213,7 +213,7 @@ def test_death_of_an_actor_frees_its_name_and_is_final(store: ControlStorePort) 
     assert not store.update_actor("a1", [], "alive")
     entry = store.get_actor("a1")
     assert entry is not None
-    assert entry.fields == {"reason": "killed"}
+    assert entry.fields == {"life": "0", "reason": "killed"}
     store.create_actor("a2", b"{}", name="counter")
     assert store.update_actor("a1", [], "dead")  # again: must not free the successor's name
     assert [actor.actor_id for actor in store.list_actors()] == ["a2"]

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 import pytest
 
-from clusterpool.control_store import scripts
+from clusterpool.control_store import actor_scripts
 from clusterpool.control_store.address import connect_to_server
 from clusterpool.control_store.coordination import CoordinationStore
 from clusterpool.control_store.port import EventsLost
@@ -157,7 +157,7 @@ def test_script_that_is_sent_twice_changes_the_actor_once() -> None:
         arguments = ("a1", "one request", "alive", 60, 1, "pending")
         keys = store._actor_keys("a1")
         # As redis-py does when the connection breaks before the answer.
-        assert [store._eval(scripts.UPDATE_ACTOR, keys, *arguments) for _ in range(2)] == [1, 1]
+        assert [store._eval(actor_scripts.UPDATE_ACTOR, keys, *arguments) for _ in range(2)] == [1, 1]
         assert [event.kind for event in store.read_events(0)] == ["actor_created", "actor_changed"]
 
 

@@ -260,5 +260,5 @@ def test_the_actor_of_a_worker_that_ended_is_reported_dead(node: Node) -> None:
     demand = m.WorkerDemand(WorkerKind.ACTOR, {}, actor_id="a1")
     node.hear(DRIVER, m.RequestWorkers(1, 1, demand, JOB))
     node.join(W1)
-    (call,) = [call for call in of_type(node.worker_ends(), e.CallStore) if call.operation == "update_actor"]
-    assert (call.arguments["actor"].actor_id, call.arguments["actor"].state) == ("a1", "dead")
+    (call,) = [call for call in of_type(node.worker_ends(), e.CallStore) if call.operation == "end_life"]
+    assert call.arguments == {"actor_id": "a1", "life": 0, "text": "killed", "teller": "host", "address": W1}

@@ -1,0 +1,205 @@
+"""The actors' half of the control store: names, lives, and what a new life starts from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from clusterpool.control_store import actor_scripts as scripts
+from clusterpool.control_store.address import errors_mapped
+from clusterpool.control_store.keys import Keys
+from clusterpool.control_store.port import DEAD, ActorEntry, CallLog
+from clusterpool.control_store.scripts import Script
+from clusterpool.errors import NameTaken
+
+# Why an actor died can be asked for this long.
+DEAD_ACTOR_TTL_S = 3600
+# A server is slow for everybody while it copies one huge value.
+CHECKPOINT_CHUNK_BYTES = 4 << 20
+# Chunks of a checkpoint that nobody came to complete go after this time.
+CHUNK_TTL_S = 600
+
+
+class ActorOperations:
+    """Mixed into ControlStore, which brings the connection."""
+
+    address: str
+    keys: Keys
+    _client: Any
+
+    def _run(self, *command: Any) -> Any:
+        raise NotImplementedError
+
+    def _change(self, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
+        raise NotImplementedError
+
+    # --- names and states
+
+    def create_actor(
+        self,
+        actor_id: str,
+        record: bytes,
+        *,
+        state: str = "pending",
+        name: str = "",
+        namespace: str = "",
+        keeper: str = "",
+        restarts: int = 0,
+        is_detached: bool = False,
+        creation: bytes = b"",
+    ) -> None:
+        """As in the port."""
+        if state == DEAD:
+            raise ValueError("an actor cannot be created dead")
+        name_field = _name_field(namespace, name) if name else ""
+        arguments = (
+            actor_id, name_field, name, namespace, state, record, keeper, restarts, int(is_detached), creation
+        )  # fmt: skip
+        holder = self._change(scripts.CREATE_ACTOR, self._actor_keys(actor_id), *arguments)
+        if holder:
+            raise NameTaken(
+                f"the name {name!r} in namespace {namespace!r} belongs to the living actor {holder.decode()}"
+                "; use get_actor to call that one, kill it first, or choose another name or namespace"
+            )
+
+    def update_actor(
+        self,
+        actor_id: str,
+        expected_states: Collection[str],
+        new_state: str,
+        fields: Mapping[str, str] | None = None,
+    ) -> bool:
+        """As in the port."""
+        pairs = [text for item in (fields or {}).items() for text in item]
+        arguments = (
+            actor_id,
+            _request(),
+            new_state,
+            DEAD_ACTOR_TTL_S,
+            len(expected_states),
+            *expected_states,
+            *pairs,
+        )
+        return bool(self._change(scripts.UPDATE_ACTOR, self._actor_keys(actor_id), *arguments))
+
+    def get_actor(self, actor_id: str) -> ActorEntry | None:
+        """As in the port."""
+        return _actor_entry(actor_id, self._run("HGETALL", self.keys.actor(actor_id)))
+
+    def find_actor(self, namespace: str, name: str) -> ActorEntry | None:
+        """As in the port."""
+        actor_id = self._run("HGET", self.keys.actor_names, _name_field(namespace, name))
+        return self.get_actor(actor_id.decode()) if actor_id else None
+
+    def list_actors(self) -> list[ActorEntry]:
+        """As in the port."""
+        actor_ids = sorted(actor_id.decode() for actor_id in self._run("SMEMBERS", self.keys.actors))
+        with errors_mapped(self.address), self._client.pipeline(transaction=False) as pipeline:
+            for actor_id in actor_ids:
+                pipeline.hgetall(self.keys.actor(actor_id))
+            answers = pipeline.execute()
+        entries = (_actor_entry(actor_id, answer) for actor_id, answer in zip(actor_ids, answers, strict=True))
+        # Between the two questions an actor may have died.
+        return [entry for entry in entries if entry is not None and entry.state != DEAD]
+
+    def _actor_keys(self, actor_id: str) -> tuple[str, ...]:
+        keys = self.keys
+        return (
+            keys.events,
+            keys.event_number,
+            keys.actor_names,
+            keys.actors,
+            keys.actor(actor_id),
+            keys.actor_keepers,
+            keys.actor_creation(actor_id),
+            keys.actor_log(actor_id),
+            keys.node_incarnations,
+        )
+
+    # --- lives
+
+    def start_life(self, actor_id: str, life: int, address: str, *, keeper: str = "") -> bool:
+        """As in the port."""
+        answer = self._change(scripts.START_LIFE, self._actor_keys(actor_id), actor_id, life, address, keeper)
+        return bool(answer)
+
+    def end_life(self, actor_id: str, life: int, text: str, *, teller: str, keeper: str = "", address: str = "") -> str:
+        """As in the port."""
+        # Not random: whoever did not get the answer asks again.
+        request = f"{teller} {keeper} {life}"
+        arguments = (actor_id, request, life, text, teller, keeper, DEAD_ACTOR_TTL_S, address)
+        answer: bytes = self._change(scripts.END_LIFE, self._actor_keys(actor_id), *arguments)
+        return answer.decode()
+
+    def orphaned_actors(self) -> list[str]:
+        """As in the port."""
+        with errors_mapped(self.address), self._client.pipeline(transaction=True) as transaction:
+            transaction.hgetall(self.keys.actor_keepers)
+            transaction.hgetall(self.keys.node_incarnations)
+            keepers, incarnations = transaction.execute()
+        orphans = []
+        for actor_id, keeper in keepers.items():
+            node_id, _, incarnation = keeper.rpartition(b":")
+            if incarnation != b"0" and incarnations.get(node_id) != incarnation:
+                orphans.append(actor_id.decode())
+        return sorted(orphans)
+
+    def get_creation(self, actor_id: str) -> bytes:
+        """As in the port."""
+        return self._run("GET", self.keys.actor_creation(actor_id)) or b""
+
+    # --- checkpoints, and the calls since
+
+    def append_calls(self, actor_id: str, life: int, first: int, calls: Sequence[bytes]) -> str:
+        """As in the port."""
+        keys = self._actor_keys(actor_id)
+        answer: bytes = self._change(scripts.APPEND_CALLS, keys, life, first, *calls)
+        return answer.decode()
+
+    def store_checkpoint(self, actor_id: str, life: int, calls: int, content: bytes) -> str:
+        """As in the port."""
+        starts = range(0, len(content), CHECKPOINT_CHUNK_BYTES)
+        for number, start in enumerate(starts):
+            key = self.keys.actor_checkpoint_chunk(actor_id, calls, number)
+            self._run("SET", key, content[start : start + CHECKPOINT_CHUNK_BYTES], "EX", CHUNK_TTL_S)
+        # Last, so that a checkpoint that can be found is complete; in the same step the calls that it covers go.
+        answer: bytes = self._change(scripts.STORE_CHECKPOINT, self._actor_keys(actor_id), life, calls, len(starts))
+        return answer.decode()
+
+    def load_calls(self, actor_id: str) -> CallLog:
+        """As in the port."""
+        fields = self._run("HMGET", self.keys.actor(actor_id), "checkpoint_calls", "checkpoint_chunks")
+        calls, count = (int(field or 0) for field in fields)
+        keys = [self.keys.actor_checkpoint_chunk(actor_id, calls, number) for number in range(count)]
+        checkpoint = b"".join(self._run("GET", key) or b"" for key in keys)
+        return CallLog(checkpoint, calls, self._run("LRANGE", self.keys.actor_log(actor_id), 0, -1))
+
+
+def _request() -> str:
+    return os.urandom(8).hex()
+
+
+def _name_field(namespace: str, name: str) -> str:
+    # JSON, because any separator could be part of a name.
+    return msgspec.json.encode([namespace, name]).decode()
+
+
+def _actor_entry(actor_id: str, answer: dict[bytes, bytes]) -> ActorEntry | None:
+    if not answer:
+        return None
+    prefix = b"field:"
+    return ActorEntry(
+        actor_id=actor_id,
+        state=answer[b"state"].decode(),
+        name=answer[b"name"].decode(),
+        namespace=answer[b"namespace"].decode(),
+        record=answer[b"record"],
+        fields={
+            name.removeprefix(prefix).decode(): value.decode(errors="replace")
+            for name, value in answer.items()
+            if name.startswith(prefix)
+        },
+    )

@@ -1,0 +1,285 @@
+"""Lives of actors, as their callers, their creators and the nodes see them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from clusterpool.core import membership as ms
+from clusterpool.core import messages as m
+from clusterpool.core import node_events as ne
+from clusterpool.core import owner_events as e
+from clusterpool.core.actor_messages import ActorCreation, encode_creation
+from clusterpool.core.messages import Address, TaskStatus, WorkerKind
+from clusterpool.core.node_actors import UNKNOWN_WAIT_S
+from tests.core.machines import DRIVER, JOB, NODE, Owner, T, make_result, make_task, make_worker, of_type
+from tests.core.test_actors import HOME, PENDING, calls, lost, started
+from tests.core.test_node import NOW_S, REMOTE, W1, Node
+
+ALIVE = msgspec.structs.replace(PENDING, address=HOME, state="alive", restarts=2)
+AGAIN = Address("n3", "w9")
+
+
+def sent(commands: list[Any], kind: type[T], to: Address | None = None) -> list[T]:
+    """The messages of this type, of an owner or a node."""
+    sends = [command for command in commands if isinstance(command, (e.Send, ne.Send))]
+    return [send.message for send in sends if isinstance(send.message, kind) and to in (None, send.destination)]
+
+
+def retrying(*numbers: int, retries: int = 1) -> list[Any]:
+    tasks = calls(*numbers)
+    for task in tasks:
+        task.retries_left = retries
+    return tasks
+
+
+def started_at(commands: list[Any], address: Address) -> list[int]:
+    return [spec.number for message in sent(commands, m.StartTasks, address) for spec in message.tasks]
+
+
+# --- a caller
+
+
+def test_calls_under_way_go_to_the_next_life_in_order_before_newer_ones_and_others_fail() -> None:
+    owner = Owner()
+    owner.handle(e.ActorMet(ALIVE))
+    (first, second), (third,) = retrying(1, 2), calls(3)
+    assert started(owner.handle(e.ActorCallsSubmitted("a1", [first, third, second]))) == [1, 3, 2]
+    (question,) = sent(owner.hear(NODE, m.ProcessEnded(HOME, "killed")), m.LocateActor, NODE)
+    assert (question.actor_id, question.life) == ("a1", 1)
+    assert lost(owner, 1, 2, 3) == ["pending", "pending", "actor_unavailable"]
+    assert started(owner.handle(e.ActorCallsSubmitted("a1", calls(4)))) == []
+    assert owner.finish("w1", make_result(1)) == [], "what a former life says is not heard"
+    there = msgspec.structs.replace(ALIVE, address=AGAIN, life=1)
+    commands = owner.hear(NODE, m.ActorLocated(question.request, there))
+    assert started_at(commands, AGAIN) == [1, 2, 4]
+    owner.hear(AGAIN, m.TasksFinished([make_result(1)], 1))
+    (question,) = sent(owner.hear(NODE, m.NodeLost("n3", "silent")), m.LocateActor, NODE)
+    assert question.life == 2
+    assert lost(owner, 1, 2, 4) == ["", "actor_unavailable", "actor_unavailable"], "each is sent again once"
+
+
+def test_an_actor_that_does_not_return_is_the_end_of_the_calls_that_wait_for_it() -> None:
+    owner = Owner()
+    owner.handle(e.ActorMet(ALIVE))
+    owner.handle(e.ActorCallsSubmitted("a1", retrying(1, retries=-1)))
+    (question,) = sent(owner.hear(NODE, m.ProcessEnded(HOME, "killed")), m.LocateActor, NODE)
+    owner.hear(NODE, m.ActorLocated(question.request, msgspec.structs.replace(ALIVE, state="dead", text="no more")))
+    owner.handle(e.ActorCallsSubmitted("a1", calls(2)))
+    assert lost(owner, 1, 2) == ["actor_died", "actor_died"]
+
+
+# --- a creator
+
+
+class Creator(Owner):
+    def __init__(self) -> None:
+        super().__init__()
+        actor = msgspec.structs.replace(PENDING, restarts=2)
+        self.handle(e.FunctionAdded(1, b"class"))
+        demand = m.WorkerDemand(WorkerKind.ACTOR, {}, actor_id="a1")
+        commands = self.handle(e.ActorOpened(actor, demand, e.SetupPlan(), make_task(10, sink=None, name="C"), None))
+        self.be_granted(commands)
+
+    def be_granted(self, commands: list[Any], address: Address = HOME) -> list[Any]:
+        (request,) = sent(commands, m.RequestWorkers)
+        worker = make_worker(address.process_id, node_id=address.node_id)
+        return self.hear(NODE, m.WorkerGranted(request.request, worker))
+
+
+def test_a_creator_asks_the_registry_and_makes_the_actor_again() -> None:
+    owner = Creator()
+    owner.finish("w1", make_result(10))
+    owner.handle(e.ActorCallsSubmitted("a1", retrying(1)))
+    (ended,) = sent(owner.hear(NODE, m.WorkerExited(1, HOME, -9, "killed")), m.LifeEnded, NODE)
+    assert (ended.actor_id, ended.life) == ("a1", 0)
+    answer = msgspec.structs.replace(PENDING, restarts=2, state="restarting", life=1)
+    commands = owner.hear(NODE, m.ActorLocated(ended.request, answer))
+    assert [request.demand.actor_life for request in sent(commands, m.RequestWorkers)] == [1]
+    (start, rest) = sent(owner.be_granted(commands, AGAIN), m.StartTasks, AGAIN)
+    assert start.functions == [m.FunctionPart(1, b"class")]
+    assert [spec.number for spec in [*start.tasks, *rest.tasks]] == [10, 1]
+    (changed,) = sent(owner.hear(AGAIN, m.TasksFinished([make_result(10)], 1)), m.ActorChanged)
+    assert (changed.actor.state, changed.actor.life, changed.actor.address) == ("alive", 1, AGAIN)
+
+
+def test_calls_behind_a_constructor_that_never_returned_cost_no_retry() -> None:
+    owner = Creator()
+    owner.handle(e.ActorCallsSubmitted("a1", calls(1)))
+    assert sent(owner.hear(NODE, m.WorkerExited(1, HOME, -9, "killed")), m.LifeEnded)
+    assert lost(owner, 1) == ["pending"]
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_a_creator_that_is_told_of_a_death_ends_what_it_has(is_alive: bool) -> None:
+    owner = Creator()
+    owner.finish("w1", make_result(10))
+    if not is_alive:
+        (ended,) = sent(owner.hear(NODE, m.WorkerExited(1, HOME, -9, "killed")), m.LifeEnded)
+        restarting = msgspec.structs.replace(PENDING, state="restarting", life=1)
+        owner.hear(NODE, m.ActorLocated(ended.request, restarting))
+    dead = msgspec.structs.replace(PENDING, state="dead", text="killed with kill()")
+    commands = owner.hear(NODE, m.ActorLocated(0, dead))
+    assert bool(sent(commands, m.KillWorker, NODE)) is is_alive
+    assert bool(sent(commands, m.CancelRequest, NODE)) is not is_alive
+    owner.handle(e.ActorCallsSubmitted("a1", calls(2)))
+    assert lost(owner, 2) == ["actor_died"]
+
+
+def test_a_worker_lost_with_its_node_before_the_constructor_ran_costs_no_life() -> None:
+    owner = Owner()
+    owner.open_set()
+    owner.submit(make_task(500, sink=None))
+    owner.handle(e.FunctionAdded(1, b"class"))
+    demand = m.WorkerDemand(WorkerKind.ACTOR, {}, actor_id="a1")
+    arguments = e.TaskArguments([m.Reference(DRIVER, 500)], [])
+    creation = make_task(10, sink=None, name="C")
+    commands = owner.handle(e.ActorOpened(PENDING, demand, e.SetupPlan(), creation, arguments))
+    (request,) = sent(commands, m.RequestWorkers)
+    owner.hear(NODE, m.WorkerGranted(request.request, make_worker("w7", node_id="n2")))
+    assert len(sent(owner.hear(NODE, m.NodeLost("n2", "silent")), m.RequestWorkers)) >= 1
+    assert owner.machine.actors.channels["a1"].actor.state == "pending"
+
+
+# --- a node
+
+
+DETACHED = msgspec.structs.replace(PENDING, detached=True, restarts=-1, name="kept")
+CREATION = encode_creation(
+    ActorCreation(
+        m.WorkerDemand(WorkerKind.ACTOR, {}, actor_id="a1"), msgspec.structs.replace(JOB, detached=True), {"A": "b"},
+        "kept", b"class", m.TaskSpec(1, 1, m.TaskKind.CREATE_ACTOR, b"payload", m.TaskExtras()),
+    )
+)  # fmt: skip
+
+
+def calls_of(commands: list[Any], operation: str) -> list[ne.CallStore]:
+    return [call for call in of_type(commands, ne.CallStore) if call.operation == operation]
+
+
+def answer(node: Node, call: ne.CallStore, value: Any) -> list[Any]:
+    return node.handle(ne.StoreReturned(call.tag, value))
+
+
+def begin(node: Node, life: int = 0) -> m.RequestWorkers:
+    """The node is given a life of the actor to start."""
+    actor = msgspec.structs.replace(DETACHED, life=life)
+    if life == 0:
+        (call,) = calls_of(node.hear(DRIVER, m.RegisterActor(7, actor, False, CREATION)), "create_actor")
+        commands = answer(node, call, None)
+    else:
+        (call,) = calls_of(node.handle(ms.EventsMissed()), "adopt_orphans")
+        commands = answer(node, call, [("restart", actor, CREATION)])
+    (request,) = sent(commands, m.RequestWorkers)
+    return request
+
+
+@pytest.fixture
+def node() -> Node:
+    node = Node()
+    node.join(DRIVER, "driver")
+    return node
+
+
+@pytest.mark.parametrize("life", [0, 3])
+def test_a_node_makes_a_detached_actor_without_its_creator(node: Node, life: int) -> None:
+    request = begin(node, life)
+    assert (request.demand.actor_life, request.job.detached) == (life, True)
+    commands = node.hear(NODE, m.WorkerGranted(request.request, make_worker("w9", node_id="n3")))
+    assert [setup.env for setup in sent(commands, m.SetupWorker, AGAIN)] == [{"A": "b"}]
+    (start,) = sent(commands, m.StartTasks, AGAIN)
+    assert (start.functions, start.tasks[0].payload) == ([m.FunctionPart(1, b"class")], b"payload")
+    (alive,) = calls_of(node.hear(AGAIN, m.TasksFinished([make_result(1)], 1)), "start_life")
+    assert alive.arguments == {"actor_id": "a1", "life": life, "address": AGAIN, "is_kept": True}
+    assert sent(answer(node, alive, False), m.KillWorker), "the registry has another life by now"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [m.WorkerExited(1, AGAIN, -9, "killed"), m.NodeLost("n3", "silent")],
+)
+def test_a_life_that_ends_before_it_began_is_the_registrys_to_judge(node: Node, message: m.Message) -> None:
+    request = begin(node)
+    node.hear(NODE, m.WorkerGranted(request.request, make_worker("w9", node_id="n3")))
+    commands = (
+        node.machine.actors.node_lost("n3", "silent") if isinstance(message, m.NodeLost) else node.hear(NODE, message)
+    )
+    (ended,) = calls_of(commands, "end_life")
+    assert (ended.arguments["life"], ended.arguments["teller"], ended.arguments["address"]) == (0, "host", None)
+    again = msgspec.structs.replace(DETACHED, life=1)
+    assert len(sent(answer(node, ended, ("restart", again, CREATION)), m.RequestWorkers)) == 1
+    assert node.machine.actors.keeper.creations["a1"].actor.life == 1
+
+
+def test_the_constructors_error_is_the_end_of_a_detached_actor(node: Node) -> None:
+    request = begin(node)
+    node.hear(NODE, m.WorkerGranted(request.request, make_worker("w9", node_id="n3")))
+    commands = node.hear(AGAIN, m.TasksFinished([make_result(1, TaskStatus.ERROR, b"error")], 1))
+    (buried,) = calls_of(commands, "bury_actor")
+    assert buried.arguments["error"]
+    assert sent(commands, m.KillWorker)
+
+
+def test_workers_of_a_former_life_and_of_the_dead_are_ended(node: Node) -> None:
+    for number, (actor_id, life) in enumerate([("a1", 0), ("a1", 1), ("a2", 0)], 1):
+        demand = m.WorkerDemand(WorkerKind.ACTOR, {}, actor_id=actor_id, actor_life=life)
+        node.hear(REMOTE, m.RequestWorkers(number, 1, demand, JOB))
+    (read,) = calls_of(node.handle(ne.ActorEventRead("a1", "restarting")), "get_actor")
+    commands = answer(node, read, msgspec.structs.replace(ALIVE, state="restarting", life=1))
+    assert [command.process_id for command in of_type(commands, ne.EndWorker)] == ["w1"]
+    (read,) = calls_of(node.handle(ne.ActorEventRead("a2", "dead")), "get_actor")
+    commands = answer(node, read, msgspec.structs.replace(ALIVE, actor_id="a2", state="dead"))
+    assert [command.process_id for command in of_type(commands, ne.EndWorker)] == ["w3"]
+    assert not node.handle(ne.ActorEventRead("a9", "dead")), "nobody here cares"
+
+
+def test_who_waits_for_a_life_is_not_told_of_a_former_one(node: Node) -> None:
+    (read,) = calls_of(node.hear(DRIVER, m.LocateActor(5, "a1", "", "", 1)), "get_actor")
+    assert not sent(answer(node, read, ALIVE), m.ActorLocated)
+    (read,) = calls_of(node.handle(ne.ActorEventRead("a1", "restarting")), "get_actor")
+    assert not sent(answer(node, read, msgspec.structs.replace(ALIVE, state="restarting", life=1)), m.ActorLocated)
+    (read,) = calls_of(node.handle(ne.ActorEventRead("a1", "alive")), "get_actor")
+    (located,) = sent(answer(node, read, msgspec.structs.replace(ALIVE, life=1)), m.ActorLocated, DRIVER)
+    assert (located.request, located.actor.life) == (5, 1)
+
+
+def test_an_actor_that_is_not_known_yet_is_waited_for(node: Node) -> None:
+    actors = node.machine.actors
+    (read,) = calls_of(node.hear(DRIVER, m.LocateActor(5, "a1", "", "")), "get_actor")
+    assert not sent(answer(node, read, None), m.ActorLocated)
+    (read,) = calls_of(actors.time_passed(NOW_S + 2), "get_actor")
+    assert not sent(answer(node, read, None), m.ActorLocated)
+    (read,) = calls_of(actors.time_passed(NOW_S + UNKNOWN_WAIT_S), "get_actor")
+    assert [located.actor.state for located in sent(answer(node, read, None), m.ActorLocated, DRIVER)] == ["unknown"]
+
+
+def test_the_actors_of_a_creator_end_with_it(node: Node) -> None:
+    node.hear(DRIVER, m.RegisterActor(0, PENDING))
+    (ended,) = calls_of(node.handle(ne.ProcessLeft(DRIVER)), "end_actors")
+    assert ended.arguments["actor_ids"] == ["a1"]
+
+
+def test_a_creator_hears_that_its_actor_was_killed(node: Node) -> None:
+    node.hear(DRIVER, m.RegisterActor(0, ALIVE))
+    (buried,) = calls_of(node.hear(REMOTE, m.KillActor("a1", HOME, True, True)), "bury_actor")
+    answer(node, buried, None)
+    (read,) = calls_of(node.handle(ne.ActorEventRead("a1", "dead")), "get_actor")
+    dead = msgspec.structs.replace(ALIVE, state="dead", text="killed")
+    assert [located.request for located in sent(answer(node, read, dead), m.ActorLocated, DRIVER)] == [0]
+
+
+def test_what_must_be_known_is_asked_until_the_store_answers(node: Node) -> None:
+    (ended,) = calls_of(node.hear(DRIVER, m.LifeEnded(3, "a1", 0, "killed")), "end_life")
+    assert node.handle(ne.StoreRaised(ended.tag, "NotConnected", "away")) == []
+    assert node.machine.actors.time_passed(NOW_S) == [ended]
+    again = msgspec.structs.replace(ALIVE, state="restarting", life=1)
+    (located,) = sent(answer(node, ended, ("restart", again, b"")), m.ActorLocated, DRIVER)
+    assert (located.request, located.actor.life) == (3, 1)
+
+
+def test_an_actor_that_dies_as_soon_as_it_lives_is_noticed_by_its_node(node: Node) -> None:
+    (read,) = calls_of(node.handle(ne.ActorEventRead("a1", "alive", W1)), "get_actor")
+    there = msgspec.structs.replace(DETACHED, state="alive", address=W1)
+    assert len(calls_of(answer(node, read, there), "end_life")) == 1
