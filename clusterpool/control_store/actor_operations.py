@@ -65,6 +65,28 @@ class ActorOperations:
                 "; use get_actor to call that one, kill it first, or choose another name or namespace"
             )
 
+    def restore_actor(
+        self,
+        actor_id: str,
+        record: bytes,
+        *,
+        name: str = "",
+        namespace: str = "",
+        keeper: tuple[str, int],
+        restarts: int = 0,
+        is_detached: bool = False,
+        creation: bytes = b"",
+        life: int = 0,
+        address: str = "",
+    ) -> bool:
+        """As in the port."""
+        name_field = _name_field(namespace, name) if name else ""
+        kept_by = f"{keeper[0]}:{keeper[1]}"
+        arguments = (
+            actor_id, name_field, name, namespace, record, kept_by, restarts, int(is_detached), creation, life, address
+        )  # fmt: skip
+        return bool(self._change(scripts.RESTORE_ACTOR, self._actor_keys(actor_id), *arguments))
+
     def update_actor(
         self,
         actor_id: str,

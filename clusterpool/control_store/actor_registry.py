@@ -23,9 +23,9 @@ class ActorRegistry:
         self._node_id = node_id
         self._post = post
 
-    def _changed(self, actor_id: str, state: str, address: Address | None = None) -> None:
+    def _changed(self, actor_id: str, state: str, address: Address | None = None, life: int = -1) -> None:
         # A lone node does not follow the feed; in a cluster hearing it twice does no harm.
-        self._post(e.ActorEventRead(actor_id, state, address))
+        self._post(e.ActorEventRead(actor_id, state, address, life))
 
     def create_actor(self, actor: m.ActorPart, creation: bytes) -> None:
         """Register an actor that one of our processes, or we, will make. Raises: NameTaken."""
@@ -36,6 +36,18 @@ class ActorRegistry:
             keeper=self._node_id, restarts=actor.restarts, is_detached=actor.detached, creation=creation,
         )  # fmt: skip
         self._changed(actor.actor_id, actor.state)
+
+    def restore_actor(
+        self, actor: m.ActorPart, creation: bytes, life: int, address: Address | None, keeper: tuple[str, int]
+    ) -> None:
+        """The store has lost its memory: tell it of a living actor, unless it knows it. keeper: a node in its life."""
+        is_new = self._store.restore_actor(
+            actor.actor_id, msgspec.json.encode(actor), name=actor.name, namespace=actor.namespace, keeper=keeper,
+            restarts=actor.restarts, is_detached=actor.detached, creation=creation, life=life,
+            address=_text_of(address),
+        )  # fmt: skip
+        if is_new:
+            self._changed(actor.actor_id, "")
 
     def update_actor(self, actor: m.ActorPart) -> None:
         """What the creator says of it."""
@@ -65,7 +77,7 @@ class ActorRegistry:
         """It lives there; `is_kept`: the node there answers for it from now on."""
         keeper = address.node_id if is_kept else ""
         is_started: bool = self._store.start_life(actor_id, life, _text_of(address), keeper=keeper)
-        self._changed(actor_id, "alive", address)
+        self._changed(actor_id, "alive", address, life)
         return is_started
 
     def end_life(
@@ -80,7 +92,7 @@ class ActorRegistry:
             return None
         creation = self._store.get_creation(actor_id) if outcome == "restart" and actor.detached else b""
         if outcome != "none":
-            self._changed(actor_id, actor.state)
+            self._changed(actor_id, actor.state, life=actor.life)
         return outcome, actor, creation
 
     def append_calls(self, actor_id: str, life: int, first: int, calls: list[bytes]) -> str:
@@ -131,7 +143,8 @@ class ActorRegistry:
 
 def actor_event(fields: dict[str, str]) -> e.ActorEventRead:
     """An event of the change feed, as the machine hears it."""
-    return e.ActorEventRead(fields.get("actor_id", ""), fields.get("state", ""), _address_of(fields.get("address", "")))
+    address, life = _address_of(fields.get("address", "")), int(fields.get("life", "-1"))
+    return e.ActorEventRead(fields.get("actor_id", ""), fields.get("state", ""), address, life)
 
 
 def _text_of(address: Address | None) -> str:

@@ -82,6 +82,31 @@ return ''
 """
 )
 
+# ARGV: actor_id, field of the name ('' for none), name, namespace, record, its keeper as a node and its incarnation,
+# restarts allowed, 1 if it is detached, its creation, its life, the address where it lives ('': it is being made).
+# Returns 1 if the actor was not known. A name that is another's by now stays the other's.
+RESTORE_ACTOR = Script(
+    _ACTOR
+    + """
+if redis.call('EXISTS', ACTOR) == 1 then return 0 end
+local name, name_field = ARGV[3], ARGV[2]
+if name_field ~= '' and redis.call('HSETNX', NAMES, name_field, ARGV[1]) == 0
+   and redis.call('HGET', NAMES, name_field) ~= ARGV[1] then name, name_field = '', '' end
+local life = tonumber(ARGV[10])
+local state = ARGV[11] ~= '' and 'alive' or life > 0 and 'restarting' or 'pending'
+local left = tonumber(ARGV[7])
+if left > 0 then left = math.max(0, left - life) end
+redis.call('SADD', ACTORS, ARGV[1])
+redis.call('HSET', ACTOR, 'state', state, 'record', ARGV[5], 'name', name, 'namespace', ARGV[4],
+           'name_field', name_field, 'restarts', ARGV[7], 'restarts_left', left, 'is_detached', ARGV[8],
+           'field:life', ARGV[10], 'field:address', ARGV[11])
+redis.call('HSET', KEEPERS, ARGV[1], ARGV[6])
+if ARGV[9] ~= '' then redis.call('SET', CREATION, ARGV[9]) end
+publish('actor_created', 'actor_id', ARGV[1], 'state', state, 'name', name, 'namespace', ARGV[4])
+return 1
+"""
+)
+
 # ARGV: actor_id, request, new state, time to live of the dead in s, number of expected states, these states, then
 # field and value by turns. Returns 1 if the actor was in one of these states. `request` names this call, so that the
 # same call sent twice succeeds twice.

@@ -107,6 +107,25 @@ class ControlStorePort(Protocol):
         Raises: NameTaken when a living actor has the name in this namespace.
         """
 
+    def restore_actor(
+        self,
+        actor_id: str,
+        record: bytes,
+        *,
+        name: str = "",
+        namespace: str = "",
+        keeper: tuple[str, int],
+        restarts: int = 0,
+        is_detached: bool = False,
+        creation: bytes = b"",
+        life: int = 0,
+        address: str = "",
+    ) -> bool:
+        """Tell a store that lost its memory of an actor that lives, or is being made (no `address`).
+
+        False: it knew it. A name that is another's by now is lost. keeper: a node, and its incarnation.
+        """
+
     def update_actor(
         self,
         actor_id: str,

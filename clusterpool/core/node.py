@@ -235,7 +235,7 @@ class NodeMachine:
         self.jobs.process_ended(process.address)
         commands += self.coordination.handle(ce.ProcessGone(process.address), now_s)
         if ends_job and not process.is_leaving:
-            commands += self.actors.call("finish_job", {"job_id": ends_job})
+            commands += self.actors.call("finish_job", {"job_id": ends_job}, is_stubborn=True)
         return commands
 
     def _leave(self, source: Address, _message: m.LeaveNode, _now_s: float) -> Commands:
@@ -247,7 +247,7 @@ class NodeMachine:
         process.waits_for = {node.node_id for node in nodes}
         commands: Commands = [e.Send(node, EndJob(source)) for node in nodes]
         commands += self.scheduler.owner_ended(source, ends_job=process.job_id)
-        commands += self.actors.call("finish_job", {"job_id": process.job_id})
+        commands += self.actors.call("finish_job", {"job_id": process.job_id}, is_stubborn=True)
         return commands + self._maybe_left(process)
 
     def _workers_requested(self, source: Address, message: m.RequestWorkers, _now_s: float) -> Commands:
@@ -390,8 +390,7 @@ class NodeMachine:
         if isinstance(event, (ms.Registered, ms.Restored)):
             # Until then others may have ended waits of this node's processes, as those of a dead one.
             commands += self.coordination.handle(ce.StoreChanged(), now_s)
-        if isinstance(event, (ms.Registered, ms.EventsMissed)) and not self.is_embedded:
-            commands += self.actors.events_missed()
+        commands += self.actors.membership_heard(event, self.membership, is_alone=self.is_embedded)
         if self.membership.view.version != version or self._is_member != was_member:
             commands += self.scheduler.peers_changed([candidate_of(view) for view in self._peers()])
         return commands
@@ -414,6 +413,8 @@ class NodeMachine:
         commands: Commands = [e.PeerLost(node_id, reason), *self.objects.node_lost(node_id, now_s)]
         self._told.pop(node_id, None)
         self.jobs.node_lost(node_id)
+        if all(self.node_id <= view.node_id for view in self.membership.view):  # one node is enough for that
+            commands += self.actors.reconcile_jobs(is_for_all=True)
         commands += self.coordination.handle(ce.NodeGone(node_id), now_s) + self.actors.node_lost(node_id, reason)
         for owner in self.scheduler.owners_on(node_id):
             self._departing.pop(owner, None)

@@ -9,17 +9,19 @@ one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 
+from clusterpool.core import membership as ms
 from clusterpool.core import messages as m
 from clusterpool.core.actor_keeper import ActorKeeper
 from clusterpool.core.actor_messages import ActorLoaded, ActorSaved, LoadActor, LogCalls, SaveActor
 from clusterpool.core.messages import Address
 from clusterpool.core.node_events import ActorEventRead, CallStore, Send, StoreRaised, StoreReturned
 from clusterpool.core.scheduler import Scheduler, Worker
+from clusterpool.core.store_facts import StoreFacts
 
 Commands = list[Any]
 OnAnswer = Callable[[Any, str, str], Commands]
@@ -49,6 +51,7 @@ class NodeActors:
         self._last_tag = 0
         self._calls: dict[int, tuple[OnAnswer | None, CallStore, bool]] = {}
         self._waiting: dict[str, list[_Waiter]] = {}  # by actor id
+        self.facts = StoreFacts()
         self._created: dict[str, Address] = {}  # by id of a living actor that is not detached, its creator
         self._again: Commands = []  # calls to make again at the next tick
         self._asked_s = 0.0
@@ -79,6 +82,7 @@ class NodeActors:
     ) -> Commands:
         """Call the control store; `on_answer(value, error_kind, error_text)`. `is_stubborn`: until it answers."""
         self._last_tag += 1
+        self.facts.called(operation, arguments)
         command = CallStore(self._last_tag, operation, arguments)
         if on_answer is not None or is_stubborn:
             self._calls[self._last_tag] = (on_answer, command, is_stubborn)
@@ -115,6 +119,7 @@ class NodeActors:
         def on_created(_value: Any, kind: str, text: str) -> Commands:
             if kind:
                 self._created.pop(actor.actor_id, None)
+                self.facts.forget(actor.actor_id)
             if kind == "NameTaken" and message.get_if_exists:
                 return self._find(source, message.request, actor.namespace, actor.name)
             state = "taken" if kind == "NameTaken" else ("failed" if kind else "pending")
@@ -238,6 +243,7 @@ class NodeActors:
     def event_read(self, event: ActorEventRead) -> Commands:
         """The change feed mentions an actor: those who wait for it ask again, and what is over is ended here."""
         actor_id, address = event.actor_id, event.address
+        self.facts.actor_changed(actor_id, event.state, address, event.life)
         is_of_interest = actor_id in self._waiting
         if event.state == "alive" and address is not None and address.node_id == self.node_id:
             is_of_interest = is_of_interest or address.process_id not in self._scheduler.workers
@@ -248,6 +254,32 @@ class NodeActors:
                 or any(worker.actor_id == actor_id for worker in self._scheduler.workers.values())
             )
         return self._get(actor_id, self._waited(actor_id)) if is_of_interest else []
+
+    def membership_heard(self, event: Any, membership: ms.Membership, *, is_alone: bool) -> Commands:
+        """What the membership has just handled may mean that the store knows less than it did, or we do."""
+        commands: Commands = []
+        if isinstance(event, (ms.Registered, ms.EventsMissed)) and not is_alone:
+            commands += self.events_missed() + self.reconcile_jobs(is_for_all=False)
+        if isinstance(event, ms.Registered) or (isinstance(event, ms.Restored) and event.is_accepted):
+            incarnations = {view.node_id: view.incarnation for view in membership.view}
+            commands += self._tell_again({**incarnations, self.node_id: membership.incarnation})
+        return commands
+
+    def _tell_again(self, incarnations: Mapping[str, int]) -> Commands:
+        """The store has taken this node up, and may not know of its jobs and actors. incarnations: of living nodes."""
+        commands: Commands = []
+        for operation, arguments in self.facts.restore():
+            if operation == "restore_actor":
+                actor, address = arguments["actor"], arguments["address"]
+                keeper = address.node_id if actor.detached and address is not None else self.node_id
+                arguments = {**arguments, "keeper": (keeper, incarnations.get(keeper, 0))}
+            commands += self.call(operation, arguments, is_stubborn=True)
+        return commands
+
+    def reconcile_jobs(self, *, is_for_all: bool) -> Commands:
+        """Jobs may have ended while nobody could tell the store."""
+        arguments = {"running": self.facts.job_ids, "is_for_all": is_for_all}
+        return self.call("reconcile_jobs", arguments, is_stubborn=True)
 
     def events_missed(self) -> Commands:
         """The change feed has a gap: ask for all that matters here."""

@@ -111,6 +111,7 @@ class ActorEventRead(Event, frozen=True):
     actor_id: str
     state: str = ""  # its new one; "": look
     address: Address | None = None
+    life: int = -1  # -1: not known
 
 
 class TimePassed(Event, frozen=True):

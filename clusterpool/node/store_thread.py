@@ -254,6 +254,11 @@ class StoreThread:
     def _op_finish_job(self, job_id: str) -> None:
         self._store.finish_job(job_id)
 
+    def _op_reconcile_jobs(self, running: list[str], is_for_all: bool) -> None:
+        from clusterpool.control_store.job_registry import reconcile_jobs
+
+        reconcile_jobs(self._store, self._config.node_id, running, is_for_all=is_for_all)
+
     # --- the change feed
 
     def _follow(self) -> None:

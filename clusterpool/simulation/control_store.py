@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from clusterpool.control_store.actor_registry import ActorRegistry, actor_event
+from clusterpool.control_store.job_registry import reconcile_jobs
 from clusterpool.control_store.port import EventsLost
 from clusterpool.control_store.records import JobRecord, encode_record
 from clusterpool.core import membership as ms
@@ -246,6 +247,9 @@ class StoreClient:
 
     def _op_finish_job(self, fake: FakeControlStore, job_id: str) -> None:
         fake.finish_job(job_id)
+
+    def _op_reconcile_jobs(self, fake: FakeControlStore, running: list[str], is_for_all: bool) -> None:
+        reconcile_jobs(fake, self._node.node_id, running, is_for_all=is_for_all)
 
     # --- the change feed
 

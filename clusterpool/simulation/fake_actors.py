@@ -65,6 +65,36 @@ class FakeActors:
         fields = {"actor_id": actor_id, "state": state, "name": name, "namespace": namespace}
         self._publish("actor_created", fields)
 
+    def restore_actor(
+        self,
+        actor_id: str,
+        record: bytes,
+        *,
+        name: str = "",
+        namespace: str = "",
+        keeper: tuple[str, int],
+        restarts: int = 0,
+        is_detached: bool = False,
+        creation: bytes = b"",
+        life: int = 0,
+        address: str = "",
+    ) -> bool:
+        self._reach()
+        if actor_id in self._actor_by_id:
+            return False
+        if name and self.find_actor(namespace, name) is not None:
+            name = ""
+        state = "alive" if address else "restarting" if life else "pending"
+        told = {"life": str(life), "address": address}
+        self._actor_by_id[actor_id] = ActorEntry(actor_id, state, name, namespace, record, told)
+        made = self._made[actor_id] = Made(restarts, is_detached, creation)
+        made.keeper = keeper
+        if restarts > 0:
+            made.restarts_left = max(0, restarts - life)
+        fields = {"actor_id": actor_id, "state": state, "name": name, "namespace": namespace}
+        self._publish("actor_created", fields)
+        return True
+
     def _keep(self, actor_id: str, keeper: str) -> None:
         self._made[actor_id].keeper = (keeper, self._incarnation_of(keeper))
 

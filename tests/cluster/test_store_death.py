@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ from clusterpool import errors
 from clusterpool.multiprocessing import Queue
 from tests.cluster import clusters
 from tests.cluster.clusters import Cluster, Counting, node_of_task, numbered_node_of_task
-from tests.cluster.coordination_party import coordination, do, new_thin, party
+from tests.cluster.coordination_party import coordination, do, new_thin, party, store_of
 
 pytestmark = pytest.mark.cluster
 
@@ -105,8 +107,64 @@ def test_a_server_that_loses_its_disk_gets_nodes_and_actors_back(mortal_nodes: C
         assert sorted(number for number, _ in result.get(LIMIT_S)) == list(range(100))
     assert {node["node_id"] for node in clusterpool.nodes()} == mortal_nodes.node_ids
     assert clusterpool.get(named.add.remote(), timeout=LIMIT_S)[0] == 2
+    # The name is known again, and taken, and so is the job.
+    clusters.wait_for(lambda: is_found("named"), within_s=LIMIT_S, what="its node tells the store of the actor")
+    assert clusterpool.get(clusterpool.get_actor("named").add.remote(), timeout=LIMIT_S)[0] == 3
+    with pytest.raises(errors.NameTaken):
+        here(mortal_nodes.third)(Counting).options(name="named").remote()
+    with store_of(mortal_nodes) as store:
+        assert len(store.list_jobs()) == 1
     again = here(mortal_nodes.third)(Counting).options(name="again").remote()
     assert clusterpool.get(again.add.remote(), timeout=LIMIT_S)[0] == 1
+
+
+def is_found(name: str) -> bool:
+    try:
+        clusterpool.get_actor(name)
+    except errors.ActorNotFound:
+        return False
+    return True
+
+
+@pytest.mark.timeout(120)
+def test_what_died_while_the_server_hung_is_found_dead_when_it_is_back(mortal_nodes: Cluster, driver: None) -> None:
+    folder = mortal_nodes.session_folder
+    lost = here(mortal_nodes.third)(Counting).options(name="lost").remote()
+    kept = here(mortal_nodes.second)(Counting).options(name="kept").remote()
+    for actor in (lost, kept):
+        assert clusterpool.get(actor.add.remote(), timeout=LIMIT_S)[0] == 1
+    third = party(mortal_nodes.third)
+    lock, home = new_thin(1)
+    do(third, "adopt", "lock", lock, home, 1)
+    assert do(third, "acquire", lock, None) > 0
+    with store_of(mortal_nodes) as store:
+        another = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "import clusterpool, time; clusterpool.init(); print(1, flush=True); time.sleep(99)",
+            ],
+            stdout=subprocess.PIPE,
+        )
+        assert another.stdout is not None and another.stdout.readline() == b"1\n"
+        clusters.wait_for(lambda: len(store.list_jobs()) == 2, within_s=LIMIT_S, what="both jobs are listed")
+        os.kill(server_pid(folder), signal.SIGSTOP)
+        stopped_s = time.monotonic()
+        another.kill()
+        another.wait()
+        another.stdout.close()
+        os.kill(mortal_nodes.pids[mortal_nodes.third], signal.SIGKILL)
+        with clusterpool.Pool(3) as pool:
+            while time.monotonic() - stopped_s < 6.0:  # longer than a node may be silent
+                assert pool.map(abs, range(10)) == list(range(10))
+        os.kill(server_pid(folder), signal.SIGCONT)
+        clusters.wait_for(lambda: len(clusterpool.nodes()) == 2, within_s=LIMIT_S, what="the dead node is found")
+        clusters.wait_for(lambda: len(store.list_jobs()) == 1, within_s=LIMIT_S, what="the dead driver's job is over")
+    assert coordination().acquire(lock, LIMIT_S) > 0
+    with pytest.raises(errors.ActorDied):
+        clusterpool.get(lost.add.remote(), timeout=LIMIT_S)
+    assert clusterpool.get(kept.add.remote(), timeout=LIMIT_S)[0] == 2
+    assert {node["node_id"] for node in clusterpool.nodes()} == {mortal_nodes.head, mortal_nodes.second}
 
 
 @pytest.mark.timeout(150)

@@ -107,3 +107,36 @@ def test_a_checkpoint_takes_the_place_of_the_calls_that_it_covers(store: Control
     assert store.update_actor("a1", [], "dead")
     assert store.load_calls("a1").log == []
     assert store.append_calls("a1", 0, 6, [b"six"]) == "gone"
+
+
+def test_a_store_that_lost_its_memory_is_told_of_actors_as_they_are(store: ControlStorePort) -> None:
+    known = {"name": "one", "namespace": "ns", "keeper": ("n1", 1), "restarts": 3, "is_detached": True}
+    assert store.restore_actor("a1", b"{}", **known, creation=b"how", life=1, address="n2,w1")  # type: ignore[arg-type]
+    assert not store.restore_actor("a1", b"{}", **known, life=0)  # type: ignore[arg-type]
+    assert (field(store, "state"), field(store, "life"), field(store, "address")) == ("alive", "1", "n2,w1")
+    found = store.find_actor("ns", "one")
+    assert found is not None and found.actor_id == "a1"
+    assert store.start_life("a1", 1, "n2,w1"), "it lives there"
+    # One of three restarts was used before.
+    assert store.end_life("a1", 1, "killed", teller="host", keeper="n1", address="n2,w1") == "restart"
+    assert store.start_life("a1", 2, "n1,w2")
+    assert store.end_life("a1", 2, "killed", teller="host", keeper="n1", address="n1,w2") == "restart"
+    assert store.get_creation("a1") == b"how"
+    assert store.start_life("a1", 3, "n1,w3")
+    assert store.end_life("a1", 3, "killed", teller="host", keeper="n1", address="n1,w3") == "dead"
+
+
+def test_a_name_that_is_anothers_by_now_stays_the_others(store: ControlStorePort) -> None:
+    store.create_actor("a2", b"{}", name="one", namespace="ns")
+    assert store.restore_actor("a1", b"{}", name="one", namespace="ns", keeper=("n1", 1))
+    found = store.find_actor("ns", "one")
+    assert found is not None and found.actor_id == "a2"
+    assert field(store, "state") == "pending"
+    assert store.update_actor("a1", (), "dead")
+    found = store.find_actor("ns", "one")
+    assert found is not None and found.actor_id == "a2"
+
+
+def test_a_keeper_that_is_over_when_an_actor_is_restored_has_left_an_orphan(store: ControlStorePort) -> None:
+    assert store.restore_actor("a1", b"{}", keeper=("n2", 77), is_detached=True, creation=b"how", address="n2,w1")
+    assert store.orphaned_actors() == ["a1"]
