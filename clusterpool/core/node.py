@@ -205,7 +205,7 @@ class NodeMachine:
         if event.job is not None:
             self.jobs.seen(event.address, event.job.job_id)
             arguments = {"job": event.job, "pid": event.pid}
-            return self.actors.call("register_job", arguments)
+            return self.actors.call("register_job", arguments, is_stubborn=True)
         return []
 
     def _process_left(self, event: e.ProcessLeft, now_s: float) -> Commands:
