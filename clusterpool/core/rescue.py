@@ -176,8 +176,8 @@ class Rescue:
         if task.spec.number == blamed:
             return f"{self.label(task)}, ended with its worker: {gone.text}"
         return (
-            f"{self.label(task)}, had been started in a worker that ended before the result was sent, and without "
-            f"retries it may not be started twice: {gone.text}"
+            f"{self.label(task)}, may have been started in a worker that ended before it had sent the result, and "
+            f"without retries no task is started twice (retries=1 would run it again): {gone.text}"
         )
 
 

@@ -71,6 +71,13 @@ def test_the_error_names_task_function_attempt_and_worker() -> None:
     assert failure.text == "task 4 (work), attempt 2 of 2, ended with its worker: it was killed"
 
 
+def test_the_error_of_one_that_had_ended_says_why_it_is_not_run_again() -> None:
+    _, commands = make_rescue().save(tasks_with(0, 2, 4), gone(LastTask(4, 4)), NOW_S)
+    texts = [failure.text for failure in of_type(commands, e.FailTasks)]
+    assert "may have been started" in texts[0] and "it was killed" in texts[0]
+    assert "may have been started" not in texts[1]
+
+
 @pytest.mark.parametrize(
     ("attempts", "rest_s"), [(1, 0.0), (2, 0.1), (3, 0.2), (8, 6.4), (9, BACK_OFF_MAX_S), (5000, BACK_OFF_MAX_S)]
 )
