@@ -378,7 +378,8 @@ class NodeMachine:
                 reason = command.reason if isinstance(command, ms.NodeDied) else "it left the cluster"
                 commands += self._node_lost(command.node_id, reason, now_s)
             elif isinstance(command, ms.NodeJoined):
-                commands.append(e.PeerJoined(command.view.node_id))
+                node_id = command.view.node_id
+                commands += [e.PeerJoined(node_id), *self.scheduler.peer_joined(node_id)]
             elif isinstance(command, ms.FenceSelf):
                 commands += self._fenced(command.reason, now_s)
             elif isinstance(command, ms.ProbeNode):

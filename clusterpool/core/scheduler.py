@@ -462,12 +462,20 @@ class Scheduler:
         self.peers = peers
         return self.advance()
 
+    def peer_joined(self, node_id: str) -> list[Command]:
+        """A node can be reached from now on; its owners may have asked before, by way of another node."""
+        owners = self.owners_on(node_id)
+        self._watched.update(owners)
+        return [Send(Address(node_id, node_id), m.WatchProcess(owner.process_id)) for owner in owners]
+
     def peer_lost(self, node_id: str) -> list[Command]:
         """A node is lost, and with it what we had passed on to it.
 
         Owners hear of the loss from their own nodes, and ask again; but that may have been before a request of theirs
         reached us, who did not know yet, and passed it on to the dead.
         """
+        # If it lives again, it has forgotten that we watch owners there.
+        self._watched = {owner for owner in self._watched if owner.node_id != node_id}
         for owners in self._passed_on.values():
             for owner in [owner for owner in owners if owner.node_id == node_id]:
                 del owners[owner]

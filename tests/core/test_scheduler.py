@@ -402,3 +402,14 @@ def test_owners_hear_when_a_node_is_lost_to_which_their_requests_were_passed_on(
     # Those of this node hear of it from the node itself.
     assert messages(commands, RequestsLost) == messages(commands, RequestsLost, elsewhere) == [RequestsLost("n3")]
     assert node.scheduler.peer_lost("n3") == []
+
+
+def test_an_owner_on_a_node_that_was_lost_is_watched_anew() -> None:
+    node = Node()
+    assert messages(node.request(source=REMOTE, hops=1), m.WatchProcess) == [m.WatchProcess("d3")]
+    assert messages(node.request(source=REMOTE, hops=1), m.WatchProcess) == []
+    node.scheduler.owner_ended(REMOTE)
+    node.scheduler.peer_lost("n2")
+    # Of its next life another node may have told first.
+    assert messages(node.request(source=REMOTE, hops=1), m.WatchProcess) == [m.WatchProcess("d3")]
+    assert messages(node.scheduler.peer_joined("n2"), m.WatchProcess) == [m.WatchProcess("d3")]
