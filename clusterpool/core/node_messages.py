@@ -393,13 +393,14 @@ class StopNode(Message, frozen=True):
 class Relay(Message, frozen=True):
     """A message between processes of two nodes, on its way through theirs. `body`: the encoded message.
 
-    `incarnation`: of the node that it comes from; set on its way from there.
+    `from_life`, `to_life`: incarnations of the two nodes that it goes between, set by the one that sends it.
     """
 
     destination: Address
     source: Address
     body: bytes
-    incarnation: int = 0
+    from_life: int = 0
+    to_life: int = 0
 
 
 class Undeliverable(Message, frozen=True):

@@ -339,7 +339,10 @@ class OwnerObjects:
         self._asked = {request: asked for request, asked in self._asked.items() if asked.owner != address}
         commands = self._let_go(self.table.forget_process(address))
         for key, borrowed in list(self.table.borrowed.items()):
-            if key[0] == address and borrowed.value is None:
+            if key[0] != address:
+                continue
+            borrowed.handed = 0  # should it live, on a node that was taken for dead, it does not count us any more
+            if borrowed.value is None:
                 lost = ValuePart(lost_kind="owner_died", lost=f"the process that owned the object has ended: {text}")
                 commands += self._borrowed_known(key, lost)
         return commands

@@ -1,17 +1,14 @@
-"""The way of messages to other nodes: sent, held until the node is known, or handed back.
+"""The way of messages to and from other nodes: sent, held until the node is known, or handed back; let in, or not.
 
-    send --in the view--> Peers
-      |---not heard of yet--> [held] --joined--> Peers
-      |                          +----HOLD_S----> handed back
-      +---known to be over--> handed back
+    send --in the view--> Peers                       arrived --of the lives that both sides know--> let in
+      |---not heard of yet--> [held] --joined--> Peers   |---of a life not heard of yet--> [early] --joined--> delivered
+      |                          +----HOLD_S----> handed back   (or our own answer from the store is on its way)
+      +---known to be over--ENDED_HOLD_S--> handed back  +---of a life that is over, theirs or ours--> dropped
 
 A node may be heard of before the control store has told us of it: another node passes on a request of a process there.
-
-    frame --of the life in the view, or of a node never heard of--> let in
-      |---of a life that is over--> dropped: a node's news must not arrive after the news of its end
-      +---of a later life--> [early] --joined--> let in: what it sends before we know of it is not lost, nor ended with
-                                |                the life before, of whose end we have still to hear
-                                +----HOLD_S----> dropped
+A node that was fenced and has joined anew is another node under the same name: whatever was between it and others has
+been given up on both sides, each when it heard of the end. So each message names the lives (incarnations) of the two
+nodes that it goes between, and one of a life that is over on either side is dropped, even if it was under way for long.
 """
 
 from __future__ import annotations
@@ -20,13 +17,17 @@ from collections.abc import Callable
 from typing import Protocol
 
 from clusterpool.core import wire
-from clusterpool.core.membership import Membership
+from clusterpool.core.membership import Membership, State
 from clusterpool.core.messages import Relay
 
 # The change feed tells of a new node within milliseconds, the periodic read within half a second. Longer keeps the
 # senders to a node that will never be there waiting.
 HOLD_S = 5.0
 HELD_MAX = 10_000
+# A node that joins anew after its end may be heard of by way of another that knows it already; we shall within a read
+# or two. What is meant for a node that stays dead comes back that much later, which costs nothing: who has to know of
+# its end was told.
+ENDED_HOLD_S = 1.0
 
 
 class Peers(Protocol):
@@ -40,9 +41,8 @@ class Peers(Protocol):
 
 
 class Routes:
-    """Used by the node's only thread. `hand_back` gets what cannot be delivered; it must not send at once.
-
-    `let_in` gets what had come early; it must put it off until the news of the join have been carried out.
+    """Used by the node's only thread. `hand_back` gets what cannot be sent, `deliver` what was early; both must put off
+    what they do, since the node's machine may be in the middle of its commands.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class Routes:
         peers: Peers,
         membership: Membership,
         hand_back: Callable[[Relay], None],
-        let_in: Callable[[Relay], None],
+        deliver: Callable[[Relay], None],
     ) -> None:
         self._peers = peers
         self._membership = membership
         self._hand_back = hand_back
-        self._let_in = let_in
-        self._early: dict[str, list[tuple[float, Relay]]] = {}  # by node id, each with the time it came
+        self._deliver = deliver
+        self._early: dict[str, list[Relay]] = {}  # by node id, in order
         self._early_count = 0
         self._held: dict[str, list[tuple[float, Relay]]] = {}  # by node id, each with the time it came
         self._held_count = 0
@@ -64,25 +64,66 @@ class Routes:
     def send(self, relay: Relay, now_s: float) -> None:
         """Send a message on its way to another node."""
         node_id = relay.destination.node_id
-        view = self._membership.view.get(node_id)
-        if view is not None:
-            self._release(node_id, view.address)
-            self._peers.send(node_id, view.address, self._frame(relay))
-        elif self._membership.has_ended(node_id) or self._held_count >= HELD_MAX:
+        membership = self._membership
+        view = membership.view.get(node_id)
+        if membership.state is State.FENCED or (membership.state is State.JOINING and membership.incarnation):
+            self._hand_back(relay)  # this life is over; what belongs to the next one cannot have begun
+        elif view is not None and membership.state is State.MEMBER:
+            self._release(node_id, view.address, view.incarnation)
+            self._put(relay, view.address, view.incarnation)
+        elif self._held_count >= HELD_MAX:
             self._hand_back(relay)
         else:
             self._held.setdefault(node_id, []).append((now_s, relay))
             self._held_count += 1
 
+    def _put(self, relay: Relay, address: tuple[str, int], life: int) -> None:
+        stamped = Relay(relay.destination, relay.source, relay.body, self._membership.incarnation, life)
+        self._peers.send(relay.destination.node_id, address, wire.encode(stamped))
+
+    def arrived(self, node_id: str, relay: Relay) -> bool:
+        """Whether to let in what a node has sent, now. What is early is delivered later; the rest is dropped."""
+        early = self._early.get(node_id)
+        is_let_in = None if early else self._is_let_in(node_id, relay)
+        if is_let_in is None and self._early_count < HELD_MAX:
+            self._early.setdefault(node_id, []).append(relay)
+            self._early_count += 1
+        return is_let_in is True
+
+    def _is_let_in(self, node_id: str, relay: Relay) -> bool | None:
+        """None: not yet."""
+        membership = self._membership
+        own = membership.incarnation
+        if relay.to_life != own:
+            return None if relay.to_life > own else False
+        if membership.state is not State.MEMBER or relay.from_life <= membership.ended_incarnation(node_id):
+            return False
+        view = membership.view.get(node_id)
+        if view is None or view.incarnation < relay.from_life:
+            return None
+        return view.incarnation == relay.from_life
+
+    def _look_at_early(self) -> None:
+        for node_id, early in list(self._early.items()):
+            waiting: list[Relay] = []
+            for relay in early:
+                is_let_in = None if waiting else self._is_let_in(node_id, relay)
+                if is_let_in is None:
+                    waiting.append(relay)
+                elif is_let_in:
+                    self._deliver(relay)
+            self._early_count -= len(early) - len(waiting)
+            if waiting:
+                self._early[node_id] = waiting
+            else:
+                del self._early[node_id]
+
     def joined(self, node_id: str) -> None:
         """The node is in the view now."""
         view = self._membership.view.get(node_id)
-        if view is None:
-            return
-        self._release(node_id, view.address)
-        for _, relay in self._take_early(node_id):
-            if relay.incarnation == view.incarnation:
-                self._let_in(relay)
+        if view is not None:
+            self._release(node_id, view.address, view.incarnation)
+        self._look_at_early()
 
     def lost(self, node_id: str) -> None:
         """The node is gone."""
@@ -91,42 +132,20 @@ class Routes:
             self._hand_back(relay)
 
     def time_passed(self, now_s: float) -> None:
-        """Hand back what has been held for too long."""
+        """Hand back what has been held for too long; look whether what was early is due."""
+        if self._early:
+            self._look_at_early()
         for node_id, held in list(self._held.items()):
-            if now_s - held[0][0] >= HOLD_S:
+            self.joined(node_id)  # it may have been known before we were a member ourselves
+            hold_s = ENDED_HOLD_S if self._membership.has_ended(node_id) else HOLD_S
+            if node_id in self._held and now_s - held[0][0] >= hold_s:
                 for _, relay in self._take(node_id):
                     self._hand_back(relay)
 
-        for node_id, early in list(self._early.items()):
-            if now_s - early[0][0] >= HOLD_S:
-                self._take_early(node_id)
-
-    def admits(self, node_id: str, relay: Relay, now_s: float) -> bool:
-        """Whether a frame of this node may be let in now; if not, it was kept, or dropped."""
-        view = self._membership.view.get(node_id)
-        known = view.incarnation if view is not None else self._membership.ended_incarnation(node_id)
-        if relay.incarnation == known:
-            return view is not None
-        if relay.incarnation < known:
-            return False
-        if not known:
-            return True  # nothing that it says can be mistaken for news of another life
-        if self._early_count < HELD_MAX:
-            self._early.setdefault(node_id, []).append((now_s, relay))
-            self._early_count += 1
-        return False
-
-    def _take_early(self, node_id: str) -> list[tuple[float, Relay]]:
-        early = self._early.pop(node_id, [])
-        self._early_count -= len(early)
-        return early
-
-    def _frame(self, relay: Relay) -> bytes:
-        return wire.encode(Relay(relay.destination, relay.source, relay.body, self._membership.incarnation))
-
-    def _release(self, node_id: str, address: tuple[str, int]) -> None:
-        for _, relay in self._take(node_id):
-            self._peers.send(node_id, address, self._frame(relay))
+    def _release(self, node_id: str, address: tuple[str, int], life: int) -> None:
+        if self._membership.state is State.MEMBER:
+            for _, relay in self._take(node_id):
+                self._put(relay, address, life)
 
     def _take(self, node_id: str) -> list[tuple[float, Relay]]:
         held = self._held.pop(node_id, [])

@@ -450,6 +450,7 @@ class Scheduler:
         owners = {lease.origin for lease in self.leases.values()}
         owners |= {pending.origin for pending in self.pending} | {pending.job.owner for pending in self.pending}
         owners |= {worker.job.owner for worker in self.workers.values()}
+        owners |= self._watched  # their node does not watch them for us any more, even if it comes back
         return sorted(owner for owner in owners if owner.node_id == node_id)
 
     def end_all(self, text: str) -> list[Command]:

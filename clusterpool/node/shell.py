@@ -419,13 +419,13 @@ class NodeShell:
 
     def _peers_ready(self) -> None:
         assert self.routes is not None
-        self._read_posted()  # what had come early goes ahead
         for node_id, frame in self.peers.receive():
+            self._read_posted()  # what had come early goes ahead
             try:
                 message = wire.decode(frame)
                 if not isinstance(message, m.Relay):
                     raise ProtocolError("nodes exchange relays only")
-                if self.routes.admits(node_id, message, monotonic()):
+                if self.routes.arrived(node_id, message):
                     self._relay(message)
             except (msgspec.MsgspecError, ProtocolError) as exc:
                 self.rejected_frames += 1

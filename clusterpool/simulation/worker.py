@@ -167,7 +167,7 @@ class Worker(Client):
             children = yield from self._children_of(operation)
             if operation.fails:
                 raise _Failed(Outcome("error", operation.salt))
-            references = yield from self._boxes_of(owner, spec, operation)
+            references = yield from self._boxes_of(spec, operation)
             number = value_of(operation, arguments, inner, children)
             return (yield from self._returned(owner, spec, operation, number, references))
         except Interrupted:
@@ -219,7 +219,7 @@ class Worker(Client):
                     ref.drop()
         return numbers
 
-    def _boxes_of(self, owner: Address, spec: TaskSpec, operation: Operation) -> Steps:
+    def _boxes_of(self, spec: TaskSpec, operation: Operation) -> Steps:
         """The references that the task returns; each is held here until the result is sent."""
         refs: list[Ref] = []
         try:
@@ -237,7 +237,6 @@ class Worker(Client):
             references = [ref.part for ref in refs]
             if references:
                 self.event(e.ReferencesMade(references))
-                self._hand_over(owner, references)
             return references
         finally:
             for ref in refs:
@@ -254,10 +253,15 @@ class Worker(Client):
     ) -> Steps:
         attempt = spec.extras.attempt if spec.extras is not None else 1
         name = object_id(owner.process_id, spec.number, attempt)
-        part = yield from self.part_of(name, number, operation.result_bytes, references, owner)
-        if isinstance(part, Outcome):
+        try:
+            part = yield from self.part_of(name, number, operation.result_bytes, references, owner)
+            if isinstance(part, Outcome):
+                raise _Failed(part)
+        except BaseException:
             self.released.extend((reference.owner, reference.number) for reference in references)
-            raise _Failed(part)
+            raise
+        if references:
+            self._hand_over(owner, references)
         if part.stored is None and not references:
             return TaskResult(spec.number, TaskStatus.OK, part.payload)
         return TaskResult(spec.number, TaskStatus.STORED, b"", ResultExtras(part))

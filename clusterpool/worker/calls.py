@@ -109,9 +109,10 @@ class CallRunner:
             return TaskResult(spec.number, TaskStatus.OK, serialized.to_bytes())
         runner = self._runner
         references = [reference.part for reference in serialized.references]
+        # Handed over only once it is stored: for what could not be, nobody would ever give them back.
+        part = runner.runtime.values.part_of(serialized, _object_id(owner, spec), references, owner)
         if references:
             runner.hand_over(owner, references)
-        part = runner.runtime.values.part_of(serialized, _object_id(owner, spec), references, owner)
         return TaskResult(spec.number, TaskStatus.STORED, b"", ResultExtras(part))
 
     def error(self, spec: TaskSpec, exc: BaseException, *, is_loaded: bool = True) -> TaskResult:

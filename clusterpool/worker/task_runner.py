@@ -408,6 +408,7 @@ class TaskRunner:
         except Exception as exc:
             raise unpicklable_result(value, exc) from exc
         references = [reference.part for reference in serialized.references]
+        part = self.runtime.values.part_of(serialized, object_id, references, owner)
         if references:
-            self.hand_over(owner, references)
-        return self.runtime.values.part_of(serialized, object_id, references, owner)
+            self.hand_over(owner, references)  # not before: what could not be stored is never sent
+        return part

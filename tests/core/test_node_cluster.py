@@ -246,3 +246,20 @@ def test_a_request_that_comes_home_after_the_end_of_its_owner_is_dropped() -> No
     commands = node.request(THERE, JOB, hops=2, origin=worker)
     assert of_type(commands, e.ForkWorker) == []
     assert node.machine.scheduler.leases == {}
+
+
+def test_a_driver_is_watched_anew_after_its_node_has_come_back() -> None:
+    node = Node()
+    commands = node.request_from_there()
+    (watch,) = sent(commands, m.WatchProcess, THERE)
+    (fork,) = of_type(commands, e.ForkWorker)
+    node.handle(e.ForkFailed(fork.process_id, "no memory"))  # nothing is left of it here but that it is watched
+    node.handle(ms.NodeEventRead("node_died", "n2", 1, "silent"))
+    assert sent(node.request_from_there(), m.WatchProcess, THERE) == [watch]
+
+
+def test_a_node_that_is_fenced_passes_nothing_on() -> None:
+    node = Node()
+    node.join_driver()
+    node.handle(ms.NodeEventRead("node_died", "n1", 1, "silent"))
+    assert passed_on(node.request(DRIVER_HERE, JOB, count=5)) == {}

@@ -231,3 +231,24 @@ def test_items_of_a_closed_stream_let_go_of_their_references(owner: Owner) -> No
     commands = owner.hear(OTHER, m.StreamItem(1, 0, ValuePart(references=[THEIRS])))
     assert sent(commands, m.RemoveBorrower, OTHER) == [m.RemoveBorrower([7], [1])]
     assert owner.machine.objects.table.borrowed == {}
+
+
+# --- lives of nodes
+
+
+def test_the_references_inside_an_object_that_is_lost_with_its_node_go_with_it(owner: Owner) -> None:
+    stored = StoredValue("d1.5", 10**6, ["n2"])
+    owner.handle(e.ReferencesHeld([THEIRS]))  # as it came inside the value
+    owner.put(5, ValuePart(stored=stored, references=[THEIRS]))
+    owner.handle(e.MessageArrived(NODE, m.NodeLost("n2", "silent")))
+    owner.handle(e.ReferencesDropped([(DRIVER, 5)]))
+    assert not owner.machine.objects.table.borrowed
+
+
+def test_what_was_handed_out_in_a_former_life_is_not_given_back_in_the_next(owner: Owner) -> None:
+    there = Address("n2", "d2")
+    owner.handle(e.ReferencesHeld([Reference(there, 7)]))
+    # Its node was taken for dead, and has counted us out as well; the process itself lives on.
+    owner.handle(e.MessageArrived(NODE, m.NodeLost("n2", "silent")))
+    (given_back,) = sent(owner.handle(e.ReferencesDropped([(there, 7)])), m.RemoveBorrower)
+    assert given_back.counts == [0]

@@ -11,16 +11,19 @@ from clusterpool.core import wire
 from clusterpool.core.cluster_view import NodeEntry, NodeRecord, NodesSnapshot
 from clusterpool.core.membership import Membership
 from clusterpool.core.messages import Address, LeaveNode, Relay
-from clusterpool.core.routes import HELD_MAX, HOLD_S, Routes
+from clusterpool.core.routes import ENDED_HOLD_S, HELD_MAX, HOLD_S, Routes
 
 
 class RecordedPeers:
     def __init__(self) -> None:
         self.sent: list[tuple[str, tuple[str, int], bytes]] = []
+        self.lives: list[tuple[int, int]] = []
         self.forgotten: list[str] = []
 
     def send(self, node_id: str, address: tuple[str, int], frame: bytes) -> None:
-        self.sent.append((node_id, address, wire.decode(frame).body))  # type: ignore[attr-defined]
+        relay: Any = wire.decode(frame)
+        self.sent.append((node_id, address, relay.body))
+        self.lives.append((relay.from_life, relay.to_life))
 
     def forget(self, node_id: str) -> None:
         self.forgotten.append(node_id)
@@ -35,15 +38,18 @@ class Setting:
         self.membership.handle(ms.JoinRequested(record("na")), 0.0)
         self.membership.handle(ms.Registered(1), 0.0)
         self.returned: list[Relay] = []
-        self.let_in: list[Relay] = []
-        self.routes = Routes(self.peers, self.membership, self.returned.append, self.let_in.append)
+        self.delivered: list[bytes] = []
+        self.routes = Routes(self.peers, self.membership, self.returned.append, self.deliver)
 
-    def list_nodes(self, *node_ids: str, now_s: float = 0.0) -> None:
-        nodes = [NodeEntry(record(node_id), 1, 1, 0.0) for node_id in ("na", *node_ids)]
+    def deliver(self, relay: Relay) -> None:
+        self.delivered.append(relay.body)
+
+    def list_nodes(self, *node_ids: str, now_s: float = 0.0, life: int = 1) -> None:
+        nodes = [NodeEntry(record(node_id), life, 1, 0.0) for node_id in node_ids]
         self.membership.handle(ms.NodesRead(NodesSnapshot(nodes)), now_s)
 
-    def end(self, node_id: str) -> None:
-        self.membership.handle(ms.NodeEventRead("node_died", node_id, 1, "it was silent"), 0.0)
+    def end(self, node_id: str, life: int = 1) -> None:
+        self.membership.handle(ms.NodeEventRead("node_died", node_id, life, "it was silent"), 0.0)
         self.routes.lost(node_id)
 
 
@@ -53,6 +59,10 @@ def record(node_id: str) -> NodeRecord:
 
 def relay(node_id: str, body: bytes) -> Relay:
     return Relay(Address(node_id, "w1"), Address("na", "d1"), body)
+
+
+def from_there(from_life: int, to_life: int, body: bytes) -> Relay:
+    return Relay(Address("na", "d1"), Address("nb", "w1"), body, from_life, to_life)
 
 
 @pytest.fixture
@@ -84,50 +94,76 @@ def test_a_node_that_never_comes_is_waited_for_only_so_long(setting: Setting) ->
     assert [each.body for each in setting.returned] == [b"1"]
 
 
-def test_what_is_meant_for_a_dead_node_comes_back_at_once(setting: Setting) -> None:
+def test_what_is_meant_for_a_dead_node_comes_back_unless_it_joins_anew(setting: Setting) -> None:
     setting.list_nodes("nb")
     setting.end("nb")
     assert setting.peers.forgotten == ["nb"]
     setting.routes.send(relay("nb", b"1"), 0.0)
+    setting.routes.time_passed(ENDED_HOLD_S)
     assert [each.body for each in setting.returned] == [b"1"]
+    setting.routes.send(relay("nb", b"2"), 2.0)
+    setting.list_nodes("nb", life=2)
+    setting.routes.joined("nb")
+    assert [body for _, _, body in setting.peers.sent] == [b"2"]
 
 
-def frame(incarnation: int, body: bytes = b"") -> Relay:
-    return Relay(Address("na", "d1"), Address("nb", "w1"), body, incarnation)
+def test_messages_name_the_lives_of_both_nodes(setting: Setting) -> None:
+    setting.list_nodes("nb", life=4)
+    setting.routes.send(relay("nb", b"1"), 0.0)
+    assert setting.peers.lives == [(1, 4)]
 
 
 def test_news_of_a_node_are_not_let_in_after_the_news_of_its_end(setting: Setting) -> None:
-    assert setting.routes.admits("nb", frame(1), 0.0)  # not heard of yet
-    setting.list_nodes("nb")
-    assert setting.routes.admits("nb", frame(1), 0.0)
-    setting.end("nb")
-    assert not setting.routes.admits("nb", frame(1), 0.0)
-
-
-@pytest.mark.parametrize("has_ended", [False, True])
-def test_what_a_node_sends_in_its_next_life_waits_until_that_is_known(setting: Setting, has_ended: bool) -> None:
-    setting.list_nodes("nb")
-    if has_ended:
-        setting.end("nb")
-    assert not setting.routes.admits("nb", frame(2, b"1"), 0.0)
-    assert not setting.routes.admits("nb", frame(2, b"2"), 0.0)
-    assert setting.let_in == []
-    nodes = [NodeEntry(record("na"), 1, 1, 0.0), NodeEntry(record("nb"), 2, 1, 0.0)]
-    setting.membership.handle(ms.NodesRead(NodesSnapshot(nodes)), 0.0)
+    setting.list_nodes("nb", life=2)
+    assert setting.routes.arrived("nb", from_there(2, 1, b"1"))
+    setting.end("nb", life=2)
+    assert not setting.routes.arrived("nb", from_there(2, 1, b"2"))
+    setting.list_nodes("nb", life=3)
     setting.routes.joined("nb")
-    assert [each.body for each in setting.let_in] == [b"1", b"2"]
-    assert setting.routes.admits("nb", frame(2), 0.0)
-    assert not setting.routes.admits("nb", frame(1), 0.0)
+    assert not setting.routes.arrived("nb", from_there(2, 1, b"3"))  # it was under way for long
+    assert setting.routes.arrived("nb", from_there(3, 1, b"4"))
+    assert setting.delivered == []
 
 
-def test_a_life_that_never_begins_is_forgotten(setting: Setting) -> None:
-    setting.list_nodes("nb")
-    assert not setting.routes.admits("nb", frame(2), 1.0)
-    setting.routes.time_passed(1.0 + HOLD_S)
-    nodes = [NodeEntry(record("na"), 1, 1, 0.0), NodeEntry(record("nb"), 2, 1, 0.0)]
-    setting.membership.handle(ms.NodesRead(NodesSnapshot(nodes)), 8.0)
+def test_news_of_a_life_not_heard_of_yet_wait_for_the_news_that_it_has_begun(setting: Setting) -> None:
+    setting.list_nodes("nb", life=2)
+    assert not setting.routes.arrived("nb", from_there(3, 1, b"1"))
+    assert not setting.routes.arrived("nb", from_there(3, 1, b"2"))
+    setting.list_nodes("nb", life=3)
+    assert not setting.routes.arrived("nb", from_there(3, 1, b"3"))  # it must not overtake the two
     setting.routes.joined("nb")
-    assert setting.let_in == []
+    assert setting.delivered == [b"1", b"2", b"3"]
+    assert setting.routes.arrived("nb", from_there(3, 1, b"4"))
+
+
+def test_a_node_that_was_fenced_hears_nothing_meant_for_its_former_life_and_sends_nothing_from_it(
+    setting: Setting,
+) -> None:
+    setting.list_nodes("nb", life=2)
+    setting.membership.handle(ms.NodeEventRead("node_died", "na", 1, "it was silent"), 0.0)
+    setting.routes.send(relay("nb", b"1"), 0.0)
+    assert [each.body for each in setting.returned] == [b"1"] and setting.peers.sent == []
+    assert not setting.routes.arrived("nb", from_there(2, 1, b"2"))
+    setting.membership.handle(ms.WorkEnded(), 0.0)
+    assert not setting.routes.arrived("nb", from_there(2, 3, b"3"))  # nb knows before we do
+    setting.membership.handle(ms.Registered(3), 0.0)
+    assert not setting.routes.arrived("nb", from_there(2, 1, b"4"))
+    setting.routes.time_passed(0.5)
+    assert setting.delivered == [b"3"]
+    setting.routes.send(relay("nb", b"5"), 0.0)
+    assert setting.peers.lives == [(3, 2)]
+
+
+def test_what_was_held_before_the_node_itself_was_a_member_goes_then(setting: Setting) -> None:
+    setting.membership = Membership("na")
+    setting.membership.handle(ms.JoinRequested(record("na")), 0.0)
+    setting.routes = Routes(setting.peers, setting.membership, setting.returned.append, setting.deliver)
+    setting.list_nodes("nb")
+    setting.routes.send(relay("nb", b"1"), 0.0)
+    assert setting.peers.sent == []
+    setting.membership.handle(ms.Registered(1), 0.0)
+    setting.routes.time_passed(0.5)
+    assert [body for _, _, body in setting.peers.sent] == [b"1"]
 
 
 def test_what_waits_is_bounded(setting: Setting) -> None:

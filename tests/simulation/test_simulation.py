@@ -13,6 +13,11 @@ from clusterpool.simulation.world import Plan, World
 
 # Each of these found something once; what it was stands beside it.
 FOUND = {
+    523: "references in a result for which the store had no room were handed over, and never given back",
+    79: "a node that had been fenced was not told of the end of a job again by those that had known it before",
+    103: "a node that was fenced went on passing requests to others, which ended what they granted for its sake",
+    164: "the same: messages of two lives of a node were mixed",
+    282: "the references inside an object that was lost with its node were never let go",
     44: "questions to a borrowed object's owner that had died were kept for ever",
     150: "a request that came back from another node was granted to its owner, which had ended meanwhile",
     114: "an object was freed twice when a task that waited for it failed for its value, nobody else having it",
