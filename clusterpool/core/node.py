@@ -353,7 +353,7 @@ class NodeMachine:
     def _load_changed(self, _source: Address, message: LoadChanged, _now_s: float) -> Commands:
         if not self.membership.view.hear(message.node_id, message.load):
             return []
-        return list(self.scheduler.peers_changed([candidate_of(view) for view in self._peers()]))
+        return list(self.scheduler.peers_changed(candidate_of(view) for view in self._peers()))
 
     def load(self) -> NodeLoad:
         """What the node says about itself, with a heartbeat or in between."""
@@ -393,7 +393,7 @@ class NodeMachine:
             commands += self.coordination.handle(ce.StoreChanged(), now_s)
         commands += self.actors.membership_heard(event, self.membership, is_alone=self.is_embedded)
         if self.membership.view.version != version or self._is_member != was_member:
-            commands += self.scheduler.peers_changed([candidate_of(view) for view in self._peers()])
+            commands += self.scheduler.peers_changed(candidate_of(view) for view in self._peers())
         return commands
 
     def _asked_alive(self, source: Address, message: AskAlive, _now_s: float) -> Commands:

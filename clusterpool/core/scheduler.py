@@ -10,7 +10,7 @@ Groups without resources of their own are not bounded: two pools of two on two c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from clusterpool.core import messages as m
 from clusterpool.core.messages import Address, WorkerKind
@@ -96,7 +96,7 @@ class Scheduler:
         self.leases: dict[int, Lease] = {}
         self.workers: dict[str, Worker] = {}
         self.idle: dict[str, list[Worker]] = {}  # by job id
-        self.peers: list[Candidate] = []  # the trusted other nodes, newest known state
+        self._peers: Iterable[Candidate] = []
         self._process_ids = process_ids
         self._last_lease = 0
         self._watched: set[Address] = set()
@@ -458,9 +458,17 @@ class Scheduler:
         self.idle.clear()
         return [self._end(worker, text) for worker in self.workers.values()]
 
-    def peers_changed(self, peers: list[Candidate]) -> list[Command]:
+    @property
+    def peers(self) -> list[Candidate]:
+        """The trusted other nodes, newest known state."""
+        if not isinstance(self._peers, list):
+            self._peers = list(self._peers)
+        return self._peers
+
+    def peers_changed(self, peers: Iterable[Candidate]) -> list[Command]:
         """The view of the cluster has changed."""
-        self.peers = peers
+        # Looked at when a request wants to know: in a large cluster the view changes far more often than that.
+        self._peers = peers
         return self.advance()
 
     def peer_joined(self, node_id: str) -> list[Command]:

@@ -8,14 +8,21 @@ import time
 import traceback
 from dataclasses import replace
 
-from clusterpool.simulation.world import Plan, World
+from clusterpool.simulation.world import QUIET_S, Plan, World
+
+# Each of a thousand nodes reads what is said of all others twice a second: a second of them costs many.
+LARGE_NODES = 50
+LARGE_QUIET_S = 1.0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 1 when something was found that must never happen."""
     options = _parser().parse_args(arguments)
+    is_large = options.nodes > LARGE_NODES
+    busy_s = options.busy or (1.5 if is_large else 8.0)
     plan = Plan(
-        options.seed, options.nodes, options.drivers, options.faults, options.busy, options.size,
+        options.seed, options.nodes, options.drivers, options.faults, busy_s, options.size,
+        quiet_s=LARGE_QUIET_S if is_large else QUIET_S,
         only=tuple(int(item) for item in options.only.split(",") if item) if options.only is not None else None,
     )  # fmt: skip
     if options.seeds or options.minutes:
@@ -31,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=int, default=0, help="how many nodes; 0: as the seed says")
     parser.add_argument("--drivers", type=int, default=0, help="how many drivers; 0: as the seed says")
     parser.add_argument("--faults", type=int, default=-1, help="how many faults; -1: as the seed says")
-    parser.add_argument("--busy", type=float, default=8.0, help="virtual seconds during which faults strike")
+    parser.add_argument("--busy", type=float, default=0.0, help="virtual seconds during which faults strike; 0: 8")
     parser.add_argument("--size", type=float, default=1.0, help="scales what each program does")
     parser.add_argument("--only", help="positions of the faults to keep, by comma; the others are left out")
     parser.add_argument("--shrink", action="store_true", help="leave out faults that a failure does not need")

@@ -31,6 +31,8 @@ CALL_TIMEOUT_S = 5.0
 RETRY_S = 0.5
 CALL_RETRIES_S = 30.0
 FSYNC_PERIOD_S = 1.0
+# How long the server of a large cluster takes to list its nodes: it is busy with thousands of such lists a second.
+BUSY_LIST_S = 1.2
 _STATE = (
     "_events", "_event_number", "_generation", "_generation_by_node", "_incarnation", "_entry_by_node",
     "_record_by_job", "_actor_by_id", "_made", "_values",
@@ -152,8 +154,16 @@ class StoreClient:
 
     def start_feed(self) -> None:
         """Follow the change feed."""
-        self._server.follow(lambda: self._node.after(self._node.world.latencies.store_s(), self._feed))
+        self._server.follow(self._told)
         self._feed()
+
+    def _told(self) -> None:
+        if not self._is_feed_due:  # else it will read these events as well
+            self._is_feed_due = True
+            if not self._is_feed_busy:
+                # In a large cluster many nodes join at once, and a reader finds many events each time.
+                wait_s = 0.1 if self._node.world.is_large else self._node.world.latencies.store_s()
+                self._node.after(wait_s, self._feed)
 
     def _next(self) -> None:
         if self._is_busy or not self._queue:
@@ -162,8 +172,13 @@ class StoreClient:
         command = self._queue.popleft()
         if isinstance(command, e.CallStore):
             self._call_store(command, self._node.now_s() + CALL_RETRIES_S)
+        elif isinstance(command, ms.ReadNodes) and self._node.world.is_large:
+            self._node.after(BUSY_LIST_S, self._call_membership, command)
         else:
-            self._call(lambda fake: self._membership(fake, command), self._membership_answered)
+            self._call_membership(command)
+
+    def _call_membership(self, command: Any) -> None:
+        self._call(lambda fake: self._membership(fake, command), self._membership_answered)
 
     def _call(self, operation: Callable[[FakeControlStore], Any], answer: Answer) -> None:
         """One round trip; exactly one answer."""

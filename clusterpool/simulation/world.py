@@ -43,6 +43,7 @@ class Plan:
     busy_s: float = 8.0  # for how long faults strike
     size: float = 1.0  # scales what each program does
     only: tuple[int, ...] | None = None  # positions of the faults that are not left out
+    quiet_s: float = QUIET_S  # how long to wait before nothing may be left
     steps_max: int = 50_000_000
 
 
@@ -145,7 +146,7 @@ class World:
         self._run_until(lambda: False, self.plan.busy_s, "")
         self._striker.heal_all()
         self._run_until(self._are_programs_done, END_S, "the programs have not ended")
-        self._run_until(lambda: False, QUIET_S, "")
+        self._run_until(lambda: False, self.plan.quiet_s, "")
         self.check_idle(is_empty=False)
         for driver in self.drivers:
             if driver.is_alive and not driver.is_closed:
@@ -153,7 +154,7 @@ class World:
         self._run_until(self._have_drivers_left, LEAVE_S, "drivers have not left")
         for driver in self.drivers:
             driver.vanish()
-        self._run_until(lambda: False, QUIET_S, "")
+        self._run_until(lambda: False, self.plan.quiet_s, "")
         self.check_idle(is_empty=True)
 
     def _run_until(self, is_over: Any, limit_s: float, failure: str) -> None:

@@ -52,6 +52,15 @@ def test_without_faults_nothing_is_lost() -> None:
         assert set(world.monitor.losses) <= {"cancelled", "store_full"}
 
 
+def test_hundreds_of_nodes_do_the_work_of_three_drivers() -> None:
+    world = run(Plan(11, nodes=300, drivers=3, faults=0, busy_s=2.5, quiet_s=0.5, size=0.5))
+    assert len(world.nodes[0].machine.membership.view) == 300
+    assert world.monitor.outcomes > 20
+    assert world.monitor.losses.keys() <= {"cancelled"}
+    leased = {worker.address.node_id for worker in world.clients.values()}
+    assert len(leased) > 3  # work was spread
+
+
 def test_faults_strike_and_work_goes_on() -> None:
     world = run(Plan(7, nodes=4, faults=15))
     assert len(world.monitor.happened & {fault.kind for fault in world.faults}) >= 4
