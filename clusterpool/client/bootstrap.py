@@ -172,16 +172,17 @@ def socket_of(address: str) -> str:
     Raises: NotConnected.
     """
     path = Path(address)
-    if path.is_socket():
-        return str(path)
-    if path.is_dir():
-        candidates = [path / "node.sock", *sorted(path.glob("n-*/node.sock"))]
-        for candidate in candidates:
-            # The socket of a node that was killed is still there.
-            if candidate.is_socket() and config.is_folder_locked(candidate.parent):
-                return str(candidate)
+    with contextlib.suppress(OSError, ValueError):  # what can be no path at all, such as one that is too long
+        if path.is_socket():
+            return str(path)
+        if path.is_dir():
+            candidates = [path / "node.sock", *sorted(path.glob("n-*/node.sock"))]
+            for candidate in candidates:
+                # The socket of a node that was killed is still there.
+                if candidate.is_socket() and config.is_folder_locked(candidate.parent):
+                    return str(candidate)
     raise NotConnected(
-        f"no cluster is at {address!r}: give the session folder or node socket that `clusterpool status` shows, "
+        f"no cluster is at {address[:200]!r}: give the session folder or node socket that `clusterpool status` shows, "
         "'local' for a private cluster, or start one with `clusterpool up`"
     )
 

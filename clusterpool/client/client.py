@@ -39,6 +39,7 @@ from clusterpool.core.joining import RegistrationRefused, mismatch
 from clusterpool.core.messages import Address, Message
 from clusterpool.core.owner import OwnerMachine
 from clusterpool.core.package_messages import PackageAnswer
+from clusterpool.core.rejections import Rejections
 from clusterpool.errors import NotConnected, ProtocolError, VersionMismatch
 from clusterpool.transport import stream
 
@@ -76,6 +77,7 @@ class Client:
         self.on_block: Callable[[], None] | None = None  # in a worker: a task is about to wait
         self.on_unblock: Callable[[], None] | None = None
         self.on_interrupt: Callable[[], None] | None = None  # KeyboardInterrupt is about to be raised
+        self.rejections = Rejections()
         self.is_closed = False
         self.closed_text = ""
         self._refusal = ""  # why the node does not let us join
@@ -466,7 +468,8 @@ class Client:
             for frame in frames:
                 self._arrived(connection, wire.decode(frame))
         except (msgspec.MsgspecError, ProtocolError) as exc:
-            logger.warning("dropped a connection that sent no message of ours: %s", exc)
+            who = connection.peer or "a stranger"
+            self._reject("a process", f"dropped the connection of {who}, which sent no message of ours: {exc}")
             ended = True
         if ended:
             self._disconnected(connection)
@@ -474,13 +477,27 @@ class Client:
 
     def _arrived(self, connection: stream.Connection, message: Message) -> None:
         if type(message) is m.Relay:
-            self._handle_message(message.source, wire.decode(message.body))
+            self._relayed(connection, message)
         elif type(message) is m.Hello:
             self._greeted(connection, message)
         elif connection.peer is None:
             raise ProtocolError("a message came before the greeting")
         else:
             self._handle_message(connection.peer, message)  # type: ignore[arg-type]
+
+    def _relayed(self, connection: stream.Connection, relay: m.Relay) -> None:
+        if connection.peer != self.node:
+            raise ProtocolError(f"{connection.peer} passed on a message of {relay.source}, as only the node may")
+        try:
+            message = wire.decode(relay.body)
+        except msgspec.MsgspecError as exc:  # the node is not to blame
+            self._reject("relayed", f"dropped a message of {relay.source} that is none of ours: {exc}")
+            return
+        self._handle_message(relay.source, message)
+
+    def _reject(self, cause: str, text: str) -> None:
+        if self.rejections.note(cause):
+            logger.warning("%s (the next ones are counted only)", text)
 
     def _greeted(self, connection: stream.Connection, hello: m.Hello) -> None:
         reason = mismatch(self._connections.hello, hello)

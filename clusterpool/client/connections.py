@@ -12,7 +12,8 @@ from clusterpool.client.loop import Loop
 from clusterpool.core import messages as m
 from clusterpool.core import wire
 from clusterpool.core.messages import Address, Message
-from clusterpool.errors import NotConnected
+from clusterpool.core.rejections import greeting_fault
+from clusterpool.errors import NotConnected, ProtocolError
 from clusterpool.transport import stream
 from clusterpool.version import __version__
 
@@ -113,8 +114,17 @@ class Connections:
             accepted.send(self.hello)
 
     def greeted(self, connection: stream.Connection, peer: Address) -> None:
-        """The other side has said who it is."""
+        """The other side has said who it is.
+
+        Raises: ProtocolError if it cannot be.
+        """
+        known = connection.peer if isinstance(connection.peer, Address) else None
+        # Two processes may call each other at the same time: a second connection of the same name is none the worse.
+        fault = greeting_fault(self.address, peer, known, is_taken=False)
+        if fault:
+            raise ProtocolError(fault)
         connection.peer = peer
+        connection.frame_bytes_max = stream.FRAME_BYTES_MAX
         self.by_process.setdefault(peer.process_id, connection)
 
     def drop(self, connection: stream.Connection) -> Address | None:

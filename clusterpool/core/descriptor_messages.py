@@ -11,7 +11,7 @@ from typing import Annotated, TypeAlias, Union
 import msgspec
 
 # Part of a path or of another node's table: nothing that could lead out of the node's folder.
-Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=100)]
 
 # A request or an answer is some 100 bytes; more than this is none of ours.
 REQUEST_BYTES_MAX = 1024

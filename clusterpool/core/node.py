@@ -33,6 +33,7 @@ from clusterpool.core.messages import Address
 from clusterpool.core.node_actors import NodeActors
 from clusterpool.core.node_objects import NodeObjects
 from clusterpool.core.peer_messages import AskAlive, EndJob, JobEnded, LoadChanged, StillAlive
+from clusterpool.core.rejections import Rejections
 from clusterpool.core.resources import to_numbers
 from clusterpool.core.scheduler import Scheduler
 
@@ -86,6 +87,7 @@ class NodeMachine:
             self.node_id, lambda: [each.address for each in self.processes.values() if each.kind != "tool"]
         )
         self.jobs = JobEnds()
+        self.rejections = Rejections()
         self._watchers: dict[str, set[Address]] = {}  # by process id
         self._departing: dict[Address, Address] = {}  # by driver elsewhere, the node to tell when its job has ended
         self._told: dict[str, tuple[Any, ...]] = {}  # by node that has sent requests here, the last load it was told
@@ -106,6 +108,7 @@ class NodeMachine:
             e.StoreRaised: lambda event, _: self.actors.answered(event),
             e.ActorEventRead: lambda event, _: self.actors.event_read(event),
             e.TimePassed: self._time_passed,
+            e.FrameRejected: lambda event, _: [e.Warn(event.text)] if self.rejections.note(event.cause) else [],
         }
         self._message_handlers = self._handlers_of_messages()
 
@@ -462,9 +465,7 @@ class NodeMachine:
         return [e.Send(source, m.ClusterDescribed(message.request, nodes))]
 
     def _own_part(self) -> m.NodePart:
-        stats = self.objects.store.stats()
-        load = self.load()
-        record = self.record
+        stats, load, record = self.objects.store.stats(), self.load(), self.record
         return m.NodePart(
             node_id=self.node_id,
             host=record.host_name or record.host,
@@ -482,6 +483,7 @@ class NodeMachine:
             details={
                 **self.scheduler.counts_by_state(),
                 **self.objects.counts_by_state(),
+                **self.rejections.figures(),
                 "is_member": float(self.membership.state is ms.State.MEMBER),
             },
         )

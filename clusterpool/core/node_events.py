@@ -114,6 +114,13 @@ class ActorEventRead(Event, frozen=True):
     life: int = -1  # -1: not known
 
 
+class FrameRejected(Event, frozen=True):
+    """Something came in at a border of the node that is none of ours. `cause`: a few words, the same each time."""
+
+    cause: str
+    text: str
+
+
 class TimePassed(Event, frozen=True):
     """A tick of the clock, every TICK_S seconds."""
 
@@ -181,6 +188,12 @@ class RemoveJob(Command, frozen=True):
     """A job is over on this node: its driver has ended, and its workers here. Remove what it left."""
 
     job_id: str
+
+
+class Warn(Command, frozen=True):
+    """Write this into the log."""
+
+    text: str
 
 
 class StopNode(Command, frozen=True):

@@ -63,7 +63,6 @@ class Descriptors:
         self._listener: socket.socket | None = None
         self._askers: set[socket.socket] = set()
         self.tunnels = TunnelEnds(shell, self.take_parked)
-        self.rejected_frames = 0
 
     def open(self) -> None:
         """Listen for requests."""
@@ -170,8 +169,7 @@ class Descriptors:
                 self._handle(sock, d.decode_request(frame), fds)
                 return
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-            self.rejected_frames += 1
-            logger.warning("dropped a request for descriptors that is none of ours: %s", exc)
+            self._shell.reject("descriptors", f"dropped a request for descriptors that is none of ours: {exc}")
         except OSError as exc:  # such as too many open files
             logger.warning("a request for descriptors could not be met: %s", exc)
             self._answer(sock, d.Answer(exc.errno or errno.EIO, f"the node could not meet the request: {exc}"))
@@ -262,8 +260,7 @@ class Descriptors:
         try:
             request = d.decode_request(frame) if frame else None
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-            self.rejected_frames += 1
-            logger.warning("closed a line for leases that sent no request of ours: %s", exc)
+            self._shell.reject("descriptors", f"closed a line for leases that sent no request of ours: {exc}")
             request = None
         if not isinstance(request, d.ReleaseLeases):
             self._close_line(line)

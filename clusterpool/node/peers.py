@@ -16,6 +16,12 @@ from clusterpool.node.cluster_keys import ClusterKeys
 
 zmq: Any = _zmq  # its type stubs hide what it takes from C
 
+# What libzmq tells of those who do not get in: other protocols, other keys, no keys.
+_REFUSALS = {
+    "EVENT_HANDSHAKE_FAILED_NO_DETAIL": "broke off the handshake",
+    "EVENT_HANDSHAKE_FAILED_PROTOCOL": "does not speak the protocol of nodes (or not with keys)",
+    "EVENT_HANDSHAKE_FAILED_AUTH": "does not have the keys of this cluster",
+}
 # How long the last messages of a node that ends may take to leave it.
 LINGER_MS = 500
 # Below this, copying a frame is cheaper than telling its owner when zmq is done with it.
@@ -46,7 +52,10 @@ class Peers:
         self._router.curve_publickey, self._router.curve_secretkey = keys.server_public, keys.server_secret
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a node that came back takes over its identity
         self._dealers: dict[str, tuple[tuple[str, int], Any]] = {}  # by node id, with the address it connects to
+        self._refusal_texts = {getattr(zmq, name): text for name, text in _REFUSALS.items()}
+        self._monitor = self._router.get_monitor_socket(sum(self._refusal_texts))
         self.port = self._bind(host, port)
+        self.refusals()  # zmq signals only to those who have once found nothing
 
     def _bind(self, host: str, port: int) -> int:
         try:
@@ -75,6 +84,21 @@ class Peers:
         """Readable when frames may have come; then call `receive` (edge-triggered: it reads all)."""
         return int(self._router.getsockopt(zmq.FD))
 
+    def refusals_fileno(self) -> int:
+        """Readable when somebody may have been refused; then call `refusals` (edge-triggered: it reads all)."""
+        return int(self._monitor.getsockopt(zmq.FD))
+
+    def refusals(self) -> list[str]:
+        """Why strangers were not let in since the last call, a text each; their bytes never got past libzmq."""
+        texts: list[str] = []
+        while True:
+            try:
+                parts = self._monitor.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return texts
+            event = int.from_bytes(parts[0][:2], "little")
+            texts.append(self._refusal_texts.get(event, "was refused"))
+
     def send(self, node_id: str, address: tuple[str, int], frame: bytes) -> None:
         """Send a frame to a node; lost if the node is gone."""
         known = self._dealers.get(node_id)
@@ -99,8 +123,8 @@ class Peers:
                 parts = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return frames
-            if len(parts) == 2:
-                frames.append((parts[0].decode(errors="replace"), parts[1]))
+            # Any other number of parts is no frame of ours, and neither are no bytes: the caller counts them.
+            frames.append((parts[0].decode(errors="replace"), parts[1] if len(parts) == 2 else b""))
 
     def forget(self, node_id: str) -> None:
         """The node is gone: drop what was still to be sent to it."""
@@ -114,5 +138,7 @@ class Peers:
         for _, dealer in self._dealers.values():
             dealer.close()
         self._dealers.clear()
+        self._router.disable_monitor()
+        self._monitor.close(0)
         self._router.close()
         self._context.term()

@@ -33,6 +33,7 @@ from clusterpool.core.joining import RegistrationRefused, mismatch
 from clusterpool.core.membership import JoinRequested, LeaveRequested
 from clusterpool.core.messages import Address, Message
 from clusterpool.core.node import TICK_S, NodeMachine
+from clusterpool.core.rejections import greeting_fault
 from clusterpool.core.routes import Routes
 from clusterpool.errors import ProtocolError
 from clusterpool.node.coordination import NodeCoordination
@@ -78,7 +79,6 @@ class NodeShell:
         self._ready_facts: dict[str, Any] = {}
         self._last_tick_s = monotonic()
         self._started_s = monotonic()
-        self.rejected_frames = 0
         self.host = socket.gethostname()
         self.workers = WorkerProcesses(self, zygote)
         self.memory = MemoryWatch(self)
@@ -110,6 +110,7 @@ class NodeShell:
             self.peers = Peers(self.node_id, keys, host=config.listen_host, port=config.listen_port)
             port = self.peers.port
             self.watch(self.peers.fileno(), lambda _: self._peers_ready())
+            self.watch(self.peers.refusals_fileno(), lambda _: self._peers_refused())
         self.record = self._make_record(port)
         self.machine = NodeMachine(
             self.record,
@@ -301,12 +302,16 @@ class NodeShell:
             for frame in frames:
                 self._arrived(connection, wire.decode(frame))
         except (msgspec.MsgspecError, ProtocolError) as exc:
-            self.rejected_frames += 1
-            logger.warning("dropped a connection that sent no message of ours: %s", exc)
+            who = connection.peer.address if isinstance(connection.peer, m.Hello) else "a stranger"
+            self.reject("a process", f"dropped the connection of {who}, which sent no message of ours: {exc}")
             ended = is_rubbish = True
         if ended:
             self._disconnected(connection, is_rubbish)
         return bool(frames) and not ended
+
+    def reject(self, cause: str, text: str) -> None:
+        """Count what is none of ours, and log it if it is the first of its kind."""
+        self.handle(e.FrameRejected(cause, f"node {self.node_id}: {text}"))
 
     def drain(self, process_id: str) -> None:
         """A process has ended: handle all that it had sent, before its end is reported."""
@@ -322,6 +327,8 @@ class NodeShell:
         elif connection.peer is None:
             raise ProtocolError("a message came before the greeting")
         elif kind is m.Relay:
+            if message.source != connection.peer.address:  # type: ignore[attr-defined]
+                raise ProtocolError(f"a message in the name of {message.source}")  # type: ignore[attr-defined]
             self._relay(message)  # type: ignore[arg-type]
         elif kind is m.RegisterProcess:
             self._registered(connection, message)  # type: ignore[arg-type]
@@ -336,6 +343,11 @@ class NodeShell:
         if reason:
             connection.send(RegistrationRefused(reason))
             raise ProtocolError(reason)
+        is_taken = hello.address.process_id in self.connections or connection.peer is not None
+        fault = greeting_fault(self.address, hello.address, None, is_taken=is_taken)
+        if fault:
+            raise ProtocolError(fault)
+        connection.frame_bytes_max = stream.FRAME_BYTES_MAX
         connection.peer = hello
         self.connections[hello.address.process_id] = connection
 
@@ -428,8 +440,13 @@ class NodeShell:
                 if self.routes.arrived(node_id, message):
                     self._relay(message)
             except (msgspec.MsgspecError, ProtocolError) as exc:
-                self.rejected_frames += 1
-                logger.warning("dropped a frame of node %s: %s", node_id, exc)
+                self.reject("another node", f"dropped a frame of node {node_id!r}: {exc}")
+
+    def _peers_refused(self) -> None:
+        for text in self.peers.refusals():
+            self.reject(
+                f"connection that {text}", f"refused a connection to port {self.peers.port}: whoever it is {text}"
+            )
 
     # --- commands
 
@@ -451,6 +468,8 @@ class NodeShell:
                 self.memory.take(command)
             elif isinstance(command, e.StopNode):
                 self.stop(command.text)
+            elif isinstance(command, e.Warn):
+                logger.warning("%s (the next ones are counted only: `clusterpool status --json`)", command.text)
             elif isinstance(command, CoordinationCommand):
                 self.coordination.take(command)
             elif isinstance(command, e.RemoveJob):

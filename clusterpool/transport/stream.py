@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 # A frame holds a batch of tasks whose payloads are small (large values travel through the arena), or one chunk of a
 # transfer. More than this is no message of ours.
 FRAME_BYTES_MAX = 256 * 1024 * 1024
+# Before a process has said who it is: a greeting is some 200 bytes.
+GREETING_BYTES_MAX = 64 * 1024
 # Large enough for a batch of some thousand tasks to go out in one system call; the kernel may grant less.
 SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
 # What waits for a peer that does not read. Each kind of message is bounded where it is made (tasks by dispatch, items
@@ -40,7 +42,7 @@ _received = bytearray(_RECEIVE_BYTES)
 class Connection:
     """One end of a stream socket, non-blocking."""
 
-    __slots__ = ("_in", "_out", "_out_bytes", "_scratch", "is_closed", "peer", "socket")
+    __slots__ = ("_in", "_out", "_out_bytes", "_scratch", "frame_bytes_max", "is_closed", "peer", "socket")
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -49,6 +51,7 @@ class Connection:
         self.socket = sock
         self.peer: object = None  # whatever the owner wants to find here
         self.is_closed = False
+        self.frame_bytes_max = FRAME_BYTES_MAX  # longer ones are refused before they are in memory
         self._in = bytearray()
         self._out: deque[memoryview] = deque()
         self._out_bytes = 0
@@ -144,14 +147,14 @@ class Connection:
                 break
             chunk = _received[:count]
             if not self._in:
-                frames, rest = split_frames(chunk)
+                frames, rest = split_frames(chunk, self.frame_bytes_max)
                 if rest:
                     self._in += rest
             else:
                 self._in += chunk
                 frames = []
                 if self._is_whole_frame_in():
-                    frames, rest = split_frames(self._in)
+                    frames, rest = split_frames(self._in, self.frame_bytes_max)
                     self._in = bytearray(rest)
             if frames:
                 # More may be waiting: epoll is level-triggered and will say so.
@@ -166,7 +169,7 @@ class Connection:
             return False
         length = int(_LENGTH.unpack_from(waiting, 0)[0])
         # One that is too long counts as whole, so that `split_frames` refuses it before it is all in memory.
-        return length > FRAME_BYTES_MAX or len(waiting) >= 4 + length
+        return length > self.frame_bytes_max or len(waiting) >= 4 + length
 
     def close(self) -> None:
         """Close the socket; may be called twice."""
@@ -176,10 +179,10 @@ class Connection:
             self.socket.close()
 
 
-def split_frames(received: bytes | bytearray) -> tuple[list[bytes], bytes]:
+def split_frames(received: bytes | bytearray, bytes_max: int = FRAME_BYTES_MAX) -> tuple[list[bytes], bytes]:
     """The whole frames at the start of `received`, and the rest.
 
-    Raises: ProtocolError for a frame longer than FRAME_BYTES_MAX.
+    Raises: ProtocolError for a frame longer than `bytes_max`.
     """
     frames: list[bytes] = []
     position, end = 0, len(received)
@@ -189,9 +192,9 @@ def split_frames(received: bytes | bytearray) -> tuple[list[bytes], bytes]:
     try:
         while end - position >= 4:
             (length,) = _LENGTH.unpack_from(received, position)
-            if length > FRAME_BYTES_MAX:
+            if length > bytes_max:
                 raise ProtocolError(
-                    f"a frame of {length} bytes was announced, {FRAME_BYTES_MAX} are allowed; "
+                    f"a frame of {length} bytes was announced, {bytes_max} are allowed; "
                     "the other side is not clusterpool, or of another version"
                 )
             if end - position - 4 < length:
@@ -220,14 +223,16 @@ def listen(path: Path | str) -> socket.socket:
 
 
 def accept(listener: socket.socket) -> list[Connection]:
-    """The connections that are waiting."""
+    """The connections that are waiting. They take no more than a greeting until `frame_bytes_max` is raised."""
     accepted: list[Connection] = []
     while True:
         try:
             sock, _ = listener.accept()
         except OSError:
             return accepted
-        accepted.append(Connection(sock))
+        connection = Connection(sock)
+        connection.frame_bytes_max = GREETING_BYTES_MAX
+        accepted.append(connection)
 
 
 def connect(path: Path | str) -> Connection:
