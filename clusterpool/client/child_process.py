@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import threading
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from clusterpool import errors
@@ -38,6 +36,8 @@ class ChildProcess:
     Raises: what pickle raises; StartFailed, TaskInfeasible when no worker could be started; NotConnected.
     """
 
+    is_child_process = True  # what else has a number with the client has not
+
     def __init__(
         self,
         function: Callable[..., int],
@@ -65,7 +65,6 @@ class ChildProcess:
         self._sentinel_lock = threading.Lock()
         self._number = next(runtime.set_numbers)
         client.deliveries.set_sinks[self._number] = self
-        client.on_interrupt = partial(_interrupt_children, client)
         node_id = find_node_id()
         # Each node has 1 of the resource that bears its name; of so little of it there is always enough.
         resources = {} if node_id is None else {f"node:{node_id}": NODE_SHARE}
@@ -130,31 +129,6 @@ class ChildProcess:
         callback, self._on_loaded = self._on_loaded, None
         if callback is not None:
             callback()
-
-
-def _interrupt_children(client: Client) -> None:
-    """A terminal's Ctrl-C reaches all processes of a program: ours, which have no terminal, get it from here.
-
-    Else the program, interrupted, would wait at its end for children that know of nothing.
-    """
-    if client.kind == "driver" and not _is_in_foreground():
-        return  # somebody has sent the signal, and to this process only
-    for child in list(client.deliveries.set_sinks.values()):
-        if isinstance(child, ChildProcess):
-            client.handle_event_later(e.ChildSignalled(child.number, signal.SIGINT))
-
-
-def _is_in_foreground() -> bool:
-    try:
-        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return os.tcgetpgrp(terminal) == os.getpgrp()
-    except OSError:
-        return False
-    finally:
-        os.close(terminal)
 
 
 class ProcessWatch:

@@ -28,6 +28,7 @@ import msgspec
 from clusterpool.client.connections import Connections
 from clusterpool.client.deliveries import Deliveries, Delivery
 from clusterpool.client.frames import interrupt_later, may_raise
+from clusterpool.client.interruption import interrupt_work
 from clusterpool.client.loop import Loop
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
@@ -76,7 +77,6 @@ class Client:
         self.deliveries = Deliveries()
         self.on_block: Callable[[], None] | None = None  # in a worker: a task is about to wait
         self.on_unblock: Callable[[], None] | None = None
-        self.on_interrupt: Callable[[], None] | None = None  # KeyboardInterrupt is about to be raised
         self.rejections = Rejections()
         self.is_closed = False
         self.closed_text = ""
@@ -210,8 +210,7 @@ class Client:
             # A callback of the user's that never ends runs within our code: at last the user must win.
             if may_raise(frame, callers) or (put_off_s and monotonic() - put_off_s[0] > INTERRUPT_PUT_OFF_S):
                 put_off_s.clear()
-                if self.on_interrupt is not None:
-                    self.on_interrupt()
+                interrupt_work(self)
                 signal.default_int_handler(signal_number, frame)
             put_off_s.append(monotonic())
             interrupt_later()

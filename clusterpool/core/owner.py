@@ -86,6 +86,7 @@ class OwnerMachine:
             e.StreamClosed: self.cancels.stream_closed,
             e.ItemsTaken: lambda event, _: self.objects.items_taken(event.number, event.taken),
             e.TaskCancelAsked: self.cancels.asked,
+            e.WorkInterrupted: self.cancels.interrupted,
             e.ReferencesHeld: self._references_held,
             e.ReferencesMade: self._references_made,
             e.ValuePut: self._value_put,

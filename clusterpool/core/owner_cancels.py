@@ -58,3 +58,17 @@ class OwnerCancels:
         if event.recall:
             return worker_set.stopping.recall(task)
         return worker_set.stopping.interrupt(task) if event.interrupt else []
+
+    def interrupted(self, _event: e.WorkInterrupted, now_s: float) -> Commands:
+        """Ctrl-C in the program: what waits is cancelled at once, what runs is asked to stop. All workers stay."""
+        owner = self._owner
+        tasks = [task for task in owner.tasks.values() if not task.is_cancelled]
+        running = [task for task in tasks if task.worker]
+        waiting = [task for task in tasks if not task.worker]
+        for task in waiting:
+            task.is_cancelled = True
+        text = "the program was interrupted before the task started"
+        commands = owner.checked([e.FailTasks(waiting, "cancelled", text)])
+        for task in running:
+            commands += self.asked(e.TaskCancelAsked(task.spec.number, False, True), now_s)
+        return commands + owner.advance_all(now_s)

@@ -202,6 +202,10 @@ class TaskCancelAsked(Event, frozen=True):
     recall: bool = False  # if it waits behind others in a worker, ask for it; it will be reported as cancelled
 
 
+class WorkInterrupted(Event, frozen=True):
+    """Ctrl-C in the program: none of its tasks and calls shall go on."""
+
+
 class ReferencesHeld(Event, frozen=True):
     """References arrived in a message."""
 

@@ -49,7 +49,6 @@ class Cell:
         return "-".join(filter(None, (self.victim, self.moment, self.kind, options)))
 
 
-LINEAGE = "lost objects are not rebuilt yet"
 ACTOR_DIED = ("ActorDied", *SIGKILL_OF_WORKER)
 CELLS = [
     # A worker: what it ran is done again, as often as was said.
@@ -77,8 +76,8 @@ CELLS = [
     Cell("node", "running", "executor", ("BrokenProcessPool", "{node}")),
     Cell("node", "fetching", executions=(1, 1)),
     Cell("node", "replying", executions=(2, 2)),
-    Cell("node", "transferring", executions=(2, 2), why=LINEAGE),
-    Cell("node", "spilling", why=LINEAGE),
+    Cell("node", "transferring", executions=(2, 2)),
+    Cell("node", "spilling"),
     Cell("node", "idle", "actor", ("ActorDied", "{node}")),
     Cell("node", "running", "actor", ("ActorDied", "{node}"), executions=(1, 1)),
     # The zygote: its node ends at once.
