@@ -25,6 +25,7 @@ from clusterpool.core import messages as m
 from clusterpool.core.messages import Address
 from clusterpool.errors import NotConnected
 from clusterpool.processes.launch import NodeProcess, launch_node
+from clusterpool.processes.sweep import sweep_stale_sessions
 
 _MIB = 1024 * 1024
 
@@ -147,6 +148,10 @@ def start_embedded(
             **config.memory_settings(),
         )
     )
+    # While the node starts: what others left that were killed together with their drivers. Next to nothing to do when
+    # there is nothing.
+    with contextlib.suppress(OSError):
+        sweep_stale_sessions()
     return process, str(process.paths.node_socket)
 
 

@@ -68,6 +68,13 @@ class Hosts:
         zygote = self.zygote_pid(role)
         return [pid for pid in children_of(zygote) if parent_of(pid) == zygote]
 
+    def store_pid(self) -> int:
+        """The control store's server as it was started last; 0 while the record is being written."""
+        try:
+            return int(json.loads((self.session.folder / "store" / "control-store.json").read_text())["pid"])
+        except (OSError, ValueError):
+            return 0
+
     def address(self, role: str) -> str:
         """As CLUSTERPOOL_ADDRESS names it."""
         return str(self.paths(role).node_socket)
@@ -98,6 +105,7 @@ class Hosts:
 
     def mend(self) -> None:
         """Wait until the dead are known, and start others in their places; nothing of the dead may be left."""
+        wait_for(lambda: is_alive(self.store_pid()), within_s=20, what="the control store is started again")
         dead = [role for role in ROLES if not is_alive(self.node_pid(role))]
         for role in dead:
             node_id = self.node_id(role)

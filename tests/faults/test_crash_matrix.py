@@ -36,7 +36,7 @@ class Cell:
     that is the program itself. `executions`: how often the work may have begun, at least and at most.
     """
 
-    victim: str  # worker, node, zygote, home (the driver's own node), driver
+    victim: str  # worker, node, zygote, home (the driver's own node), store (the control store's server), driver
     moment: str
     kind: str = "task"  # task, actor, pool, executor
     outcome: tuple[str, ...] = ("right",)
@@ -93,6 +93,16 @@ CELLS = [
     Cell("home", "fetching", outcome=("NotConnected",)),
     Cell("home", "transferring", outcome=("NotConnected",)),
     Cell("home", "running", "actor", ("NotConnected",)),
+    # The control store: nobody notices, and it is started again.
+    Cell("store", "idle", "pool", executions=(100, 100)),
+    Cell("store", "running", executions=(1, 1), options={"retries": 0}),
+    Cell("store", "running", "pool", executions=(100, 100)),
+    Cell("store", "fetching", executions=(1, 1), options={"retries": 0}),
+    Cell("store", "replying", executions=(1, 1), options={"retries": 0}),
+    Cell("store", "transferring", executions=(1, 1), options={"retries": 0}),
+    Cell("store", "spilling", executions=(20, 20), options={"retries": 0}),
+    Cell("store", "idle", "actor", executions=(1, 1)),
+    Cell("store", "running", "actor", executions=(1, 1)),
     # The driver: nothing of it stays on any node.
     *(Cell("driver", moment) for moment in ("running", "fetching", "replying", "transferring", "spilling")),
     Cell("driver", "idle", "pool"),
@@ -185,6 +195,8 @@ def victim_pid(cell: Cell, hosts: Hosts, program: Program, place: Place) -> int:
         return place.worker_pid
     if cell.victim == "driver":
         return program.pid
+    if cell.victim == "store":
+        return hosts.store_pid()
     if cell.victim == "home":
         return hosts.node_pid("home")
     return hosts.zygote_pid(place.role) if cell.victim == "zygote" else hosts.node_pid(place.role)
@@ -194,7 +206,7 @@ def assert_outcome(cell: Cell, folder: Path, node_id: str) -> None:
     outcome = json.loads((folder / "outcome").read_text())
     wanted, *patterns = cell.outcome
     if wanted == "right":
-        assert outcome == {"right": True}
+        assert outcome == {"right": True}, outcome.get("text")
         return
     assert wanted in outcome.get("bases", ()), outcome
     for pattern in patterns:

@@ -87,16 +87,22 @@ def test_ctrl_c_at_the_prompt(tmp_path: Path) -> None:
 
 
 SCRIPT = """
-from prelude import *
-if __name__ == "__main__":
-    pool.map(work, range(8), chunksize=1)
+pool.map(work, range(8), chunksize=1)
+"""
+SIGNALLED = """
+import signal
+result = pool.map_async(finish, range(2), chunksize=1)
+try:
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(10)
+except KeyboardInterrupt:
+    print(result.get())
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_script_at_a_terminal_ends_with_all_its_work(number: signal.Signals, tmp_path: Path) -> None:
-    (tmp_path / "prelude.py").write_text(PRELUDE.format(folder=str(tmp_path)))
-    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "script.py").write_text(PRELUDE.format(folder=str(tmp_path)) + SCRIPT)
     with Terminal("script.py", folder=tmp_path) as terminal:
         pids = wait_for_work(tmp_path)
         if number == signal.SIGINT:
@@ -110,20 +116,7 @@ def test_a_script_at_a_terminal_ends_with_all_its_work(number: signal.Signals, t
 
 def test_a_signal_to_the_driver_alone_leaves_its_work_alone(tmp_path: Path) -> None:
     """As with the standard library: `kill -INT` of one process is no Ctrl-C."""
-    (tmp_path / "prelude.py").write_text(PRELUDE.format(folder=str(tmp_path)))
-    (tmp_path / "script.py").write_text(
-        """
-import signal
-from prelude import *
-if __name__ == "__main__":
-    result = pool.map_async(finish, range(2), chunksize=1)
-    try:
-        signal.raise_signal(signal.SIGINT)
-        time.sleep(10)
-    except KeyboardInterrupt:
-        print(result.get())
-"""
-    )
+    (tmp_path / "script.py").write_text(PRELUDE.format(folder=str(tmp_path)) + SIGNALLED)
     command = [sys.executable, "script.py"]
     done = subprocess.run(
         command,
@@ -134,7 +127,7 @@ if __name__ == "__main__":
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )
-    assert ((tmp_path / "output").read_text(), done.returncode) == ("[0, 1]\n", 0)
+    assert (done.stdout, done.returncode) == ("[0, 1]\n", 0), done.stderr
 
 
 def wait_for_work(folder: Path) -> list[int]:
