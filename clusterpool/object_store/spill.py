@@ -21,7 +21,8 @@ CHECKSUM_BYTES = 8
 FREE_BYTES_MIN = 128 << 20
 PIECE_BYTES = 8 << 20  # what one system call writes or reads
 UNFINISHED_SUFFIX = ".unfinished"
-OBJECT_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+# "~": the name of a rebuilt object ends with the number of its making.
+OBJECT_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.~-]{0,199}")
 
 
 class SpillFolder:

@@ -39,6 +39,12 @@ def test_what_was_written_comes_back(folder: SpillFolder, size: int) -> None:
     assert os.listdir(folder.path) == []
 
 
+def test_a_rebuilt_object_is_spilled_as_the_first_one_was(folder: SpillFolder) -> None:
+    name = "d0123456789ab.1024~2"
+    folder.write(name, memoryview(b"again"))
+    assert (folder.path / name).read_bytes()[:5] == b"again"
+
+
 def test_files_are_for_their_owner_alone(folder: SpillFolder) -> None:
     folder.write(NAME, memoryview(b"secret"))
     assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
