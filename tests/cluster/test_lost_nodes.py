@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -156,3 +157,44 @@ def test_nested_pools_survive_the_loss_of_a_node(mortal_nodes: Cluster, driver: 
         kill(mortal_nodes, mortal_nodes.second)
         got += list(results)
     assert sorted(got) == [sum(i * i for i in range(number, number + 6)) for number in range(24)]
+
+
+def test_a_grid_search_survives_the_loss_of_a_node(mortal_nodes: Cluster, driver: None, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn.model_selection")
+    import joblib
+    from sklearn.base import BaseEstimator, ClassifierMixin
+    from sklearn.model_selection import GridSearchCV
+
+    class Threshold(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+        """Says on which node it was fitted. Small: importing more of scikit-learn would take each worker seconds."""
+
+        def __init__(self, level: float = 0.0) -> None:
+            self.level = level
+
+        def fit(self, points: Any, classes: Any) -> Any:
+            self.classes_ = numpy.unique(classes)
+            if "CLUSTERPOOL_NODE_ID" in os.environ:
+                (tmp_path / os.environ["CLUSTERPOOL_NODE_ID"]).touch()
+                time.sleep(0.02)
+            return self
+
+        def predict(self, points: Any) -> Any:
+            return (points[:, 0] > self.level).astype(int)
+
+    def kill_in_the_middle() -> None:
+        clusters.wait_for((tmp_path / mortal_nodes.second).exists, within_s=40, what="the second node fits")
+        kill(mortal_nodes, mortal_nodes.second)
+
+    points = numpy.random.default_rng(0).normal(size=(60, 3))
+    classes = (points[:, 0] > 0.3).astype(int)
+    grid = {"level": [0.05 * number for number in range(40)]}
+    expected = GridSearchCV(Threshold(), grid, cv=3).fit(points, classes)
+    killer = threading.Thread(target=kill_in_the_middle)
+    killer.start()
+    # One worker on each node.
+    with joblib.parallel_config(backend="clusterpool", n_jobs=3, retries=3):
+        found = GridSearchCV(Threshold(), grid, cv=3).fit(points, classes)
+    killer.join()
+    assert not clusters.is_alive(mortal_nodes.pids[mortal_nodes.second])
+    assert (found.cv_results_["mean_test_score"] == expected.cv_results_["mean_test_score"]).all()
+    assert found.best_params_ == expected.best_params_
