@@ -259,6 +259,8 @@ class NodeMachine:
         origin = message.origin or source
         if origin.node_id == self.node_id and origin.process_id not in (*self.processes, self.node_id):
             return []  # it came home by way of another node, and its owner has ended meanwhile
+        if self._fencing is not None and origin.process_id in self._fencing:
+            return []  # from a worker that is being killed; to watch its driver would be said in a life that is over
         driver = self.processes.get(message.job.owner.process_id)
         is_leaving = (driver is not None and driver.is_leaving) or message.job.owner in self._departing
         if is_leaving and not message.job.detached:

@@ -214,7 +214,11 @@ class NodeObjects:
         if command.client.startswith(_SERVE):
             return self._serve(t.ServingRefused(command.request, is_gone, command.text))
         stored = self._wanted.get((command.client, command.request))
-        if is_gone and stored is not None and any(node_id != self.node_id for node_id in stored.node_ids):
+        item = self.store.objects.get(stored.object_id) if stored is not None else None
+        # Let go of everywhere, but still read or written here: a pull would find just that, for ever.
+        is_freed = item is not None and item.is_freed
+        has_others = stored is not None and any(node_id != self.node_id for node_id in stored.node_ids)
+        if is_gone and stored is not None and has_others and not is_freed:
             return self._pull(command.client, command.request, stored)
         kind = "lost" if is_gone else command.kind.value  # type: ignore[union-attr]
         gone = [self.node_id] if is_gone else []

@@ -94,6 +94,8 @@ class OwnerMachine:
             e.ValueWanted: lambda event, _: self.objects.wanted(event.reference, next(self.requests)),
             e.MessageArrived: self._message_arrived,
             e.ProcessGone: self._process_gone,
+            # Else the node would take the leased workers for orphans and kill them, with what they own for others.
+            e.Retired: lambda _, __: self._give_back_idle(),
             e.TimePassed: lambda _, now_s: self.advance_all(now_s),
             **self.recovery.handlers_of_events(),
         }
@@ -107,7 +109,7 @@ class OwnerMachine:
             m.WorkerSetupFailed: self._setup_failed,
             m.WorkerExited: self._worker_exited,
             m.RequestFailed: self._request_failed,
-            m.ReclaimLeases: self._reclaim,
+            m.ReclaimLeases: lambda _, __, ___: self._give_back_idle(),
             m.StreamItem: lambda source, message, _: self.objects.stream_item(source, message),
             m.ResolveObject: lambda source, message, _: self.objects.asked(source, message),
             m.ObjectResolved: lambda _, message, __: self.objects.resolved(message),
@@ -371,7 +373,7 @@ class OwnerMachine:
         commands = worker_set.request_failed(message.request, message.count, message.kind, message.text, now_s)
         return self._checked(commands)
 
-    def _reclaim(self, _source: m.Address, _message: m.ReclaimLeases, _now_s: float) -> Commands:
+    def _give_back_idle(self) -> Commands:
         commands: Commands = []
         for worker_set in self.sets.values():
             if not worker_set.is_group:

@@ -271,6 +271,10 @@ class ProcessGone(Event, frozen=True):
     text: str
 
 
+class Retired(Event, frozen=True):
+    """This process ends now, of itself: nobody needs it any more."""
+
+
 class TimePassed(Event, frozen=True):
     """`next_wakeup_s` has come."""
 

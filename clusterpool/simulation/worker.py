@@ -109,6 +109,7 @@ class Worker(Client):
                 self.flush()
                 if self._lingers:
                     yield Wait(lambda: self.is_closed or not self.machine.is_needed())
+                self.event(e.Retired())
                 return 0
 
     def _set_up(self, owner: Address, setup: m.SetupWorker) -> Steps:

@@ -120,6 +120,7 @@ class TaskRunner:
             timer = threading.Timer(END_S, os._exit, (0,))
             timer.daemon = True
             timer.start()
+        client.handle_event(e.Retired())
         self.runtime.shutdown()
 
     def _run_pending(self) -> None:

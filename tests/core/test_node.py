@@ -196,6 +196,18 @@ def test_copies_elsewhere_go_with_the_process_that_owned_the_object(node: Node) 
     assert sent(node.handle(e.ProcessLeft(DRIVER)), m.FreeObjects, Address("n2", "n2"))
 
 
+def test_what_was_let_go_is_refused_as_long_as_it_is_still_read(node: Node) -> None:
+    reserved(node, node.hear(DRIVER, m.CreateObject(1, "d1.1", 4096)))
+    node.hear(DRIVER, m.SealObject("d1.1"))
+    stored = StoredValue("d1.1", 4096, ["n1", "n2"], REMOTE)
+    node.join(W1)
+    node.hear(W1, m.PinObject(2, stored))
+    node.hear(DRIVER, m.FreeObjects(["d1.1"]))
+    (refusal,) = sent(node.hear(W1, m.PinObject(3, stored)), m.StoreFailed, W1)
+    assert (refusal.request, refusal.kind) == (3, "lost")
+    assert not node.machine.objects._owners
+
+
 def test_an_object_that_is_nowhere_is_refused(node: Node) -> None:
     (refusal,) = sent(node.hear(W1, m.PinObject(2, StoredValue("d1.9", 10, ["n1"]))), m.StoreFailed, W1)
     assert (refusal.request, refusal.kind) == (2, "lost")

@@ -258,6 +258,19 @@ def test_a_driver_is_watched_anew_after_its_node_has_come_back() -> None:
     assert sent(node.request_from_there(), m.WatchProcess, THERE) == [watch]
 
 
+def test_a_node_that_is_fenced_hears_no_request_of_a_worker_that_it_has_killed() -> None:
+    node = Node()
+    node.join_workers(node.request_from_there())
+    node.handle(ms.HeartbeatAnswered(ms.HeartbeatAnswer.FENCED, 1))
+    assert not node.request(Address("n1", "w1"), JOB_THERE), "nor watches the driver: nobody would hear that"
+    node.handle(e.ProcessLeft(Address("n1", "w1")))
+    node.handle(e.WorkerEnded("w1", -9, "killed"))
+    node.handle(e.TimePassed())
+    node.handle(ms.Registered(2))
+    (watch,) = sent(node.request_from_there(), m.WatchProcess, THERE)
+    assert watch.process_id == "d2"
+
+
 def test_a_node_that_is_fenced_passes_nothing_on() -> None:
     node = Node()
     node.join_driver()

@@ -136,6 +136,15 @@ def test_a_task_of_a_returned_lease_is_not_mistaken_for_one_of_the_next(owner: O
     assert delivered(owner.finish("w1", make_result(2))) == [2]
 
 
+def test_an_owner_that_ends_of_itself_gives_back_its_workers(owner: Owner) -> None:
+    owner.submit(make_task(1))
+    owner.grant(1, "w1")
+    owner.submit(make_task(2))
+    owner.grant(2, "w2", lease=2)
+    owner.finish("w1", make_result(1))
+    assert sent(owner.handle(e.Retired()), m.ReleaseWorkers, NODE) == [m.ReleaseWorkers([1], False)], "the idle one"
+
+
 # --- what is kept
 
 

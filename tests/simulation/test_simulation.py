@@ -20,6 +20,9 @@ FOUND = {
     282: "the references inside an object that was lost with its node were never let go",
     44: "questions to a borrowed object's owner that had died were kept for ever",
     150: "a request that came back from another node was granted to its owner, which had ended meanwhile",
+    2038: "a worker that ended of itself had its leased workers killed, with the objects that they owned",
+    3165: "a node that was fenced watched a driver for a dying worker's sake, unheard, and never again",
+    3399: "a node wrote down the owner of an object that had been let go while it was being fetched",
     114: "an object was freed twice when a task that waited for it failed for its value, nobody else having it",
 }
 BATCHES = 5
@@ -43,6 +46,10 @@ def test_small_worlds_end_well(batch: int) -> None:
 @pytest.mark.parametrize("seed", FOUND)
 def test_what_was_found_once_is_gone(seed: int) -> None:
     run(Plan(seed))
+
+
+def test_what_was_let_go_is_not_fetched_into_what_is_still_read() -> None:
+    run(Plan(8171, nodes=3, faults=8))
 
 
 def test_without_faults_nothing_is_lost() -> None:
