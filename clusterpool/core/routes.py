@@ -13,6 +13,7 @@ nodes that it goes between, and one of a life that is over on either side is dro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -25,8 +26,9 @@ from clusterpool.core.messages import Relay
 HOLD_S = 5.0
 HELD_MAX = 10_000
 # A node that joins anew after its end may be heard of by way of another that knows it already; we shall within a read
-# or two. What is meant for a node that stays dead comes back that much later, which costs nothing: who has to know of
-# its end was told.
+# or two. What is meant for a node that stays dead comes back that much later; for as long after that, what follows
+# comes back at once. (Else tasks that were queued with arguments in the arena of a dead node would each wait this long,
+# one behind the other, when their workers ask for them.)
 ENDED_HOLD_S = 1.0
 
 
@@ -60,6 +62,7 @@ class Routes:
         self._early_count = 0
         self._held: dict[str, list[tuple[float, Relay]]] = {}  # by node id, each with the time it came
         self._held_count = 0
+        self._returned_s: dict[str, float] = {}  # by node id, when what was held for one that had ended was handed back
 
     def send(self, relay: Relay, now_s: float) -> None:
         """Send a message on its way to another node."""
@@ -71,7 +74,7 @@ class Routes:
         elif view is not None and membership.state is State.MEMBER:
             self._release(node_id, view.address, view.incarnation)
             self._put(relay, view.address, view.incarnation)
-        elif self._held_count >= HELD_MAX:
+        elif self._held_count >= HELD_MAX or now_s - self._returned_s.get(node_id, -math.inf) < ENDED_HOLD_S:
             self._hand_back(relay)
         else:
             self._held.setdefault(node_id, []).append((now_s, relay))
@@ -122,6 +125,7 @@ class Routes:
         """The node is in the view now."""
         view = self._membership.view.get(node_id)
         if view is not None:
+            self._returned_s.pop(node_id, None)
             self._release(node_id, view.address, view.incarnation)
         self._look_at_early()
 
@@ -137,8 +141,11 @@ class Routes:
             self._look_at_early()
         for node_id, held in list(self._held.items()):
             self.joined(node_id)  # it may have been known before we were a member ourselves
-            hold_s = ENDED_HOLD_S if self._membership.has_ended(node_id) else HOLD_S
+            has_ended = self._membership.has_ended(node_id)
+            hold_s = ENDED_HOLD_S if has_ended else HOLD_S
             if node_id in self._held and now_s - held[0][0] >= hold_s:
+                if has_ended:
+                    self._returned_s[node_id] = now_s
                 for _, relay in self._take(node_id):
                     self._hand_back(relay)
 

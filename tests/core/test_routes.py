@@ -107,6 +107,21 @@ def test_what_is_meant_for_a_dead_node_comes_back_unless_it_joins_anew(setting: 
     assert [body for _, _, body in setting.peers.sent] == [b"2"]
 
 
+def test_the_second_message_to_a_dead_node_comes_back_at_once(setting: Setting) -> None:
+    setting.list_nodes("nb")
+    setting.end("nb")
+    setting.routes.send(relay("nb", b"1"), 0.0)
+    setting.routes.time_passed(ENDED_HOLD_S)
+    setting.routes.send(relay("nb", b"2"), ENDED_HOLD_S + 0.1)
+    assert [each.body for each in setting.returned] == [b"1", b"2"]
+    # Not for ever: it may have joined anew meanwhile, and only we have not heard of that.
+    setting.routes.send(relay("nb", b"3"), 2 * ENDED_HOLD_S)
+    assert len(setting.returned) == 2
+    setting.list_nodes("nb", life=2)
+    setting.routes.joined("nb")
+    assert [body for _, _, body in setting.peers.sent] == [b"3"]
+
+
 def test_messages_name_the_lives_of_both_nodes(setting: Setting) -> None:
     setting.list_nodes("nb", life=4)
     setting.routes.send(relay("nb", b"1"), 0.0)
