@@ -69,6 +69,13 @@ class ChunkTable:
         item = last.item if last.running == number and low <= last.item < high else -1
         if high - low == 1:
             item = low
+        elif item >= 0 and last.step > 1:
+            # One of several tiny items, and nobody knows which: a chunk that has been split runs them one by one.
+            after = min(item + last.step, high)
+            spans = [(low, item), (item, after), (after, high)]
+            progress.spans[:0] = [span for span in spans if span[0] < span[1]]
+            self._aim(task, progress)
+            return 0
         if item < 0:
             progress.deaths_unknown += 1
             deaths, item, after = progress.deaths_unknown, low, high

@@ -127,6 +127,7 @@ class LastTask(Part, frozen=True):
     started: int = -1  # the last that it began; it may have ended
     item: int = -1  # of a chunk: the index, in the chunk, of the item that it ran
     items: int = 0  # of a chunk: how many it has
+    step: int = 1  # of a chunk: it ran one of so many items, from `item` on
 
 
 class ActorPlan(Part, frozen=True):

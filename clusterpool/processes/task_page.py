@@ -4,8 +4,9 @@ Results of tiny tasks gather in the worker before they are sent, and go with it 
 owner could not tell the task that ended the process from those before it, and would give up the wrong one. A store to a
 shared page costs some 50 ns; a message for each task would cost a hundred times as much.
 
-Three numbers: the task started last, its lowest bit set once it has ended (task numbers are even); of a chunk, the
-index of the item that runs, and how many items there are.
+Four numbers: the task started last, its lowest bit set once it has ended (task numbers are even); of a chunk, the
+index of the item that runs, how many items there are, and how many from that one on are run before the page is written
+again: a store for each item would take half as long as the tiniest of them.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from pathlib import Path
 
 from clusterpool.core.messages import LastTask
 
-TASK, ITEM, ITEMS = range(3)
+TASK, ITEM, ITEMS, STEP = range(4)
 # Set in the number of a task that has ended.
 ENDED = 1
-_PAGE = struct.Struct("=QQQ")
+_PAGE = struct.Struct("=QQQQ")
 
 
 def task_page_path(processes_folder: str | Path, process_id: str) -> Path:
@@ -30,7 +31,7 @@ def task_page_path(processes_folder: str | Path, process_id: str) -> Path:
 
 
 def make_task_page(path: Path) -> memoryview:
-    """The page as three numbers. It lasts as long as the process."""
+    """The page as four numbers. It lasts as long as the process."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         os.ftruncate(fd, _PAGE.size)
@@ -49,7 +50,7 @@ def read_task_page(path: Path) -> LastTask:
         path.unlink()
     if len(content) != _PAGE.size:
         return LastTask()
-    number, item, items = _PAGE.unpack(content)
+    number, item, items, step = _PAGE.unpack(content)
     if number & ENDED:
         return LastTask(0, number - ENDED)
-    return LastTask(number, number, item if items else -1, items)
+    return LastTask(number, number, item if items else -1, items, max(1, min(step, items - item)))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pickle import PicklingError
-from types import FunctionType
+from time import perf_counter_ns
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 from clusterpool.client.values import INLINE_BYTES_MAX, NONE_PAYLOAD, ObjectUnreadable
@@ -15,7 +16,7 @@ from clusterpool.core import messages as m
 from clusterpool.core.messages import Address, ResultExtras, TaskKind, TaskResult, TaskSpec, TaskStatus, ValuePart
 from clusterpool.core.object_names import object_id
 from clusterpool.errors import ObjectLost
-from clusterpool.processes.task_page import ITEM, ITEMS
+from clusterpool.processes.task_page import ITEM, ITEMS, STEP
 from clusterpool.serialization.exceptions import unpicklable_result
 from clusterpool.serialization.functions import loads_function
 from clusterpool.serialization.packing import dumps_value
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHUNKS = (TaskKind.MAP, TaskKind.STARMAP)
+# Items that are run before the page is written again: as many as take about so long, and not more than that. More are
+# run again when the worker dies; fewer cost tiny items up to half as much again.
+PART_NS = 500_000
+STEP_MAX = 256
 
 
 class CallRunner:
@@ -80,10 +85,13 @@ class CallRunner:
             low, high = (0, len(items)) if span is None else (span.low, span.high)
             page = runner.page
             page[ITEM] = low
+            page[STEP] = 1
             page[ITEMS] = len(items)
             if span is not None:
                 items = items[low:high]
-            return partial(_map if kind == TaskKind.MAP else _starmap, function, items, page, low)
+            # A chunk that has killed a worker is run item by item, so that it is known which one does it.
+            parts = _parts(items, page, low, STEP_MAX if span is None else 1)
+            return partial(_map if kind == TaskKind.MAP else _starmap, function, parts)
         return partial(_call, function, args, kwargs)
 
     def returned(self, owner: Address, spec: TaskSpec, value: Any) -> TaskResult:
@@ -228,23 +236,40 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     return function(*args, **kwargs)
 
 
-def _map(function: Callable[..., Any], items: Iterable[Any], page: memoryview, first: int) -> list[Any]:
-    results = []
-    for index, item in enumerate(items, first):
-        page[ITEM] = index
-        results.append(function(item))
+def _parts(items: Sequence[Any], page: memoryview, first: int, step_max: int) -> Iterator[Sequence[Any]]:
+    """A chunk in parts of about PART_NS, or of one item; before each the page says which."""
+    low, step = 0, 1
+    while low < len(items):
+        page[STEP] = step
+        page[ITEM] = first + low
+        started_ns = perf_counter_ns()
+        yield items[low : low + step]
+        low += step
+        step = min(2 * step, step_max) if perf_counter_ns() - started_ns < PART_NS else 1
+
+
+def _map(function: Callable[..., Any], parts: Iterator[Sequence[Any]]) -> list[Any]:
+    results: list[Any] = []
+    for part in parts:
+        results += [function(item) for item in part]
     return results
 
 
-def _starmap(function: Callable[..., Any], items: Iterable[tuple[Any, ...]], page: memoryview, first: int) -> list[Any]:
-    results = []
-    for index, item in enumerate(items, first):
-        page[ITEM] = index
-        results.append(function(*item))
+def _starmap(function: Callable[..., Any], parts: Iterator[Sequence[tuple[Any, ...]]]) -> list[Any]:
+    results: list[Any] = []
+    for part in parts:
+        results += [function(*item) for item in part]
     return results
+
+
+def _codes_of(function: Any) -> set[CodeType]:
+    """Its code, and until Python 3.12 that of its comprehensions, which have frames of their own."""
+    return {function.__code__, *(code for code in function.__code__.co_consts if isinstance(code, CodeType))}
 
 
 # From these on inwards the user's own code runs.
 USER_CODE_CALLERS = frozenset(
-    function.__code__ for function in (_call, _map, _starmap, CallRunner._several, CallRunner._stream)
+    code
+    for function in (_call, _map, _starmap, CallRunner._several, CallRunner._stream)
+    for code in _codes_of(function)
 )

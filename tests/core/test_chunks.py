@@ -64,6 +64,22 @@ def test_the_items_before_run_again_then_the_bad_one_alone_then_the_rest() -> No
     assert not table
 
 
+def test_of_several_tiny_items_that_were_under_way_none_is_to_blame_until_it_ran_alone() -> None:
+    table, task = make_table(), make_chunk(retries=0)
+    assert table.died(task, LastTask(NUMBER, NUMBER, 4, 10, 4), "one of four") == 0
+    seen = [span(task)]
+    table.finished(task, make_result(NUMBER))
+    seen.append(span(task))
+    table.died(task, died_at(6), "this one")  # item by item now
+    while span(task) not in seen:
+        seen.append(span(task))
+        table.finished(task, make_result(NUMBER))
+    assert seen == [(0, 4), (4, 8), (4, 6), (7, 8), (8, 10)]
+    ended = table.end_if_done(task, None)
+    assert ended is not None
+    assert [(part.low, part.high) for part in ended.parts if part.text] == [(6, 7)]
+
+
 def test_an_item_without_retries_left_fails_and_the_others_do_not() -> None:
     table, task = make_table(), make_chunk(retries=1)
     table.died(task, died_at(0), "crashed once")
