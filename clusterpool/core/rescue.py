@@ -50,7 +50,7 @@ class Rescue:
     def __init__(self, names: Mapping[int, str], chunks: ChunkTable) -> None:
         self.chunks = chunks
         self._names = names
-        self._resting: list[tuple[float, int, Task]] = []  # a heap: when due, in which order they came, what
+        self.resting: list[tuple[float, int, Task]] = []  # a heap: when due, in which order they came, what
         self._count = 0
 
     def save(self, tasks: list[Task], gone: GoneWorker, now_s: float) -> tuple[list[Task], list[Command]]:
@@ -126,35 +126,35 @@ class Rescue:
             again.append(task)
             return
         self._count += 1
-        heappush(self._resting, (due_s, self._count, task))
+        heappush(self.resting, (due_s, self._count, task))
 
     # --- those that rest
 
     def __bool__(self) -> bool:
         """Whether any task rests."""
-        return bool(self._resting)
+        return bool(self.resting)
 
     def count(self) -> int:
         """How many rest that shall still run."""
-        return sum(1 for _, _, task in self._resting if not task.is_cancelled)
+        return sum(1 for _, _, task in self.resting if not task.is_cancelled)
 
     def next_due_s(self) -> float | None:
         """When the first of them is due."""
-        return self._resting[0][0] if self._resting else None
+        return self.resting[0][0] if self.resting else None
 
     def due(self, now_s: float) -> list[Task]:
         """Those that have rested long enough."""
         tasks: list[Task] = []
-        while self._resting and (self._resting[0][0] <= now_s or self._resting[0][2].is_cancelled):
-            task = heappop(self._resting)[2]
+        while self.resting and (self.resting[0][0] <= now_s or self.resting[0][2].is_cancelled):
+            task = heappop(self.resting)[2]
             if not task.is_cancelled:
                 tasks.append(task)
         return tasks
 
     def clear(self) -> list[Task]:
         """All of them: they shall not run."""
-        tasks = [task for _, _, task in sorted(self._resting, key=lambda item: item[1]) if not task.is_cancelled]
-        self._resting.clear()
+        tasks = [task for _, _, task in sorted(self.resting, key=lambda item: item[1]) if not task.is_cancelled]
+        self.resting.clear()
         return tasks
 
     # --- what people read

@@ -30,15 +30,10 @@ class Stopping:
         self._rescue = rescue
         self._held = held
         self._expected = expected
-        self._deadlines: dict[str, tuple[float, Task]] = {}  # by process id, which has at most one such task
+        self.deadlines: dict[str, tuple[float, Task]] = {}  # by process id, which has at most one such task
         self._targets: dict[str, int] = {}  # by process id: the number of the task for whose sake we end it
 
     # --- limits of time
-
-    @property
-    def has_deadlines(self) -> bool:
-        """Whether any task's time is running."""
-        return bool(self._deadlines)
 
     def sent(self, batch: Batch) -> None:
         """A batch goes out."""
@@ -46,23 +41,23 @@ class Stopping:
             limits = limits_of(batch.tasks[0].spec)
             if limits is not None and limits.timeout_s > 0:
                 deadline_s = batch.slot.sent_s + limits.timeout_s + LOADING_S
-                self._deadlines[batch.slot.address.process_id] = (deadline_s, batch.tasks[0])
+                self.deadlines[batch.slot.address.process_id] = (deadline_s, batch.tasks[0])
 
     def started(self, process_id: str, number: int, now_s: float) -> None:
         """The task has been loaded: from now on its time runs."""
-        deadline = self._deadlines.get(process_id)
+        deadline = self.deadlines.get(process_id)
         if deadline is not None and deadline[1].spec.number == number:
             limits = limits_of(deadline[1].spec)
             assert limits is not None, f"task {number} has no limit"
-            self._deadlines[process_id] = (now_s + limits.timeout_s, deadline[1])
+            self.deadlines[process_id] = (now_s + limits.timeout_s, deadline[1])
 
     def is_idle(self, process_id: str) -> None:
         """The worker has nothing to do any more."""
-        self._deadlines.pop(process_id, None)
+        self.deadlines.pop(process_id, None)
 
     def next_due_s(self) -> float | None:
         """When the next task's time is up."""
-        return min((deadline_s for deadline_s, _ in self._deadlines.values()), default=None)
+        return min((deadline_s for deadline_s, _ in self.deadlines.values()), default=None)
 
     def stop_overdue(self, now_s: float) -> list[Command]:
         """Tasks have run for longer than they may: their workers are killed, and they fail now.
@@ -70,9 +65,9 @@ class Stopping:
         Not when the worker is gone: one that hangs in the kernel, on a dead file server for instance, never goes.
         """
         commands: list[Command] = []
-        due = [process_id for process_id, (deadline_s, _) in self._deadlines.items() if deadline_s <= now_s]
+        due = [process_id for process_id, (deadline_s, _) in self.deadlines.items() if deadline_s <= now_s]
         for process_id in due:
-            task = self._deadlines.pop(process_id)[1]
+            task = self.deadlines.pop(process_id)[1]
             worker, limits = self._held.get(process_id), limits_of(task.spec)
             if worker is None or limits is None or task.worker != process_id:
                 continue
@@ -145,5 +140,5 @@ class Stopping:
 
     def gone(self, process_id: str) -> int:
         """The worker is no more, or not ours; the number of the task for whose sake we ended it, 0 for none."""
-        self._deadlines.pop(process_id, None)
+        self.deadlines.pop(process_id, None)
         return self._targets.pop(process_id, 0)

@@ -150,8 +150,8 @@ class WorkerSet:
         """Send tasks, move them between workers, ask for workers or let them go."""
         dispatcher = self.dispatcher
         # This runs twice for each call that waits for its result: nothing is asked that cannot matter.
-        overdue = self.stopping.stop_overdue(now_s) if self.stopping.has_deadlines else []
-        if self.rescue:
+        overdue = self.stopping.stop_overdue(now_s) if self.stopping.deadlines else []
+        if self.rescue.resting:
             dispatcher.requeue(self.rescue.due(now_s))
         commands = overdue + self._send_batches(now_s) if dispatcher.queue else overdue
         if dispatcher.outstanding_count > 1 and not dispatcher.queue:
@@ -176,7 +176,7 @@ class WorkerSet:
     def next_wakeup_s(self, now_s: float) -> float | None:
         """When `advance` should be called even if nothing happens."""
         look_s = self.dispatcher.next_look_s(now_s)
-        if self.rescue or self.stopping.has_deadlines or self.stragglers is not None:
+        if self.rescue.resting or self.stopping.deadlines or self.stragglers is not None:
             late_s = self.stragglers.next_look_s() if self.stragglers is not None else None
             times = (look_s, self.rescue.next_due_s(), self.stopping.next_due_s(), late_s)
             look_s = min((time_s for time_s in times if time_s is not None), default=None)
@@ -290,7 +290,7 @@ class WorkerSet:
             slot.finished_s = now_s
         dispatcher = self.dispatcher
         finished = dispatcher.finish(process_id, message.results, message.run_ns)
-        if self.stopping.has_deadlines and not slot.outstanding:
+        if self.stopping.deadlines and not slot.outstanding:
             self.stopping.is_idle(process_id)
         if dispatcher.to_retry:
             self._retry(now_s)
@@ -463,7 +463,7 @@ class WorkerSet:
     def tasks_left(self) -> int:
         """How many tasks have not ended."""
         dispatcher = self.dispatcher
-        resting = self.rescue.count() if self.rescue else 0
+        resting = self.rescue.count() if self.rescue.resting else 0
         return len(dispatcher.queue) + dispatcher.outstanding_count + len(self.awaiting) + resting
 
     def _take_waiting(self) -> list[Task]:
