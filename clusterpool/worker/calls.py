@@ -89,8 +89,11 @@ class CallRunner:
             page[ITEMS] = len(items)
             if span is not None:
                 items = items[low:high]
-            # A chunk that has killed a worker is run item by item, so that it is known which one does it.
-            parts = _parts(items, page, low, STEP_MAX if span is None else 1)
+            if len(items) == 1:
+                parts: Iterable[Sequence[Any]] = (items,)
+            else:
+                # A chunk that has killed a worker is run item by item, so that it is known which one does it.
+                parts = _parts(items, page, low, STEP_MAX if span is None else 1)
             return partial(_map if kind == TaskKind.MAP else _starmap, function, parts)
         return partial(_call, function, args, kwargs)
 
@@ -248,14 +251,14 @@ def _parts(items: Sequence[Any], page: memoryview, first: int, step_max: int) ->
         step = min(2 * step, step_max) if perf_counter_ns() - started_ns < PART_NS else 1
 
 
-def _map(function: Callable[..., Any], parts: Iterator[Sequence[Any]]) -> list[Any]:
+def _map(function: Callable[..., Any], parts: Iterable[Sequence[Any]]) -> list[Any]:
     results: list[Any] = []
     for part in parts:
         results += [function(item) for item in part]
     return results
 
 
-def _starmap(function: Callable[..., Any], parts: Iterator[Sequence[tuple[Any, ...]]]) -> list[Any]:
+def _starmap(function: Callable[..., Any], parts: Iterable[Sequence[tuple[Any, ...]]]) -> list[Any]:
     results: list[Any] = []
     for part in parts:
         results += [function(*item) for item in part]
