@@ -16,7 +16,7 @@ from clusterpool.core.coordination_events import Contents
 from clusterpool.errors import ClusterpoolError, LockLost
 
 # What `acquire` and `get` answer, as in core/coordination.py.
-REFUSED, GRANTED, WAITING = 0, 1, 2
+REFUSED, GRANTED, WAITING, LIFE_OVER = 0, 1, 2, 3
 _GRANTS_READ_MAX = 1000
 # A read that waits must end before the connection takes the server for dead.
 _BLOCK_MS_MAX = 2000
@@ -40,7 +40,7 @@ class CoordinationPort(Protocol):
 
     Each operation that changes something takes a number first, which the caller counts up; the same number again
     (after a lost answer) changes nothing and repeats the answer. Operations on a carrier raise CarrierUnknown if there
-    is none. A waiter is `node_id/process_id/request`.
+    is none. A waiter is `life/process_id/request`; a life is `node_id@incarnation`, or `node_id` of one that is alone.
     """
 
     def create(self, number: int, name: str, kind: str, maximum: int, contents: Contents) -> bool:
@@ -53,11 +53,15 @@ class CoordinationPort(Protocol):
     def exists(self, name: str) -> bool: ...
 
     def acquire(self, number: int, name: str, waiter: str, waits: bool) -> tuple[int, int]:
-        """REFUSED; GRANTED and the fencing token; or WAITING: a grant will be read. A waiter known already is not
-        entered twice. The token of a "lock" or "guard" is held by the waiter until it is released."""
+        """REFUSED; GRANTED and the fencing token; WAITING: a grant will be read; or LIFE_OVER: that life of the node is
+        not the one that is registered.
+
+        A waiter known already is not entered twice. The token of a "lock" or "guard" is held by the waiter until it is
+        released.
+        """
 
     def get(self, number: int, name: str, waiter: str, waits: bool) -> tuple[int, bytes]:
-        """REFUSED; GRANTED and the item; or WAITING: a grant will be read, then `pop`."""
+        """REFUSED; GRANTED and the item; WAITING: a grant will be read, then `pop`; or LIFE_OVER."""
 
     def pop(self, number: int, name: str, waiter: str) -> bytes | None:
         """The item that was reserved by a grant; None if it was given back meanwhile."""
@@ -94,10 +98,10 @@ class CoordinationPort(Protocol):
         """
 
     def end_process(self, number: int, prefix: str) -> int:
-        """Give back all that the process holds, and end its waits. prefix: `node_id/process_id/`."""
+        """Give back all that the process holds, and end its waits. prefix: `life/process_id/`."""
 
-    def end_node(self, number: int, node_id: str, is_forced: bool) -> int:
-        """The same for all processes of a node, unless it is alive (listed) and `is_forced` is False."""
+    def end_node_life(self, number: int, life: str, is_forced: bool) -> int:
+        """The same for all that a node had in this life, unless that goes on (is listed) and `is_forced` is False."""
 
     def delete_job(self, number: int, job_id: str) -> int:
         """Remove all carriers of a job; from now on none can be created."""
@@ -188,9 +192,8 @@ class CoordinationStore(ControlStore):
     def end_process(self, number: int, prefix: str) -> int:
         return int(self._do(scripts.END_PROCESS, number, prefix)[0])
 
-    def end_node(self, number: int, node_id: str, is_forced: bool) -> int:
-        keys = (self._last_operation, self.keys.node_incarnations)
-        return int(self._change(scripts.END_NODE, keys, self.keys.prefix, number, node_id, int(is_forced))[0])
+    def end_node_life(self, number: int, life: str, is_forced: bool) -> int:
+        return int(self._do(scripts.END_NODE_LIFE, number, life, int(is_forced))[0])
 
     def delete_job(self, number: int, job_id: str) -> int:
         return int(self._do(scripts.DELETE_JOB, number, job_id, scripts.ENDED_JOB_TTL_S)[0])

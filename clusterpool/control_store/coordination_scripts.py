@@ -32,10 +32,19 @@ end
 local function carrier(name) return PREFIX .. 'carrier:' .. name end
 local function waiters(name) return PREFIX .. 'waiters:' .. name end
 local function items(name) return PREFIX .. 'items:' .. name end
-local function node_of(waiter) return string.match(waiter, '^[^/]+') end
--- Of one node: what each wait of its processes has, 'w<name>' while it waits, 'h<name>' while it holds something.
-local function waits(waiter) return PREFIX .. 'waits:' .. node_of(waiter) end
+-- A waiter is '<life>/<process>/<request>', a life '<node>@<incarnation>' (without the number where a node is alone).
+local function life_of(waiter) return string.match(waiter, '^[^/]+') end
+local function node_of(waiter) return string.match(waiter, '^[^/@]+') end
+-- Of one life: what each wait of its processes has, 'w<name>' while it waits, 'h<name>' while it holds something.
+local function waits(waiter) return PREFIX .. 'waits:' .. life_of(waiter) end
 local function grants(node_id) return PREFIX .. 'grants:' .. node_id end
+-- The incarnation under which a node is registered, or false.
+local function registered(node_id) return redis.call('HGET', PREFIX .. 'node_incarnations', node_id) end
+-- Whoever asks has been declared dead: it would lose at once what it got.
+local function is_over(waiter)
+  local incarnation = string.match(life_of(waiter), '@(.+)$')
+  return incarnation and registered(node_of(waiter)) ~= incarnation
+end
 local function is_there(name) return redis.call('EXISTS', carrier(name)) == 1 end
 
 -- Give a token to a waiter, who holds it from then on; but those of kind 'semaphore' are signals, which nobody holds.
@@ -161,12 +170,14 @@ return done(1)
 """
 )
 
-# ARGV: ..., name, waiter, 1 if it waits. Returns {1, token}, {0}, {2} (it waits), or {-2}: no such carrier.
+# ARGV: ..., name, waiter, 1 if it waits. Returns {1, token}, {0}, {2} (it waits), {3} (its life is over), or {-2}: no
+# such carrier.
 ACQUIRE = Script(
     _LIBRARY
     + _KNOWN
     + """
 local waiter = ARGV[4]
+if is_over(waiter) then return done(3) end
 local state = redis.call('HGET', waits(waiter), waiter)
 if state then
   if string.sub(state, 1, 1) == 'w' then return done(2) end
@@ -178,12 +189,13 @@ return done(token == 0 and 0 or 2)
 """
 )
 
-# ARGV: ..., name, waiter, 1 if it waits. Returns {1, item}, {0}, {2} or {-2}, as above.
+# ARGV: ..., name, waiter, 1 if it waits. Returns {1, item}, {0}, {2}, {3} or {-2}, as above.
 GET = Script(
     _LIBRARY
     + _KNOWN
     + """
 local waiter = ARGV[4]
+if is_over(waiter) then return done(3) end
 local state = redis.call('HGET', waits(waiter), waiter)
 if state and string.sub(state, 1, 1) == 'w' then return done(2) end
 if not state then
@@ -272,7 +284,7 @@ return done(redis.call('HINCRBY', carrier(NAME), 'version', 1))
 """
 )
 
-# ARGV: ..., the beginning of the process's waiters, 'node/process/'. Returns how many it had.
+# ARGV: ..., the beginning of the process's waiters, 'life/process/'. Returns how many it had.
 END_PROCESS = Script(
     _LIBRARY
     + """
@@ -284,21 +296,29 @@ return done(count)
 """
 )
 
-# KEYS[2]: the nodes' incarnations. ARGV: ..., node_id, 1 to do it though the node lives. Returns how many it had.
-END_NODE = Script(
+# ARGV: ..., life, 1 to do it though the life goes on. Returns how many waits it had. What the node has in another life,
+# or is granted in it, stays.
+END_NODE_LIFE = Script(
     _LIBRARY
     + """
-if ARGV[4] ~= '1' and redis.call('HEXISTS', KEYS[2], NAME) == 1 then return done(0) end
+local node, incarnation = node_of(NAME), string.match(NAME, '@(.+)$')
+local current = registered(node)
+if ARGV[4] ~= '1' and current and (not incarnation or current == incarnation) then return done(0) end
 local count = 0
-for _, waiter in ipairs(redis.call('HKEYS', waits(NAME .. '/'))) do count = count + undo(waiter) end
--- Tokens of plain semaphores that the node has not read any more.
-local unread = redis.call('XRANGE', grants(NAME), '-', '+')
-redis.call('DEL', grants(NAME), waits(NAME .. '/'))
-for _, entry in ipairs(unread) do
-  local name = entry[2][4]
-  if redis.call('HGET', carrier(name), 'kind') == 'semaphore' then free(name) end
+for _, waiter in ipairs(redis.call('HKEYS', waits(NAME))) do count = count + undo(waiter) end
+redis.call('DEL', waits(NAME))
+-- Tokens that the node has not read any more: those of plain semaphores nobody else would give back.
+for _, entry in ipairs(redis.call('XRANGE', grants(node), '-', '+')) do
+  local waiter, name = entry[2][2], entry[2][4]
+  if life_of(waiter) == NAME then
+    redis.call('XDEL', grants(node), entry[1])
+    if redis.call('HGET', carrier(name), 'kind') == 'semaphore' then free(name) end
+  end
 end
-if ARGV[4] ~= '1' then redis.call('DEL', PREFIX .. 'last_operation:' .. NAME) end
+if not current then
+  if redis.call('XLEN', grants(node)) == 0 then redis.call('DEL', grants(node)) end
+  if ARGV[4] ~= '1' then redis.call('DEL', PREFIX .. 'last_operation:' .. node) end
+end
 return done(count)
 """
 )

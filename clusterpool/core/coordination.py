@@ -25,6 +25,9 @@ process of another node unpickles it, it moves to the control store, once and fo
 
 So each grant that reaches the node is delivered or given back, and nothing about a cancelled wait need be kept. What a
 process holds (the token of a lock, an item that was reserved for it) the store knows, and gives back at its end.
+
+All waits bear the node's life, and end with it. A node that was declared dead and has not heard of it yet gets nothing
+(LIFE_OVER): its waits stay `asked`, and are asked anew in the name of the next life as soon as that has begun.
 """
 
 from __future__ import annotations
@@ -35,68 +38,38 @@ from typing import Any
 from clusterpool.core import coordination_events as e
 from clusterpool.core import coordination_messages as c
 from clusterpool.core.census import TokenCensus
-from clusterpool.core.coordination_answers import answer, done, failed, waiter_id
+from clusterpool.core.coordination_answers import answer, done, failed, life_of, waiter_id
+from clusterpool.core.coordination_records import Adoption, Move, Wait
 from clusterpool.core.messages import Address
 from clusterpool.core.node_events import MessageArrived, Send
 
 Commands = list[Any]
 # The store's answers to `acquire` and `get`.
-REFUSED, GRANTED, WAITING = 0, 1, 2
+REFUSED, GRANTED, WAITING, LIFE_OVER = 0, 1, 2, 3
 # In the store, the holder of what processes of a carrier's home held when it moved; no process has such an id.
 THIN = "thin"
-
-
-class _Move:
-    """A carrier of this node that moves, or has moved."""
-
-    def __init__(self, message: c.MoveCarrier) -> None:
-        self.kind = message.kind
-        self.maximum = message.maximum
-        self.total = 1 if message.kind == "lock" else message.total
-        self.held = 0  # tokens that processes here had when it was drained, and have not given to the store
-        self.drained: e.CarrierDrained | None = None
-        self.is_creating = False
-        self.is_done = False
-        self.processes: list[tuple[Address, int]] = []  # who waits for it, with their requests
-        self.nodes: list[Address] = []
-
-
-class _Adoption:
-    """A carrier of another node that processes of this one want."""
-
-    def __init__(self, message: c.AdoptCarrier) -> None:
-        self.message = message
-        self.processes: list[tuple[Address, int]] = []
-        self.is_home_asked = False
-        self.is_last_try = False
-
-
-class _Wait:
-    """A process that waits for a token, or for an item."""
-
-    def __init__(self, source: Address, message: c.AcquireToken | c.GetItem) -> None:
-        self.source = source
-        self.message = message
-        self.is_popping = False
-
-    @property
-    def wants_item(self) -> bool:
-        return isinstance(self.message, c.GetItem)
 
 
 class CoordinationMachine:
     """Of one node; `handle` takes the events of coordination_events, and MessageArrived with messages of this part.
 
-    processes: those of the node that are there now.
+    processes: those of the node that are there now. incarnation: of the node, 0 before it has any; None if it is alone
+    and never has. It changes just before a StoreChanged.
     """
 
-    def __init__(self, node_id: str, processes: Callable[[], Iterable[Address]] = tuple) -> None:
+    def __init__(
+        self,
+        node_id: str,
+        processes: Callable[[], Iterable[Address]] = tuple,
+        incarnation: Callable[[], int | None] = lambda: None,
+    ) -> None:
         self.node_id = node_id
+        self._incarnation = incarnation
         self._census = TokenCensus(processes)
-        self._moves: dict[str, _Move] = {}  # by name
-        self._adoptions: dict[str, _Adoption] = {}
+        self._moves: dict[str, Move] = {}  # by name
+        self._adoptions: dict[str, Adoption] = {}
         self._known: set[str] = set()  # adopted here: the store has them
-        self._waits: dict[str, _Wait] = {}  # by waiter id
+        self._waits: dict[str, Wait] = {}  # by waiter id
         self._users: set[str] = set()  # ids of processes that the store may know of
         self._last_tag = 0
         self._calls: dict[int, Callable[[Any, str, str], Commands]] = {}
@@ -106,7 +79,9 @@ class CoordinationMachine:
             e.JobGone: self._job_gone,
             e.NodeGone: self._node_gone,
             e.NodeUnreachable: lambda event: self._home_unreachable(event.node_id),
-            e.SelfFenced: lambda _: [*self._call("end_node", (self.node_id, True)), *self._ask_again()],
+            e.SelfFenced: lambda _: self._call(
+                "end_node_life", (self.life, True)
+            ),  # those who wait: with the next life
             e.StoreChanged: lambda _: self._ask_again(),
             e.OperationAnswered: lambda event: self._answered(event.tag, event.value, "", ""),
             e.OperationFailed: lambda event: self._answered(event.tag, None, event.kind, event.text),
@@ -124,7 +99,9 @@ class CoordinationMachine:
             c.GetItem: self._wait_for,
             c.CancelWait: self._cancel,
             c.ReleaseToken: self._release,
-            c.ReturnToken: lambda source, message: self._give_back(message.name, waiter_id(source, message.acquired)),
+            c.ReturnToken: lambda source, message: self._give_back(
+                message.name, self._waiter(source, message.acquired)
+            ),
             c.ReadValue: lambda source, message: self._relay(source, message, "value", (message.name,)),
             c.PutItem: lambda source, message: self._relay(source, message, "put", (message.name, message.content)),
             c.ReturnItem: lambda _, message: self._call("put_back", (message.name, message.content)),
@@ -137,6 +114,15 @@ class CoordinationMachine:
             c.ReportStuck: self._stuck,
             c.HeldCounted: self._census.answered,
         }
+
+    @property
+    def life(self) -> str:
+        """In whose name the node's processes wait and hold: what ends one life cannot touch what is the next one's."""
+        incarnation = self._incarnation()
+        return self.node_id if incarnation is None else life_of(self.node_id, incarnation)
+
+    def _waiter(self, source: Address, request: int) -> str:
+        return waiter_id(self.life, source, request)
 
     def handle(self, event: Any, now_s: float) -> Commands:
         """Take note of `event`; what to do about it, in order."""
@@ -195,8 +181,11 @@ class CoordinationMachine:
 
     def _holder(self, source: Address, message: c.ReleaseToken | c.WriteCell) -> str:
         if message.is_thin:
-            return f"{self.node_id}/{THIN}"
-        return waiter_id(source, message.acquired) if message.acquired else ""
+            return f"{self.life}/{THIN}"
+        return self._waiter(source, message.acquired) if message.acquired else ""
+
+    def _return_token(self, source: Address, message: c.ReturnToken) -> Commands:
+        return self._give_back(message.name, self._waiter(source, message.acquired))
 
     def _write_cell(self, source: Address, message: c.WriteCell) -> Commands:
         arguments = (message.name, message.content, message.guard, self._holder(source, message))
@@ -214,8 +203,8 @@ class CoordinationMachine:
     # --- waits
 
     def _wait_for(self, source: Address, message: c.AcquireToken | c.GetItem) -> Commands:
-        waiter = waiter_id(source, message.request)
-        self._waits[waiter] = _Wait(source, message)
+        waiter = self._waiter(source, message.request)
+        self._waits[waiter] = Wait(source, message)
         self._users.add(source.process_id)
         return self._ask(waiter, message)
 
@@ -226,7 +215,7 @@ class CoordinationMachine:
             if kind:
                 return self._fail_wait(waiter, kind, text)
             state, result = value
-            if state == WAITING:
+            if state in (WAITING, LIFE_OVER):
                 return []
             if operation == "get":
                 return self._item_came(waiter, message.name, result if state == GRANTED else None)
@@ -279,7 +268,7 @@ class CoordinationMachine:
         return [failed(wait.source, wait.message, kind, text), *cancel]
 
     def _cancel(self, source: Address, message: c.CancelWait) -> Commands:
-        waiter = waiter_id(source, message.request)
+        waiter = self._waiter(source, message.request)
         wait = self._waits.pop(waiter, None)
         if wait is None:
             return []  # its answer is on its way to the process
@@ -288,6 +277,8 @@ class CoordinationMachine:
     def _ask_again(self) -> Commands:
         """Whoever waits must be known to the store; it takes a question that it knows for the same one."""
         commands: Commands = []
+        waits = list(self._waits.values())
+        self._waits = {self._waiter(wait.source, wait.message.request): wait for wait in waits}  # of this life now
         for waiter, wait in self._waits.items():
             wait.is_popping = False
             commands += self._ask(waiter, wait.message)
@@ -305,7 +296,7 @@ class CoordinationMachine:
         if adoption is not None:
             adoption.processes.append((source, message.request))
             return []
-        adoption = self._adoptions[message.name] = _Adoption(message)
+        adoption = self._adoptions[message.name] = Adoption(message)
         adoption.processes.append((source, message.request))
         return self._look_up(message.name)
 
@@ -360,7 +351,7 @@ class CoordinationMachine:
         move = self._moves.get(message.name)
         is_new = move is None
         if move is None:
-            move = self._moves[message.name] = _Move(message)
+            move = self._moves[message.name] = Move(message)
         if process is not None:
             move.processes.append(process)
         if node is not None:
@@ -382,7 +373,7 @@ class CoordinationMachine:
                 move.held = max(0, move.total - event.contents.tokens)
         return self._create(event.name, move)
 
-    def _create(self, name: str, move: _Move) -> Commands:
+    def _create(self, name: str, move: Move) -> Commands:
         drained = move.drained
         assert drained is not None, "only what was drained can be created"
         move.is_creating = True
@@ -400,7 +391,7 @@ class CoordinationMachine:
 
         contents = drained.contents
         if move.held:
-            contents = contents._replace(content=f"{self.node_id} {move.held}".encode())
+            contents = contents._replace(content=f"{self.life} {move.held}".encode())
         arguments = (name, move.kind, move.maximum, contents)
         return self._call("create", arguments, on_created)
 
@@ -408,7 +399,7 @@ class CoordinationMachine:
         move = self._moves.pop(event.name, None)
         return self._tell(event.name, move, "ObjectLost", event.text) if move is not None else []
 
-    def _tell(self, name: str, move: _Move, kind: str = "", text: str = "") -> Commands:
+    def _tell(self, name: str, move: Move, kind: str = "", text: str = "") -> Commands:
         commands: Commands = [answer(process, request, kind, text) for process, request in move.processes]
         commands += [Send(node, c.CarrierMoved(name, kind, text)) for node in move.nodes]
         move.processes, move.nodes = [], []
@@ -445,7 +436,7 @@ class CoordinationMachine:
             count = min(command.count, move.held)
             move.held -= count
             for _ in range(count):
-                given += self._call("release", (command.name, move.maximum, f"{self.node_id}/{THIN}"))
+                given += self._call("release", (command.name, move.maximum, f"{self.life}/{THIN}"))
         return given
 
     def _end_waits(self, event: e.ProcessGone) -> Commands:
@@ -454,7 +445,7 @@ class CoordinationMachine:
         self._users.discard(event.address.process_id)
         for waiter in [waiter for waiter, wait in self._waits.items() if wait.source == event.address]:
             del self._waits[waiter]
-        return self._call("end_process", (f"{event.address.node_id}/{event.address.process_id}/",))
+        return self._call("end_process", (f"{self.life}/{event.address.process_id}/",))
 
     def _job_gone(self, event: e.JobGone) -> Commands:
         prefix = f"{event.job_id}-"
@@ -478,6 +469,6 @@ class CoordinationMachine:
             move.nodes = [node for node in move.nodes if node.node_id != event.node_id]
         # Each node that hears of it does this: whoever is first gives back, the others find nothing.
         return [
-            *self._call("end_node", (event.node_id, False), starts=False),
+            *self._call("end_node_life", (life_of(event.node_id, event.incarnation), False), starts=False),
             *self._home_unreachable(event.node_id),
         ]

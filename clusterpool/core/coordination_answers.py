@@ -9,9 +9,14 @@ from clusterpool.core.messages import Address
 from clusterpool.core.node_events import Send
 
 
-def waiter_id(process: Address, request: int) -> str:
-    """How the control store calls one wait of one process."""
-    return f"{process.node_id}/{process.process_id}/{request}"
+def life_of(node_id: str, incarnation: int) -> str:
+    """How the control store calls one life of a node: from one registration to its end."""
+    return f"{node_id}@{incarnation}"
+
+
+def waiter_id(life: str, process: Address, request: int) -> str:
+    """How the control store calls one wait of one process. life: of its node, as in `CoordinationMachine`."""
+    return f"{life}/{process.process_id}/{request}"
 
 
 def done(process: Address, message: Any, number: int = 0, content: bytes = b"") -> Send:

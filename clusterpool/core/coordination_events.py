@@ -37,9 +37,10 @@ class JobGone(CoordinationEvent, frozen=True):
 
 
 class NodeGone(CoordinationEvent, frozen=True):
-    """Another node has ended or was declared dead."""
+    """Another node has ended or was declared dead. incarnation: its last life that is known to be over."""
 
     node_id: str
+    incarnation: int
 
 
 class NodeUnreachable(CoordinationEvent, frozen=True):

@@ -84,7 +84,9 @@ class NodeMachine:
         self.membership = ms.Membership(self.node_id)
         self.environments = env.Environments()
         self.coordination = CoordinationMachine(
-            self.node_id, lambda: [each.address for each in self.processes.values() if each.kind != "tool"]
+            self.node_id,
+            lambda: [each.address for each in self.processes.values() if each.kind != "tool"],
+            lambda: None if is_embedded else self.membership.incarnation,
         )
         self.jobs = JobEnds()
         self.rejections = Rejections()
@@ -421,7 +423,8 @@ class NodeMachine:
         self.jobs.node_lost(node_id)
         if all(self.node_id <= view.node_id for view in self.membership.view):  # one node is enough for that
             commands += self.actors.reconcile_jobs(is_for_all=True)
-        commands += self.coordination.handle(ce.NodeGone(node_id), now_s) + self.actors.node_lost(node_id, reason)
+        gone = ce.NodeGone(node_id, self.membership.ended_incarnation(node_id))
+        commands += self.coordination.handle(gone, now_s) + self.actors.node_lost(node_id, reason)
         for owner in self.scheduler.owners_on(node_id):
             self._departing.pop(owner, None)
             commands += self.scheduler.owner_ended(owner)

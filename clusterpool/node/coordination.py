@@ -148,7 +148,9 @@ class _StoreCalls:
         if not self._is_started:
             return
         if not self._shell.config.is_embedded:
-            self._queue.put((e.CallCoordination(0, "end_node", (self._shell.node_id, True)), 0.0))
+            self._queue.put(
+                (e.CallCoordination(0, "end_node_life", (self._shell.machine.coordination.life, True)), 0.0)
+            )
         self._queue.put(None)
         self._thread.join(_STOP_S)
 

@@ -38,12 +38,13 @@ def test_a_killed_node_hangs_nobody(mortal_nodes: Cluster, driver: None) -> None
                 longest_s = max(longest_s, time.monotonic() - last_s)
             last_s = time.monotonic()
             results.append(result)
-            if len(results) == 30:
+            # On a busy machine a node's first answer may take longer than thirty of the others.
+            if not killed_s and len(results) >= 30 and {node_id for _, node_id in results} == mortal_nodes.node_ids:
                 os.kill(mortal_nodes.pids[mortal_nodes.second], signal.SIGKILL)
                 killed_s = time.monotonic()
         # Every task once, and the pool went on with the other nodes meanwhile.
         assert sorted(number for number, _ in results) == list(range(300))
-        assert {node_id for _, node_id in results[:30]} == mortal_nodes.node_ids
+        assert killed_s, "all nodes had a part in it"
         clusters.wait_for(
             lambda: len(clusterpool.nodes()) == 2,
             within_s=max(0.1, killed_s + DEAD_WITHIN_S + SLACK_S - time.monotonic()),

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from clusterpool.control_store.coordination import GRANTED, REFUSED, WAITING, CarrierUnknown, Grant, lock_lost
+from clusterpool.control_store.coordination import (
+    GRANTED,
+    LIFE_OVER,
+    REFUSED,
+    WAITING,
+    CarrierUnknown,
+    Grant,
+    lock_lost,
+)
 from clusterpool.core.coordination_events import Contents
 from clusterpool.errors import NotConnected
 
@@ -21,6 +29,14 @@ class Carrier:
         self.version = 1
 
 
+def node_of(waiter: str) -> str:
+    return life_of(waiter).split("@")[0]
+
+
+def life_of(waiter: str) -> str:
+    return waiter.split("/", maxsplit=1)[0]
+
+
 class FakeCoordination:
     """What all nodes of a cluster share; `client` makes the port of one node."""
 
@@ -28,13 +44,20 @@ class FakeCoordination:
         self.carriers: dict[str, Carrier] = {}
         self.holds: dict[str, str] = {}  # by waiter, of what it holds something
         self.ended_jobs: set[str] = set()
-        self.living_nodes: set[str] = set()
+        self.incarnations: dict[str, int] = {}  # of living nodes
         self.grants: dict[str, list[Grant]] = {}
         self.grants_count = 0
         self.is_away = False
 
     def client(self, node_id: str) -> FakeCoordinationClient:
         return FakeCoordinationClient(self, node_id)
+
+    def is_registered(self, life: str) -> bool:
+        node_id, _, incarnation = life.partition("@")
+        return node_id in self.incarnations and incarnation in ("", str(self.incarnations[node_id]))
+
+    def is_over(self, waiter: str) -> bool:
+        return "@" in life_of(waiter) and not self.is_registered(life_of(waiter))
 
     def carrier(self, name: str) -> Carrier:
         if name not in self.carriers:
@@ -58,7 +81,7 @@ class FakeCoordination:
         waiter = carrier.waiters.pop(0)
         self.grants_count += 1
         grant = Grant(f"{self.grants_count}-0", waiter, name, self.grant(name, waiter))
-        self.grants.setdefault(waiter.split("/")[0], []).append(grant)
+        self.grants.setdefault(node_of(waiter), []).append(grant)
 
     def undo(self, waiter: str) -> int:
         name = self.holds.pop(waiter, None)
@@ -113,6 +136,8 @@ class FakeCoordinationClient:
     def acquire(self, number: int, name: str, waiter: str, waits: bool) -> tuple[int, int]:
         def do() -> tuple[int, int]:
             carrier = self._shared.carrier(name)
+            if self._shared.is_over(waiter):
+                return LIFE_OVER, 0
             if waiter in carrier.waiters:
                 return WAITING, 0
             if self._shared.holds.get(waiter) == name:
@@ -130,6 +155,8 @@ class FakeCoordinationClient:
     def get(self, number: int, name: str, waiter: str, waits: bool) -> tuple[int, bytes]:
         def do() -> tuple[int, bytes]:
             carrier = self._shared.carrier(name)
+            if self._shared.is_over(waiter):
+                return LIFE_OVER, b""
             if waiter in carrier.waiters:
                 return WAITING, b""
             if self._shared.holds.get(waiter) != name:
@@ -229,14 +256,16 @@ class FakeCoordinationClient:
     def end_process(self, number: int, prefix: str) -> int:
         return int(self._once(number, lambda: self._shared.undo_all(prefix)))
 
-    def end_node(self, number: int, node_id: str, is_forced: bool) -> int:
+    def end_node_life(self, number: int, life: str, is_forced: bool) -> int:
         def do() -> int:
-            if node_id in self._shared.living_nodes and not is_forced:
+            if self._shared.is_registered(life) and not is_forced:
                 return 0
-            count = self._shared.undo_all(f"{node_id}/")
-            for grant in self._shared.grants.pop(node_id, []):
+            count = self._shared.undo_all(f"{life}/")
+            grants = self._shared.grants.pop(node_of(life), [])
+            self._shared.grants[node_of(life)] = [grant for grant in grants if life_of(grant.waiter) != life]
+            for grant in grants:
                 carrier = self._shared.carriers.get(grant.name)
-                if carrier is not None and carrier.kind == "semaphore":
+                if life_of(grant.waiter) == life and carrier is not None and carrier.kind == "semaphore":
                     self._shared.free(grant.name)
             return count
 

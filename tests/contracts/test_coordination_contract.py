@@ -11,6 +11,7 @@ import pytest
 
 from clusterpool.control_store.coordination import (
     GRANTED,
+    LIFE_OVER,
     REFUSED,
     WAITING,
     CarrierUnknown,
@@ -54,10 +55,10 @@ class Numbered:
 class Stores:
     """Two nodes' ways to one store."""
 
-    def __init__(self, connect: Connect, enlist: Callable[[str], None], keys: Callable[[], list[str]]) -> None:
+    def __init__(self, connect: Connect, enlist: Callable[[str], int], keys: Callable[[], list[str]]) -> None:
         self.a = Numbered(connect("na"))
         self.b = Numbered(connect("nb"))
-        self.enlist = enlist  # make this node a living one
+        self.enlist = enlist  # begin a life of this node; its incarnation
         self.keys = keys  # what of the job j1 is left
 
 
@@ -65,7 +66,13 @@ class Stores:
 def stores(request: pytest.FixtureRequest) -> Iterator[Stores]:
     if request.param == "fake":
         fake = FakeCoordination()
-        yield Stores(fake.client, fake.living_nodes.add, lambda: [*fake.carriers, *fake.holds])
+        numbers = itertools.count(1)
+
+        def enlist_fake(node_id: str) -> int:
+            fake.incarnations[node_id] = next(numbers)
+            return fake.incarnations[node_id]
+
+        yield Stores(fake.client, enlist_fake, lambda: [*fake.carriers, *fake.holds])
         return
     url = request.getfixturevalue("server_url")
     cluster_id = f"c{time.monotonic_ns()}"
@@ -77,8 +84,8 @@ def stores(request: pytest.FixtureRequest) -> Iterator[Stores]:
         store.serve(node_id)
         return store
 
-    def enlist(node_id: str) -> None:
-        opened[0].register_node(NodeRecord(node_id, "10.0.0.1", 7000, "key", {"CPU": 4.0}))
+    def enlist(node_id: str) -> int:
+        return opened[0].register_node(NodeRecord(node_id, "10.0.0.1", 7000, "key", {"CPU": 4.0}))
 
     def keys() -> list[str]:
         prefix = opened[0].keys.prefix
@@ -250,7 +257,7 @@ def test_who_waits_again_cannot_pop_what_was_given_back(a: Any, b: Any) -> None:
     a.get(CHANNEL, A1, True), a.get(CHANNEL, A1, True)
     b.get(CHANNEL, B1, True)
     a.put(CHANNEL, b"x")
-    assert b.end_node("nb", True) == 1
+    assert b.end_node_life("nb", True) == 1
     assert a.get(CHANNEL, A1, True) == (GRANTED, b"x")
     assert b.get(CHANNEL, B1, True) == (WAITING, b"")
     assert b.pop(CHANNEL, B1) is None
@@ -315,20 +322,20 @@ def test_the_end_of_a_node_gives_back_all_that_its_processes_had(stores: Stores,
     a.get(CHANNEL, "na/w1/5", True)
     b.put(CHANNEL, b"reserved")
     b.acquire(LOCK, B1, True)
-    assert b.end_node("na", False) == 2
+    assert b.end_node_life("na", False) == 2
     assert grants(b) == [(B1, LOCK)]
     assert b.value(SEMAPHORE) == 1
     assert b.get(CHANNEL, B2, False) == (GRANTED, b"reserved")
-    assert b.end_node("na", False) == 0
+    assert b.end_node_life("na", False) == 0
     assert grants(a) == []
 
 
 def test_a_node_that_lives_is_not_ended_by_others(stores: Stores, a: Any, b: Any) -> None:
     stores.enlist("na")
     a.acquire(LOCK, A1, True)
-    assert b.end_node("na", False) == 0
+    assert b.end_node_life("na", False) == 0
     assert a.value(LOCK) == 0
-    assert a.end_node("na", True) == 1
+    assert a.end_node_life("na", True) == 1
     assert a.value(LOCK) == 1
 
 
@@ -354,7 +361,7 @@ def test_a_holder_that_was_taken_for_dead_can_release_nothing(stores: Stores) ->
     a, b = stores.a, stores.b
     a.create(LOCK, "lock", 1, Contents(tokens=1))
     a.acquire(LOCK, A1, True)
-    a.end_node("na", True)
+    a.end_node_life("na", True)
     assert b.acquire(LOCK, B1, True)[0] == GRANTED
     with pytest.raises(LockLost):
         a.release(LOCK, 1, A1)
@@ -372,7 +379,7 @@ def test_only_the_holder_of_its_lock_writes_a_cell(stores: Stores) -> None:
     a.create(CELL, "cell", 0, Contents(content=b"old"))
     a.acquire(LOCK, A1, True)
     assert a.write_cell(CELL, b"first", LOCK, A1) == 2
-    a.end_node("na", True)
+    a.end_node_life("na", True)
     b.acquire(LOCK, B1, True)
     with pytest.raises(LockLost):
         a.write_cell(CELL, b"late", LOCK, A1)
@@ -427,8 +434,60 @@ def test_the_end_of_its_home_frees_what_was_held_there(stores: Stores) -> None:
     a.create(CELL, "cell", 0, Contents(content=b"old"))
     assert a.write_cell(CELL, b"first", LOCK, THIN_A) == 2
     assert b.acquire(LOCK, B1, True)[0] == WAITING
-    a.end_node("na", True)
+    a.end_node_life("na", True)
     assert [grant.waiter for grant in b.read_grants("0")] == [B1]
     for late in (lambda: a.write_cell(CELL, b"late", LOCK, THIN_A), lambda: a.release(LOCK, 1, THIN_A)):
         with pytest.raises(LockLost):
             late()
+
+
+# --- lives of a node
+
+
+def test_what_ends_a_life_late_does_not_touch_the_next_one(stores: Stores) -> None:
+    first, second = f"na@{stores.enlist('na')}", f"na@{stores.enlist('na')}"
+    a, b = stores.a, stores.b
+    a.create(LOCK, "lock", 1, Contents(tokens=1))
+    a.create(CHANNEL, "channel", 0, Contents())
+    a.create(SEMAPHORE, "semaphore", UNBOUNDED, Contents())
+    assert a.acquire(LOCK, f"{second}/w1/1", True)[0] == GRANTED
+    assert a.get(CHANNEL, f"{second}/w1/2", True) == (WAITING, b"")
+    assert a.acquire(SEMAPHORE, f"{second}/w1/3", True) == (WAITING, 0)
+    b.release(SEMAPHORE, UNBOUNDED)
+    for is_forced in (False, True):
+        assert b.end_node_life(first, is_forced) == 0
+    assert b.end_node_life(second, False) == 0, "it goes on"
+    assert grants(a) == [(f"{second}/w1/3", SEMAPHORE)]
+    b.put(CHANNEL, b"x")
+    assert a.pop(CHANNEL, f"{second}/w1/2") == b"x"
+    assert a.release(LOCK, 1, f"{second}/w1/1")
+
+
+def test_a_life_that_is_over_gets_nothing_more(stores: Stores) -> None:
+    first = f"na@{stores.enlist('na')}"
+    a, b = stores.a, stores.b
+    a.create(LOCK, "lock", 1, Contents(tokens=1))
+    a.create(CHANNEL, "channel", 0, Contents(items=[b"x"]))
+    assert a.acquire(LOCK, f"{first}/w1/1", True)[0] == GRANTED
+    second = f"na@{stores.enlist('na')}"
+    assert b.end_node_life(first, False) == 1
+    assert a.acquire(LOCK, f"{first}/w1/2", True) == (LIFE_OVER, 0)
+    assert a.again() == (LIFE_OVER, 0)
+    assert a.get(CHANNEL, f"{first}/w1/3", True) == (LIFE_OVER, b"")
+    assert (b.value(LOCK), b.length(CHANNEL)) == (1, 1)
+    with pytest.raises(LockLost):
+        a.release(LOCK, 1, f"{first}/w1/1")
+    assert a.acquire(LOCK, f"{second}/w1/2", True)[0] == GRANTED
+    assert a.get(CHANNEL, f"{second}/w1/3", True) == (GRANTED, b"x")
+
+
+def test_grants_of_a_life_that_is_over_come_back(stores: Stores) -> None:
+    first = f"na@{stores.enlist('na')}"
+    a, b = stores.a, stores.b
+    a.create(SEMAPHORE, "semaphore", UNBOUNDED, Contents())
+    a.acquire(SEMAPHORE, f"{first}/w1/1", True)
+    b.release(SEMAPHORE, UNBOUNDED)
+    second = f"na@{stores.enlist('na')}"
+    assert a.acquire(SEMAPHORE, f"{second}/w1/1", True) == (WAITING, 0)
+    a.end_node_life(first, True)
+    assert grants(a) == [(f"{second}/w1/1", SEMAPHORE)]

@@ -11,7 +11,7 @@ import pytest
 from clusterpool.control_store.coordination import CarrierUnknown
 from clusterpool.core import coordination_events as e
 from clusterpool.core import coordination_messages as c
-from clusterpool.core.coordination import GRANTED, REFUSED, WAITING, CoordinationMachine
+from clusterpool.core.coordination import GRANTED, LIFE_OVER, REFUSED, WAITING, CoordinationMachine
 from clusterpool.core.messages import Address, Message
 from clusterpool.core.node_events import MessageArrived, Send
 from tests.contracts.fake_coordination import FakeCoordination
@@ -28,7 +28,8 @@ class Node:
     """A machine of node na, and shorthands for what happens to it."""
 
     def __init__(self, *processes: Address) -> None:
-        self.machine = CoordinationMachine("na", lambda: processes)
+        self.incarnation: int | None = None
+        self.machine = CoordinationMachine("na", lambda: processes, lambda: self.incarnation)
 
     def handle(self, event: Any) -> list[Any]:
         return self.machine.handle(event, NOW_S)
@@ -294,7 +295,7 @@ def test_what_its_home_cannot_move_is_an_error(node: Node) -> None:
     assert failed(node.hear(OTHER_NODE, c.CarrierMoved(FOREIGN, "ObjectLost", "gone"))) == [(1, "ObjectLost")]
 
 
-@pytest.mark.parametrize("end", [e.NodeGone("nb"), e.NodeUnreachable("nb")])
+@pytest.mark.parametrize("end", [e.NodeGone("nb", 3), e.NodeUnreachable("nb")])
 @pytest.mark.parametrize("was_moved", [False, True])
 def test_the_store_is_asked_again_when_the_home_is_gone(node: Node, end: Any, was_moved: bool) -> None:
     node.answer(adopt(node), False)
@@ -306,7 +307,7 @@ def test_the_store_is_asked_again_when_the_home_is_gone(node: Node, end: Any, wa
 
 def test_a_home_that_goes_while_the_store_is_asked_is_not_asked(node: Node) -> None:
     looking = adopt(node)
-    assert ("exists", FOREIGN) not in calls(node.handle(e.NodeGone("nb")))
+    assert ("exists", FOREIGN) not in calls(node.handle(e.NodeGone("nb", 3)))
     commands = node.answer(looking, False)
     assert failed(commands) == [(1, "ObjectLost")]
     assert sent(commands, c.MoveCarrier) == []
@@ -314,7 +315,7 @@ def test_a_home_that_goes_while_the_store_is_asked_is_not_asked(node: Node) -> N
 
 def test_the_end_of_another_node_does_not_touch_adoptions(node: Node) -> None:
     node.answer(adopt(node), False)
-    assert calls(node.handle(e.NodeGone("nc"))) == [("end_node", "nc", False)]
+    assert calls(node.handle(e.NodeGone("nc", 3))) == [("end_node_life", "nc@3", False)]
     assert done(node.hear(OTHER_NODE, c.CarrierMoved(FOREIGN))) == [(1, 0, b"")]
 
 
@@ -334,19 +335,28 @@ def test_the_end_of_a_process_that_used_nothing_fat_is_no_matter(node: Node) -> 
 
 
 def test_the_end_of_a_node_is_told_to_the_store_but_starts_none(node: Node) -> None:
-    (call,) = of_type(node.handle(e.NodeGone("nb")), e.CallCoordination)
-    assert (call.operation, call.arguments, call.starts) == ("end_node", ("nb", False), False)
+    (call,) = of_type(node.handle(e.NodeGone("nb", 3)), e.CallCoordination)
+    assert (call.operation, call.arguments, call.starts) == ("end_node_life", ("nb@3", False), False)
 
 
-def test_a_node_that_was_taken_for_dead_gives_all_back_and_asks_again(node: Node) -> None:
-    node.wait(c.AcquireToken(1, LOCK, True))
+def test_a_node_that_was_taken_for_dead_gives_all_back_and_asks_again_in_its_next_life(node: Node) -> None:
+    node.incarnation = 4
+    waiting = node.wait(c.AcquireToken(1, LOCK, True))
+    assert calls(waiting) == [("acquire", LOCK, "na@4/w1/1", True)]
     node.wait(c.GetItem(2, CHANNEL, True))
-    commands = node.handle(e.SelfFenced())
-    assert calls(commands) == [
-        ("end_node", "na", True),
-        ("acquire", LOCK, "na/w1/1", True),
-        ("get", CHANNEL, "na/w1/2", True),
+    unaware = node.hear(W1, c.AcquireToken(3, LOCK, True))
+    assert node.answer(unaware, (LIFE_OVER, 0)) == []
+    assert calls(node.handle(e.SelfFenced())) == [("end_node_life", "na@4", True)]
+    node.incarnation = 5
+    assert calls(node.handle(e.StoreChanged())) == [
+        ("acquire", LOCK, "na@5/w1/1", True),
+        ("get", CHANNEL, "na@5/w1/2", True),
+        ("acquire", LOCK, "na@5/w1/3", True),
     ]
+    # What was granted to the former life, and read only now, went with it.
+    late = node.handle(e.GrantRead("na@4/w1/1", LOCK, 6))
+    assert done(late) == [] and calls(late) == [("give_back", LOCK, "na@4/w1/1")]
+    assert done(node.handle(e.GrantRead("na@5/w1/1", LOCK, 7))) == [(1, 7, b"")]
 
 
 def test_after_a_change_of_the_store_all_who_wait_ask_again(node: Node) -> None:
