@@ -24,8 +24,12 @@ class FakeShell:
         self.paths = SimpleNamespace(folder=folder)
         self.epoll = nodes.epoll
         self._nodes = nodes
+        self.rejected: list[str] = []  # causes
         self.descriptors = Descriptors(self)  # type: ignore[arg-type]
         self.tunnels = self.descriptors.tunnels
+
+    def reject(self, cause: str, text: str) -> None:
+        self.rejected.append(cause)
 
     def watch(self, fd: int, on_ready: Callable[[int], None]) -> None:
         self._nodes.by_fd[fd] = on_ready

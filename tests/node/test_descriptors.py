@@ -169,7 +169,7 @@ def test_what_is_no_request_is_dropped_and_counted_and_its_descriptor_closed(
     os.close(writing)
     assert os.read(reading, 1) == b""
     os.close(reading)
-    assert shell.descriptors.rejected_frames == 1
+    assert shell.rejected == ["descriptors"]
 
 
 def test_a_request_to_park_without_a_descriptor_is_refused(nodes: Nodes) -> None:
@@ -243,7 +243,7 @@ def test_the_end_of_a_job_ends_its_leases_and_not_the_line(nodes: Nodes, line: t
     nodes.settle()
     check_gone(nodes, reading, name)
     assert line[0].recv(10) == b""
-    assert nodes.shells["na"].descriptors.rejected_frames == 1
+    assert nodes.shells["na"].rejected == ["descriptors"]
 
 
 def test_nobody_releases_the_leases_of_another_line(nodes: Nodes, line: tuple[socket.socket, str]) -> None:
