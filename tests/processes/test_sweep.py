@@ -117,6 +117,7 @@ def test_the_control_store_of_a_killed_cluster_is_ended_with_it(session: Session
     process.wait()
     host, port = server.url.removeprefix("redis://").removesuffix("/0").split(":")
     with socket.create_connection((host, int(port))):  # a node of another host
+        wait_until(lambda: sweep._has_clients(process_identity(server.pid)))  # type: ignore[arg-type]
         assert sweep_stale_sessions([user_folder]) == SweepReport()
     wait_until(lambda: not sweep._has_clients(process_identity(server.pid)))  # type: ignore[arg-type]
     with running("sleep", "60", cwd=session.store_folder) as bystander:
