@@ -182,7 +182,7 @@ class Connection:
 def split_frames(received: bytes | bytearray, bytes_max: int = FRAME_BYTES_MAX) -> tuple[list[bytes], bytes]:
     """The whole frames at the start of `received`, and the rest.
 
-    Raises: ProtocolError for a frame longer than `bytes_max`.
+    Raises: ProtocolError for a first frame longer than `bytes_max`, or another one longer than FRAME_BYTES_MAX.
     """
     frames: list[bytes] = []
     position, end = 0, len(received)
@@ -192,7 +192,8 @@ def split_frames(received: bytes | bytearray, bytes_max: int = FRAME_BYTES_MAX) 
     try:
         while end - position >= 4:
             (length,) = _LENGTH.unpack_from(received, position)
-            if length > bytes_max:
+            # What comes right behind a greeting may be longer: `bytes_max` is raised when that has been handled.
+            if length > (FRAME_BYTES_MAX if frames else bytes_max):
                 raise ProtocolError(
                     f"a frame of {length} bytes was announced, {bytes_max} are allowed; "
                     "the other side is not clusterpool, or of another version"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -229,3 +230,38 @@ def test_a_peer_that_never_reads_is_cut_off_at_last(
     assert not left.has_unsent
     assert is_at_end(left)  # its owner hears of it as of any other end
     assert any(right.receive()[1] for _ in range(100))
+
+
+def test_a_long_message_right_behind_the_greeting_is_taken(tmp_path: Path) -> None:
+    listener = stream.listen(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect(str(tmp_path / "s"))
+        (connection,) = stream.accept(listener)
+        long = b"x" * (4 * stream.GREETING_BYTES_MAX)
+        sent = threading.Thread(target=stranger.sendall, args=(frame(b"hello") + frame(long) + frame(long),))
+        sent.start()
+        received: list[bytes] = []
+        while len(received) < 3:
+            received += connection.receive()[0]
+            if received:
+                connection.frame_bytes_max = stream.FRAME_BYTES_MAX  # it has been greeted
+        sent.join()
+        assert received == [b"hello", long, long]
+        connection.close()
+    listener.close()
+
+
+def test_a_stranger_cannot_begin_with_a_long_message(tmp_path: Path) -> None:
+    listener = stream.listen(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect(str(tmp_path / "s"))
+        (connection,) = stream.accept(listener)
+        stranger.sendall(frame(b"x" * (stream.GREETING_BYTES_MAX + 1))[:100])
+        with pytest.raises(ProtocolError):
+            connection.receive()
+        connection.close()
+    listener.close()
+
+
+def frame(body: bytes) -> bytes:
+    return len(body).to_bytes(4, "little") + body
