@@ -30,5 +30,5 @@ def part_of(view: NodeView) -> m.NodePart:
         store_used_bytes=view.arena_used_bytes,
         spilled_bytes=view.spilled_bytes,
         pid=view.pid,
-        address=f"{host}:{port}",
+        address=f"{host}:{port}" if port else "",
     )

@@ -24,7 +24,7 @@ from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
 from clusterpool.core import store_messages as s
 from clusterpool.core.cluster_description import candidate_of, part_of
-from clusterpool.core.cluster_view import NodeLoad, NodeRecord, NodeView
+from clusterpool.core.cluster_view import NodeEntry, NodeLoad, NodeRecord, NodeView, view_of_entry
 from clusterpool.core.coordination import CoordinationMachine
 from clusterpool.core.coordination_messages import CoordinationMessage
 from clusterpool.core.job_ends import JobEnds
@@ -470,21 +470,10 @@ class NodeMachine:
         return [e.Send(source, m.ClusterDescribed(message.request, nodes))]
 
     def _own_part(self) -> m.NodePart:
-        stats, load, record = self.objects.store.stats(), self.load(), self.record
-        return m.NodePart(
-            node_id=self.node_id,
-            host=record.host_name or record.host,
-            alive=True,
+        entry = NodeEntry(self.record, self.membership.incarnation, 0, 0.0, self.load())
+        return msgspec.structs.replace(
+            part_of(view_of_entry(entry, is_suspect=False)),
             is_head=self.is_head,
-            total=record.resources,
-            available={name: load.available.get(name, 0.0) for name in record.resources},
-            workers=load.workers,
-            queue_length=load.queue_length,
-            store_bytes=stats.capacity_bytes,
-            store_used_bytes=stats.used_bytes,
-            spilled_bytes=stats.spilled_bytes,
-            pid=record.pid,
-            address=f"{record.host}:{record.port}" if record.port else "",
             details={
                 **self.scheduler.counts_by_state(),
                 **self.objects.counts_by_state(),

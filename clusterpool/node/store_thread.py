@@ -16,6 +16,7 @@ from typing import Any
 
 from clusterpool.config import NodeConfig
 from clusterpool.control_store.actor_registry import ActorRegistry, actor_event
+from clusterpool.control_store.membership_calls import MembershipCalls, node_event
 from clusterpool.core import membership as ms
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
@@ -58,7 +59,7 @@ class StoreThread:
         self._away_since_s: float | None = None
         self._thread = threading.Thread(target=self._main, name="control-store", daemon=True)
         self._feed = threading.Thread(target=self._follow, name="change-feed", daemon=True)
-        self._registration = 1  # counted up with each that is known to have succeeded
+        self._membership = MembershipCalls(config.node_id)
         self._is_started = False
         self._is_connected = threading.Event()
 
@@ -184,7 +185,8 @@ class StoreThread:
             self._call(command, deadline_s)
             return
         try:
-            event = self._membership(command)
+            event = self._membership.carry_out(self._store, command)
+            self._membership.answered(event)
             self._is_back()
         except NotConnected as exc:
             self._is_away(exc)
@@ -217,28 +219,6 @@ class StoreThread:
             else:
                 self._post(e.StoreReturned(call.tag, value))
             return
-
-    def _membership(self, command: Any) -> Any:
-        store, node_id = self._store, self._config.node_id
-        if isinstance(command, ms.RegisterNode):
-            incarnation = store.register_node(command.record, self._registration)
-            self._registration += 1
-            return ms.Registered(incarnation)
-        if isinstance(command, ms.RestoreNode):
-            return ms.Restored(store.restore_node(command.record, command.incarnation))
-        if isinstance(command, ms.SendHeartbeat):
-            return ms.HeartbeatAnswered(
-                store.heartbeat(node_id, command.incarnation, command.load), command.incarnation
-            )
-        if isinstance(command, ms.ReadNodes):
-            return ms.NodesRead(store.list_nodes())
-        if isinstance(command, ms.DeclareNodeDead):
-            store.declare_node_dead(command.node_id, command.incarnation, command.reason)
-            return None
-        if isinstance(command, ms.RemoveNode):
-            store.remove_node(node_id, command.incarnation)
-            return None
-        raise AssertionError(f"no such command of the membership: {command!r}")
 
     # --- operations of CallStore
 
@@ -303,10 +283,8 @@ class StoreThread:
         return StoreServer.is_wanted(self._config)
 
     def _feed_event(self, event: Any) -> None:
-        fields = event.fields
-        if event.kind in ("node_joined", "node_left", "node_died"):
-            incarnation = int(fields.get("incarnation", "0"))
-            reason = fields.get("reason", "")
-            self._post(ms.NodeEventRead(event.kind, fields.get("node_id", ""), incarnation, reason))
+        about_node = node_event(event)
+        if about_node is not None:
+            self._post(about_node)
         elif event.kind in ("actor_changed", "actor_created"):
-            self._post(actor_event(fields))
+            self._post(actor_event(event.fields))

@@ -52,7 +52,6 @@ class Ref:
         self._client = client
         self.part = part
         self.is_held = True
-        client.world.monitor.held(client, part)
         if not is_counted:
             client.event(e.ReferencesMade([part]))
 
@@ -60,7 +59,6 @@ class Ref:
         """Let go."""
         if self.is_held:
             self.is_held = False
-            self._client.world.monitor.let_go(self._client, self.part)
             self._client.released.append((self.part.owner, self.part.number))
 
 
@@ -284,12 +282,6 @@ class Client(Party):
         else:
             self.event(e.ProcessGone(peer, "its connection was closed"))
         self.turn()
-
-    def vanish(self) -> None:
-        """Killed."""
-        if self.is_alive:
-            super().vanish()
-            self.world.monitor.client_gone(self)
 
     # --- results
 
@@ -534,13 +526,11 @@ class Client(Party):
         *,
         retries: int = 3,
         sink: Callable[[Outcome], None] | None = None,
-        payload_object: m.StoredValue | None = None,
     ) -> Ref | None:
         """Submit a task; a reference to its result, unless it goes to `sink`."""
         number = next(self.numbers)
         spec = TaskSpec(number, self.function_of(operation), TaskKind.CALL, encode_operation(operation))
         task = Task(spec, sink, 0, retries)
-        self.world.monitor.submitted(self, number, operation, retries)
         self._submit(task, set_number, "", arguments or [], inner or [])
         if sink is not None:
             return None
@@ -551,7 +541,6 @@ class Client(Party):
         number = next(self.numbers)
         extras = TaskExtras(1, "call", 1, method="call")
         task = Task(TaskSpec(number, 0, TaskKind.ACTOR_CALL, encode_operation(operation), extras), None, 0, 0)
-        self.world.monitor.submitted(self, number, operation, 0)
         self._submit(task, 0, actor_id, arguments or [], [])
         return Ref(self, Reference(self.address, number), is_counted=True)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from clusterpool.control_store.actor_registry import ActorRegistry, actor_event
 from clusterpool.control_store.job_registry import reconcile_jobs
+from clusterpool.control_store.membership_calls import MembershipCalls, node_event
 from clusterpool.control_store.port import EventsLost
 from clusterpool.control_store.records import JobRecord, encode_record
 from clusterpool.core import membership as ms
@@ -35,6 +36,7 @@ FSYNC_PERIOD_S = 1.0
 BUSY_LIST_S = 1.2
 _STATE = (
     "_events", "_event_number", "_generation", "_generation_by_node", "_incarnation", "_entry_by_node",
+    "_registration_by_node",
     "_record_by_job", "_actor_by_id", "_made", "_values",
 )  # fmt: skip
 
@@ -140,6 +142,7 @@ class StoreClient:
         self._node = node
         self._server = node.world.store
         self._queue: deque[Any] = deque()
+        self._membership_calls = MembershipCalls(node.node_id)
         self._is_busy = False
         self.is_cut = False
         self._last_event: int | None = None
@@ -204,27 +207,14 @@ class StoreClient:
     # --- the membership's commands
 
     def _membership(self, fake: FakeControlStore, command: Any) -> Any:
-        node_id = self._node.node_id
-        if isinstance(command, ms.RegisterNode):
-            return ms.Registered(fake.register_node(command.record))
-        if isinstance(command, ms.RestoreNode):
-            return ms.Restored(fake.restore_node(command.record, command.incarnation))
-        if isinstance(command, ms.SendHeartbeat):
-            answer = fake.heartbeat(node_id, command.incarnation, command.load)
-            return ms.HeartbeatAnswered(answer, command.incarnation)
-        if isinstance(command, ms.ReadNodes):
+        if isinstance(command, ms.ReadNodes):  # in large worlds many share one list
             return ms.NodesRead(self._server.list_nodes(fake))
-        if isinstance(command, ms.DeclareNodeDead):
-            fake.declare_node_dead(command.node_id, command.incarnation, command.reason)
-            return None
-        if isinstance(command, ms.RemoveNode):
-            fake.remove_node(node_id, command.incarnation)
-            return None
-        raise AssertionError(f"no such command of the membership: {command!r}")
+        return self._membership_calls.carry_out(fake, command)
 
     def _membership_answered(self, value: Any, error: BaseException | None) -> None:
         self._is_busy = False
         event = ms.StoreFailed(str(error)) if error is not None else value
+        self._membership_calls.answered(event)
         if event is not None:
             self._node.event(event)
         self._next()
@@ -306,10 +296,8 @@ class StoreClient:
                 self._read_feed()
 
     def _feed_event(self, event: Any) -> None:
-        fields = event.fields
-        if event.kind in ("node_joined", "node_left", "node_died"):
-            incarnation = int(fields.get("incarnation", "0"))
-            node_id = fields.get("node_id", "")
-            self._node.event(ms.NodeEventRead(event.kind, node_id, incarnation, fields.get("reason", "")))
+        about_node = node_event(event)
+        if about_node is not None:
+            self._node.event(about_node)
         elif event.kind in ("actor_changed", "actor_created"):
-            self._node.event(actor_event(fields))
+            self._node.event(actor_event(event.fields))

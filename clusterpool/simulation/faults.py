@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from clusterpool.simulation.node import SimulatedNode
     from clusterpool.simulation.party import Party
+    from clusterpool.simulation.worker import Worker
     from clusterpool.simulation.world import World
 
 KINDS = (
@@ -82,10 +83,13 @@ class Faults:
         nodes = [node for node in self._world.nodes if node.is_alive]
         return random.choice(nodes) if nodes else None
 
+    def _workers(self) -> list[Worker]:
+        return [worker for node in self._world.nodes for worker in node.workers.values() if worker.is_alive]
+
     # --- processes
 
     def _worker_crash(self, random: Random, _duration_s: float) -> bool:
-        workers = [worker for node in self._world.nodes for worker in node.workers.values() if worker.is_alive]
+        workers = self._workers()
         if not workers:
             return False
         busy = [worker for worker in workers if worker.task_page]
@@ -95,7 +99,7 @@ class Faults:
         return True
 
     def _worker_freeze(self, random: Random, duration_s: float) -> bool:
-        workers = [worker for node in self._world.nodes for worker in node.workers.values() if worker.is_alive]
+        workers = self._workers()
         if not workers:
             return False
         self._freeze([random.choice(workers)], duration_s)
@@ -168,16 +172,23 @@ class Faults:
 
     def _store_cut(self, random: Random, duration_s: float) -> bool:
         node = self._node(random)
-        if node is None or node.store.is_cut:
+        if node is None:
             return False
-        self._say("store unreachable", node.name)
-        node.store.is_cut = True
+        return self._break(node.store, "is_cut", duration_s, ("store unreachable", "store reachable", node.name))
 
-        def join() -> None:
-            self._say("store reachable", node.name)
-            node.store.is_cut = False
+    def _break(self, part: Any, flag: str, duration_s: float, story: tuple[str, str, str]) -> bool:
+        """Set a flag of a part for so long. `story`: what to say before and after, and of whom."""
+        broken, mended, name = story
+        if getattr(part, flag):
+            return False
 
-        self._until(duration_s, join)
+        def mend() -> None:
+            self._say(mended, name)
+            setattr(part, flag, False)
+
+        self._say(broken, name)
+        setattr(part, flag, True)
+        self._until(duration_s, mend)
         return True
 
     # --- the control store and the disks
@@ -208,16 +219,9 @@ class Faults:
 
     def _disk(self, random: Random, duration_s: float) -> bool:
         node = self._node(random)
-        if node is None or node.disk.is_broken:
+        if node is None:
             return False
-        self._say("disk fails", node.name)
-        node.disk.is_broken = True
-
-        def repair() -> None:
-            node.disk.is_broken = False
-
-        self._until(duration_s, repair)
-        return True
+        return self._break(node.disk, "is_broken", duration_s, ("disk fails", "disk is repaired", node.name))
 
     # --- nodes come and go
 

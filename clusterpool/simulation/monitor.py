@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from clusterpool.core.messages import Address, Reference, TaskKind, TaskSpec
+from clusterpool.core.messages import Address, TaskKind, TaskSpec
 from clusterpool.core.store_invariants import check_store
-from clusterpool.simulation.programs import Operation, Outcome, decode_operation
+from clusterpool.simulation.programs import Outcome, decode_operation
 from clusterpool.simulation.timeline import Violation
 
 if TYPE_CHECKING:
@@ -44,13 +44,11 @@ class Monitor:
     def __init__(self, world: World) -> None:
         self._world = world
         self.happened: set[str] = set()  # kinds of faults, membership only
-        self.held_refs: Counter[tuple[str, Reference]] = Counter()
         self.delivered: Counter[tuple[Address, int]] = Counter()
         self.losses: Counter[str] = Counter()
         self.outcomes = 0
         self._steps: Counter[str] = Counter()
         self._calls: dict[tuple[str, str], int] = {}  # by actor's process and caller, the last call
-        self.deaths: Counter[tuple[Address, int]] = Counter()  # by task, how often its worker died under it
 
     def check(self, condition: bool, text: str) -> None:
         """Raises: Violation."""
@@ -62,17 +60,6 @@ class Monitor:
         raise Violation(text)
 
     # --- programs
-
-    def held(self, client: Client, reference: Reference) -> None:
-        """A program has a reference."""
-        self.held_refs[(client.name, reference)] += 1
-
-    def let_go(self, client: Client, reference: Reference) -> None:
-        """It let go of it."""
-        self.held_refs[(client.name, reference)] -= 1
-
-    def submitted(self, client: Client, number: int, operation: Operation, retries: int) -> None:
-        """A task is on its way."""
 
     def sunk(self, client: Client, index: int) -> None:
         """A result was handed to a sink."""
@@ -111,11 +98,6 @@ class Monitor:
             operation.index > last, f"{worker.name} runs call {operation.index} of {operation.caller} after call {last}"
         )
         self._calls[key] = operation.index
-
-    def client_gone(self, client: Client) -> None:
-        """A process was killed or has ended."""
-        for key in [key for key in self.held_refs if key[0] == client.name]:
-            del self.held_refs[key]
 
     # --- machines
 
@@ -167,9 +149,6 @@ class Monitor:
             for process_id in worker_set.held:
                 known = machine._set_by_process.get(process_id)
                 self.check(known is worker_set, f"{client.name}: the set of {process_id} is forgotten")
-
-    def node_gone(self, node: SimulatedNode) -> None:
-        """A node has ended."""
 
     # --- the end
 

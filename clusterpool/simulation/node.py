@@ -259,7 +259,6 @@ class SimulatedNode(Party):
         if self.is_alive:
             super().vanish()
             self.world.fabric.parties.pop(self.node_id, None)
-            self.world.monitor.node_gone(self)
 
     # --- the arena and the disk
 

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from clusterpool.core import wire
 from clusterpool.core.messages import Address, Message
 
 if TYPE_CHECKING:
@@ -184,15 +183,13 @@ class Fabric:
         self._cuts: dict[frozenset[str], int] = {}
         self.receivers: dict[str, Callable[[str, bytes], None]] = {}  # by node id
         self.parties: dict[str, Party] = {}
-        self.frames = 0
 
     def send(self, source: str, destination: str, frame: bytes) -> None:
         """Send a frame from one node to another."""
         stream = self._streams.get((source, destination))
         if stream is None:
-            stream = self._streams[(source, destination)] = _Stream(self, source, destination)
+            stream = self._streams[(source, destination)] = _Stream(source, destination)
         stream.frames.append(frame)
-        self.frames += 1
         self._flush(stream)
 
     def forget(self, source: str, destination: str) -> None:
@@ -237,13 +234,8 @@ class Fabric:
 class _Stream:
     __slots__ = ("destination", "frames", "last_s", "source")
 
-    def __init__(self, _fabric: Fabric, source: str, destination: str) -> None:
+    def __init__(self, source: str, destination: str) -> None:
         self.source = source
         self.destination = destination
         self.frames: deque[bytes] = deque()
         self.last_s = 0.0
-
-
-def encoded_copy(message: Message) -> bytes:
-    """A message as bytes, so that no two processes share what one of them might change."""
-    return wire.encode(message)

@@ -44,7 +44,6 @@ class Thread:
         self._wait: Wait | None = None
         self._number = 0  # of the wait: a timer of an earlier one must not end it
         self.is_done = False
-        self.is_computing = False
 
     def start(self) -> None:
         """Run to the first wait."""
@@ -72,7 +71,6 @@ class Thread:
     def _step(self, answer: Any) -> None:
         self._wait = None
         self._number += 1
-        self.is_computing = False
         try:
             asked = self._steps.throw(answer) if isinstance(answer, BaseException) else self._steps.send(answer)
         except StopIteration as stop:
@@ -80,7 +78,6 @@ class Thread:
             self._on_end(stop.value)
             return
         if isinstance(asked, Pause):
-            self.is_computing = True
             self._process.after(asked.duration_s, self._timer, self._number)
             return
         self._wait = asked

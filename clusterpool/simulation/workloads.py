@@ -10,7 +10,7 @@ import msgspec
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core.dispatch import Task
-from clusterpool.core.messages import Reference, TaskExtras, TaskKind, TaskSpec
+from clusterpool.core.messages import TaskExtras, TaskKind, TaskSpec
 from clusterpool.simulation.client import Client, Ref
 from clusterpool.simulation.programs import Operation, Outcome, expected, mix, put_number
 from clusterpool.simulation.threads import Pause, Steps
@@ -283,8 +283,3 @@ class Script:
         driver.turn()
         for operation, ref, is_picked in zip(operations, refs, picked, strict=True):
             yield from self.settle(ref, expected(operation), "cancelled task", was_cancelled=is_picked)
-
-
-def reference_of(ref: Ref) -> Reference:
-    """The reference that messages carry."""
-    return ref.part
