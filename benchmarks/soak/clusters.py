@@ -31,7 +31,6 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.log: IO[str] = (folder / "cluster.log").open("w")
-        self.mark = f"SOAK_MARK={folder.name}"
         self.environment = {
             **os.environ,
             "SOAK_MARK": folder.name,
@@ -121,12 +120,10 @@ class Cluster:
                     found.append(process.pid)
         return found
 
-    def clear(self) -> list[str]:
-        """Kill what `stop` left; what it was."""
-        left = self.living()
-        for process in left:
+    def clear(self) -> None:
+        """Kill what `stop` left."""
+        for process in self.living():
             kill(process.pid)
-        return [f"{process.pid}" for process in left]
 
 
 class ClusterpoolCluster(Cluster):

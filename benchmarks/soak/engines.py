@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from benchmarks.soak import work
+from benchmarks.work import Counter
 
 # Unfinished small tasks that the driver keeps up; far more than there are workers.
 WINDOW = 200
@@ -39,13 +40,32 @@ class Engine(Protocol):
         """Leave the cluster."""
 
 
-class Clusterpool:
+class _Referenced:
+    """Arrays and actors of tools whose calls give references: ours and Ray say it in the same words."""
+
+    tool: Any  # the module
+    make: Any
+    shift: Any
+    summary: Any
+    actors: list[Any]
+
+    def chain(self, number: int) -> tuple[float, float, int]:
+        last = self.summary.remote(self.shift.remote(self.make.remote(number)))
+        result: tuple[float, float, int] = self.tool.get(last, timeout=CALL_TIMEOUT_S)
+        return result
+
+    def call_all(self, amounts: list[int]) -> list[int | Exception]:
+        refs = [actor.add.remote(amount) for actor, amount in zip(self.actors, amounts, strict=True)]
+        return [_value_or_error(lambda ref=ref: self.tool.get(ref, timeout=CALL_TIMEOUT_S)) for ref in refs]  # type: ignore[misc]
+
+
+class Clusterpool(_Referenced):
     """A Pool for the small tasks, remote functions for the arrays, actors with checkpoints."""
 
     def __init__(self) -> None:
         import clusterpool
 
-        self.tool: Any = clusterpool
+        self.tool = clusterpool
         clusterpool.init()
         self.pool = clusterpool.Pool(WORKERS, retries=RETRIES)
         remote: Any = clusterpool.remote
@@ -64,19 +84,10 @@ class Clusterpool:
             except Exception as exc:
                 failed(f"{type(exc).__name__}: {exc}")
 
-    def chain(self, number: int) -> tuple[float, float, int]:
-        last = self.summary.remote(self.shift.remote(self.make.remote(number)))
-        result: tuple[float, float, int] = self.tool.get(last, timeout=CALL_TIMEOUT_S)
-        return result
-
     def open_actors(self, count: int) -> bool:
-        counter = self.tool.remote(num_cpus=0, scheduling="spread", **ACTOR_OPTIONS)(work.Counter)
+        counter = self.tool.remote(num_cpus=0, scheduling="spread", **ACTOR_OPTIONS)(Counter)
         self.actors = [counter.remote() for _ in range(count)]
         return True
-
-    def call_all(self, amounts: list[int]) -> list[int | Exception]:
-        refs = [actor.add.remote(amount) for actor, amount in zip(self.actors, amounts, strict=True)]
-        return [_value_or_error(lambda ref=ref: self.tool.get(ref, timeout=CALL_TIMEOUT_S)) for ref in refs]  # type: ignore[misc]
 
     def close(self) -> None:
         self.pool.terminate()
@@ -122,15 +133,15 @@ class _Windowed:
                     again.append(number)
 
 
-class Ray(_Windowed):
+class Ray(_Referenced, _Windowed):
     """Tasks and actors, with their retries and restarts. An actor that is started again has lost what it knew."""
 
     def __init__(self) -> None:
-        self.ray: Any = importlib.import_module("ray")
-        self.ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+        self.tool = importlib.import_module("ray")
+        self.tool.init(address="auto", log_to_driver=False, logging_level="ERROR")
         options = {"max_retries": RETRIES, "num_cpus": 1}
         self.mixed, self.make, self.shift, self.summary = (
-            self.ray.remote(**options)(function) for function in (work.mixed, work.make_big, work.shift, work.summary)
+            self.tool.remote(**options)(function) for function in (work.mixed, work.make_big, work.shift, work.summary)
         )
         self.actors: list[Any] = []
 
@@ -138,28 +149,19 @@ class Ray(_Windowed):
         return self.mixed.remote(number)
 
     def wait_any(self, refs: list[Any]) -> list[Any]:
-        done: list[Any] = self.ray.wait(refs, num_returns=1, timeout=1.0)[0] if refs else []
+        done: list[Any] = self.tool.wait(refs, num_returns=1, timeout=1.0)[0] if refs else []
         return done
 
     def value(self, ref: Any) -> Any:
-        return self.ray.get(ref, timeout=CALL_TIMEOUT_S)
-
-    def chain(self, number: int) -> tuple[float, float, int]:
-        last = self.summary.remote(self.shift.remote(self.make.remote(number)))
-        result: tuple[float, float, int] = self.ray.get(last, timeout=CALL_TIMEOUT_S)
-        return result
+        return self.tool.get(ref, timeout=CALL_TIMEOUT_S)
 
     def open_actors(self, count: int) -> bool:
-        counter = self.ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(work.Counter)
+        counter = self.tool.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Counter)
         self.actors = [counter.remote() for _ in range(count)]
         return True
 
-    def call_all(self, amounts: list[int]) -> list[int | Exception]:
-        refs = [actor.add.remote(amount) for actor, amount in zip(self.actors, amounts, strict=True)]
-        return [_value_or_error(lambda ref=ref: self.ray.get(ref, timeout=CALL_TIMEOUT_S)) for ref in refs]  # type: ignore[misc]
-
     def close(self) -> None:
-        self.ray.shutdown()
+        self.tool.shutdown()
 
 
 class Dask(_Windowed):
@@ -192,7 +194,7 @@ class Dask(_Windowed):
         return result
 
     def open_actors(self, count: int) -> bool:
-        self.actors = [self.client.submit(work.Counter, actor=True, pure=False).result() for _ in range(count)]
+        self.actors = [self.client.submit(Counter, actor=True, pure=False).result() for _ in range(count)]
         return True
 
     def call_all(self, amounts: list[int]) -> list[int | Exception]:
@@ -202,7 +204,7 @@ class Dask(_Windowed):
                 lambda position=position, amount=amount: self.actors[position].add(amount).result(timeout=5)  # type: ignore[misc]
             )
             if isinstance(value, Exception):
-                self.actors[position] = self.client.submit(work.Counter, actor=True, pure=False).result(timeout=60)
+                self.actors[position] = self.client.submit(Counter, actor=True, pure=False).result(timeout=60)
             values.append(value)
         return values
 

@@ -58,15 +58,3 @@ def summary(array: Any) -> tuple[float, float, int]:
 def expected_summary(number: int) -> tuple[float, float, int]:
     """What `summary(shift(make_big(number)))` must give."""
     return number + 1.0, number + 1.0, BIG_ITEMS
-
-
-class Counter:
-    """An actor that remembers what it was given."""
-
-    def __init__(self) -> None:
-        self.total = 0
-
-    def add(self, amount: int) -> int:
-        """The sum of all amounts so far."""
-        self.total += amount
-        return self.total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -19,6 +20,8 @@ import pytest
 import clusterpool
 
 LARGE_BYTES = 100_000_000
+# A node is declared dead within 4.75 s (membership.py).
+DEAD_WITHIN_S = 5.0
 THREE_NODES = """
 head: {num_cpus: 2, object_store_memory: 400MiB}
 nodes:
@@ -44,6 +47,11 @@ class Cluster:
     address: str
     session_folder: Path
 
+    def kill(self, *node_ids: str) -> None:
+        """Nodes, all at once."""
+        for node_id in node_ids:
+            os.kill(self.pids[node_id], signal.SIGKILL)
+
     @property
     def node_ids(self) -> set[str]:
         return {self.head, self.second, self.third}
@@ -57,8 +65,8 @@ def started_cluster(folder: Path, run_of_tests: Any) -> Iterator[Cluster]:
     done = clusterpool_command("up", str(file), "--json")
     assert done.returncode == 0, done.stderr
     started = json.loads(done.stdout)
-    held = run_of_tests.look()
-    run_of_tests.held.append(held)
+    held_before = list(run_of_tests.held)
+    run_of_tests.held.append(run_of_tests.look())
     nodes = started["nodes"]
     try:
         yield Cluster(
@@ -70,8 +78,13 @@ def started_cluster(folder: Path, run_of_tests: Any) -> Iterator[Cluster]:
             session_folder=Path(started["session_folder"]),
         )
     finally:
-        done = clusterpool_command("down")
-        run_of_tests.held.remove(held)
+        end_cluster(run_of_tests, held_before)
+
+
+def end_cluster(run_of_tests: Any, held_before: list[Any]) -> None:
+    """`clusterpool down`, and a search for remains of all that was not held before the cluster was started."""
+    done = clusterpool_command("down")
+    run_of_tests.held[:] = held_before
     assert done.returncode == 0, done.stdout + done.stderr
     leftovers = run_of_tests.wait_until_clean()
     if leftovers:
@@ -87,12 +100,12 @@ def node_link(cluster: Cluster) -> Any:
     return NodeLink(cluster.address)
 
 
-def wait_for(condition: Callable[[], bool], *, within_s: float, what: str) -> float:
+def wait_for(condition: Callable[[], bool], *, within_s: float, what: str, period_s: float = 0.01) -> float:
     """How long it took until `condition()`; fails after `within_s`."""
     started_s = time.monotonic()
     while not condition():
         assert time.monotonic() - started_s < within_s, f"not within {within_s:g} s: {what}"
-        time.sleep(0.02)
+        time.sleep(period_s)
     return time.monotonic() - started_s
 
 

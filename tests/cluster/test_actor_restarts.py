@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -40,7 +39,7 @@ def test_an_actor_is_made_again_on_another_node_for_all_its_callers(mortal_nodes
     caller = clusterpool.remote(**on_third)(Caller).remote(actor)
     assert clusterpool.get(actor.add.remote(), timeout=20) == (1, mortal_nodes.second)
     assert clusterpool.get(caller.call.remote(), timeout=20) == (2, mortal_nodes.second)
-    os.kill(mortal_nodes.pids[mortal_nodes.second], signal.SIGKILL)
+    mortal_nodes.kill(mortal_nodes.second)
     refs = [caller.call.remote(), actor.add.remote(), caller.call.remote()]
     answers = clusterpool.get(refs, timeout=40)
     assert sorted(count for count, _ in answers) == [1, 2, 3]
@@ -76,7 +75,7 @@ def test_a_detached_actor_outlives_its_driver_and_its_node(mortal_nodes: Cluster
     try:
         actor = clusterpool.get_actor("kept")
         assert clusterpool.get(actor.add.remote(), timeout=20) == (2, mortal_nodes.second)
-        os.kill(mortal_nodes.pids[mortal_nodes.second], signal.SIGKILL)
+        mortal_nodes.kill(mortal_nodes.second)
         count, node_id = clusterpool.get(actor.add.remote(), timeout=40)
         assert count == 1 and node_id in (mortal_nodes.head, mortal_nodes.third)
         clusterpool.kill(clusterpool.get_actor("kept"))
@@ -110,7 +109,7 @@ def test_a_checkpointed_actor_loses_nothing_with_its_node(
     actor = clusterpool.remote(Ledger).options(**options, **kept).remote()
     assert set(clusterpool.get([actor.add.remote(number) for number in range(20)], timeout=20)) == {mortal_nodes.second}
     refs = [actor.add.remote(number) for number in range(20, 40)]
-    os.kill(mortal_nodes.pids[mortal_nodes.second], signal.SIGKILL)
+    mortal_nodes.kill(mortal_nodes.second)
     refs += [actor.add.remote(number) for number in range(40, 60)]
     assert clusterpool.get(refs[-1], timeout=45) != mortal_nodes.second
     clusterpool.get(refs, timeout=20)

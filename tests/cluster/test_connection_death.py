@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 
 import pytest
@@ -37,7 +35,7 @@ def test_a_node_that_is_killed_ends_its_connections(mortal_nodes: Cluster, drive
 
     sender = threading.Thread(target=send)
     sender.start()
-    os.kill(mortal_nodes.pids[mortal_nodes.second], signal.SIGKILL)
+    mortal_nodes.kill(mortal_nodes.second)
     sender.join(20)
     assert broken
     assert isinstance(broken[0], ConnectionError)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-
 import pytest
 
 import clusterpool
@@ -26,7 +23,7 @@ def test_a_killed_node_gives_its_locks_back_and_loses_what_had_not_moved(mortal_
     moved, _ = clusterpool.get(third.make.remote(1), timeout=LIMIT_S)
     thin, _ = clusterpool.get(third.make.remote(1), timeout=LIMIT_S)
     here.adopt("semaphore", moved, mortal_nodes.third, UNBOUNDED)
-    os.kill(mortal_nodes.pids[mortal_nodes.third], signal.SIGKILL)
+    mortal_nodes.kill(mortal_nodes.third)
     # Others find a node dead within 4.75 s.
     assert here.acquire(lock, 12) > 0
     with pytest.raises(errors.ObjectLost, match="which is gone"):

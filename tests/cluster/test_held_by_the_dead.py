@@ -85,13 +85,6 @@ def wait_and_tell(lock: Any, told: Path) -> None:
         part.rename(told)
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
 def is_really_inside(pid: int, folder: Path) -> bool:
     """Whether the process has the lock as well, and has not merely left its mark behind when it was killed.
 
@@ -99,9 +92,9 @@ def is_really_inside(pid: int, folder: Path) -> bool:
     as dead. So what was killed counts only if it goes on all the same.
     """
     if not (folder / f"killed-{pid}").exists():
-        return is_running(pid)
+        return clusters.is_alive(pid)
     end_s = time.monotonic() + 2
-    while is_running(pid):
+    while clusters.is_alive(pid):
         if time.monotonic() > end_s:
             return True
         time.sleep(0.01)
@@ -149,7 +142,7 @@ def test_kills_at_random_moments_on_three_nodes(three_nodes: Cluster, driver: No
 
     def living() -> list[int]:
         pids = [int(path.name.removeprefix("pid-")) for path in tmp_path.glob("pid-*")]
-        return [pid for pid in pids if is_running(pid)]
+        return [pid for pid in pids if clusters.is_alive(pid)]
 
     for number in range(4):
         start(number)

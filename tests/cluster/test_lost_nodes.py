@@ -14,17 +14,11 @@ import pytest
 
 import clusterpool
 from tests.cluster import clusters
-from tests.cluster.clusters import Cluster
+from tests.cluster.clusters import DEAD_WITHIN_S, Cluster
 
 pytestmark = pytest.mark.cluster
 
-FOUND_DEAD_WITHIN_S = 5.0
 SLACK_S = 3.0  # of a machine that runs other things as well, and for the start of workers
-
-
-def kill(cluster: Cluster, *node_ids: str) -> None:
-    for node_id in node_ids:
-        os.kill(cluster.pids[node_id], signal.SIGKILL)
 
 
 def large(number: int) -> Any:
@@ -62,7 +56,7 @@ def test_large_results_of_a_lost_node_are_made_again(mortal_nodes: Cluster, driv
         clusters.wait_for(lambda: len(pool._pool) == 6, within_s=20, what="all workers are ready")
         results = pool.imap(large, range(200))
         first = [next(results) for _ in range(10)]
-        kill(mortal_nodes, mortal_nodes.second)  # with results in it that nobody has read
+        mortal_nodes.kill(mortal_nodes.second)  # with results in it that nobody has read
         arrays = first + list(results)
     assert [int(array[-1]) for array in arrays] == list(range(200))
     assert all(len(array) == 50_000 for array in arrays)
@@ -72,7 +66,7 @@ def test_an_executor_with_retries_goes_on(mortal_nodes: Cluster, driver: None) -
     with clusterpool.Executor(6, retries=3) as executor:
         futures = [executor.submit(large, number) for number in range(120)]
         assert futures[5].result(timeout=30)[0] == 5
-        kill(mortal_nodes, mortal_nodes.third)
+        mortal_nodes.kill(mortal_nodes.third)
         assert [int(future.result(timeout=40)[-1]) for future in futures] == list(range(120))
 
 
@@ -81,7 +75,7 @@ def test_two_nodes_lost_at_once(mortal_nodes: Cluster, driver: None) -> None:
         clusters.wait_for(lambda: len(pool._pool) == 6, within_s=20, what="all workers are ready")
         results = pool.imap_unordered(where, range(400))
         got = [next(results) for _ in range(20)]
-        kill(mortal_nodes, mortal_nodes.second, mortal_nodes.third)
+        mortal_nodes.kill(mortal_nodes.second, mortal_nodes.third)
         killed_s = time.monotonic()
         # More workers are asked for while both are dead and nobody knows.
         with clusterpool.Pool(4) as other:
@@ -90,7 +84,7 @@ def test_two_nodes_lost_at_once(mortal_nodes: Cluster, driver: None) -> None:
         assert sorted(number for number, _ in got) == list(range(400))
         clusters.wait_for(
             lambda: len(pool._pool) == 6 and len(clusterpool.nodes()) == 1,
-            within_s=max(1.0, killed_s + FOUND_DEAD_WITHIN_S + SLACK_S - time.monotonic()),
+            within_s=max(1.0, killed_s + DEAD_WITHIN_S + SLACK_S - time.monotonic()),
             what="the pool has its size again",
         )
         assert {node_id for _, node_id in pool.map(where, range(60), chunksize=1)} == {mortal_nodes.head}
@@ -113,11 +107,11 @@ def test_tasks_of_a_killed_node_run_elsewhere_within_five_seconds(mortal_nodes: 
     try:
         ref = first_time_here.options(scheduling=f"near:{mortal_nodes.second}").remote(str(folder))
         clusters.wait_for(lambda: len(os.listdir(folder)) == 1, within_s=10, what="it runs")
-        kill(mortal_nodes, mortal_nodes.second)
+        mortal_nodes.kill(mortal_nodes.second)
         killed_s = time.monotonic()
         ran_s, node_id = clusterpool.get(ref, timeout=30)
         assert node_id != mortal_nodes.second
-        assert ran_s - killed_s < FOUND_DEAD_WITHIN_S + SLACK_S
+        assert ran_s - killed_s < DEAD_WITHIN_S + SLACK_S
     finally:
         for path in folder.iterdir():
             path.unlink()
@@ -154,7 +148,7 @@ def test_nested_pools_survive_the_loss_of_a_node(mortal_nodes: Cluster, driver: 
     with clusterpool.Pool(4) as pool:
         results = pool.imap_unordered(nested, range(24))
         got = [next(results) for _ in range(3)]
-        kill(mortal_nodes, mortal_nodes.second)
+        mortal_nodes.kill(mortal_nodes.second)
         got += list(results)
     assert sorted(got) == [sum(i * i for i in range(number, number + 6)) for number in range(24)]
 
@@ -183,7 +177,7 @@ def test_a_grid_search_survives_the_loss_of_a_node(mortal_nodes: Cluster, driver
 
     def kill_in_the_middle() -> None:
         clusters.wait_for((tmp_path / mortal_nodes.second).exists, within_s=40, what="the second node fits")
-        kill(mortal_nodes, mortal_nodes.second)
+        mortal_nodes.kill(mortal_nodes.second)
 
     points = numpy.random.default_rng(0).normal(size=(60, 3))
     classes = (points[:, 0] > 0.3).astype(int)

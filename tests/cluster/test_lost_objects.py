@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
 from typing import Any
@@ -45,10 +43,6 @@ def near(node_id: str) -> dict[str, Any]:
     return {"scheduling": f"near:{node_id}"}
 
 
-def kill(cluster: Cluster, node_id: str) -> None:
-    os.kill(cluster.pids[node_id], signal.SIGKILL)
-
-
 def test_chains_and_diamonds_are_rebuilt_while_other_work_goes_on(mortal_nodes: Cluster, driver: None) -> None:
     second = near(mortal_nodes.second)
     chains = []
@@ -74,7 +68,7 @@ def test_chains_and_diamonds_are_rebuilt_while_other_work_goes_on(mortal_nodes: 
     other = threading.Thread(target=work)
     other.start()
     try:
-        kill(mortal_nodes, mortal_nodes.second)
+        mortal_nodes.kill(mortal_nodes.second)
         assert clusterpool.get(diamond, timeout=40)[0] == 22.0
         assert [array[-1] for array in clusterpool.get(chains, timeout=40)] == [3.0, 4.0, 5.0]
     finally:
@@ -95,7 +89,7 @@ def test_another_copy_spares_a_second_run(mortal_nodes: Cluster, driver: None, t
         mean_in_task.options(scheduling=f"node:{mortal_nodes.third}").remote([array]), timeout=30
     )
     assert (mean, where) == (5.0, mortal_nodes.third)
-    kill(mortal_nodes, mortal_nodes.second)
+    mortal_nodes.kill(mortal_nodes.second)
     clusters.wait_for(lambda: len(clusterpool.nodes()) == 2, within_s=10, what="the node is found dead")
     assert clusterpool.get(array, timeout=30).mean() == 5.0
     assert (tmp_path / "runs").read_text() == "run\n"
@@ -112,7 +106,7 @@ def test_whoever_asks_gets_the_rebuilt_value(mortal_nodes: Cluster, driver: None
     )
     arrays = [made.options(**second).remote(value) for value in range(4)]
     clusterpool.wait([one, zero, *streamed, *arrays], num_returns=9, timeout=30)
-    kill(mortal_nodes, mortal_nodes.second)
+    mortal_nodes.kill(mortal_nodes.second)
     # At once, so that some find out by themselves that the node is gone, and others are told.
     in_task = mean_in_task.remote([arrays[0]])
     argument = plus_one.remote(arrays[1])
@@ -130,6 +124,6 @@ def test_whoever_asks_gets_the_rebuilt_value(mortal_nodes: Cluster, driver: None
 def test_what_may_run_once_only_is_lost(mortal_nodes: Cluster, driver: None) -> None:
     array = made.options(retries=0, **near(mortal_nodes.second)).remote(1.0)
     clusterpool.wait([array], timeout=30)
-    kill(mortal_nodes, mortal_nodes.second)
+    mortal_nodes.kill(mortal_nodes.second)
     with pytest.raises(errors.ObjectLost, match="retries"):
         clusterpool.get(array, timeout=40)

@@ -40,7 +40,7 @@ def test_a_killed_node_hangs_nobody(mortal_nodes: Cluster, driver: None) -> None
             results.append(result)
             # On a busy machine a node's first answer may take longer than thirty of the others.
             if not killed_s and len(results) >= 30 and {node_id for _, node_id in results} == mortal_nodes.node_ids:
-                os.kill(mortal_nodes.pids[mortal_nodes.second], signal.SIGKILL)
+                mortal_nodes.kill(mortal_nodes.second)
                 killed_s = time.monotonic()
         # Every task once, and the pool went on with the other nodes meanwhile.
         assert sorted(number for number, _ in results) == list(range(300))

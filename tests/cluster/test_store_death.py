@@ -153,7 +153,7 @@ def test_what_died_while_the_server_hung_is_found_dead_when_it_is_back(mortal_no
         another.kill()
         another.wait()
         another.stdout.close()
-        os.kill(mortal_nodes.pids[mortal_nodes.third], signal.SIGKILL)
+        mortal_nodes.kill(mortal_nodes.third)
         with clusterpool.Pool(3) as pool:
             while time.monotonic() - stopped_s < 6.0:  # longer than a node may be silent
                 assert pool.map(abs, range(10)) == list(range(10))

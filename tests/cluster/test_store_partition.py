@@ -129,7 +129,7 @@ def test_a_node_that_only_the_store_does_not_hear_works_on_through_a_peer(
 def test_a_node_apart_survives_the_death_of_the_peer_that_helps_it(mortal_nodes: Cluster, apart: Apart) -> None:
     apart.proxy.stall()
     apart.wait_for_log(f"tried through node {mortal_nodes.head}")
-    os.kill(mortal_nodes.pids[mortal_nodes.head], signal.SIGKILL)
+    mortal_nodes.kill(mortal_nodes.head)
     killed_s = time.monotonic()
     program = """
         import clusterpool, time

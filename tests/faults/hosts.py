@@ -13,23 +13,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from clusterpool.cli.node_link import NodeLink
 from clusterpool.config import NodePaths, SessionPaths
 from clusterpool.core.messages import NodePart
 from clusterpool.errors import ClusterpoolError
-from tests.cluster.clusters import children_of, clusterpool_command, is_alive
+from tests.cluster.clusters import DEAD_WITHIN_S, children_of, clusterpool_command, end_cluster, is_alive, wait_for
 
-# A node is declared dead within 4.75 s (membership.py), what a driver held is gone within 5 s; and this machine may
-# have other things to do as well.
-DEAD_WITHIN_S = 5.0
+# This machine may have other things to do as well.
 SLACK_S = 5.0
 ROLES = ("head", "home", "left", "right")
 OPTIONS = {
@@ -131,7 +126,7 @@ class Hosts:
         ]  # fmt: skip
         done = clusterpool_command(*arguments)
         assert done.returncode == 0, done.stderr
-        self.parts[role] = json_part(json.loads(done.stdout)["nodes"][0])
+        self.parts[role] = NodePart(**json.loads(done.stdout)["nodes"][0])
         new = self.run_of_tests.look()
         leftovers = type(new)(new.pids - held.pids, new.segments - held.segments, new.folders - held.folders)
         self.run_of_tests.held.append(leftovers)
@@ -156,10 +151,6 @@ class Hosts:
             raise AssertionError(f"{exc}: {seen}") from None
 
 
-def json_part(fields: dict[str, Any]) -> NodePart:
-    return NodePart(**fields)
-
-
 @contextlib.contextmanager
 def started_hosts(folder: Path, run_of_tests: Any) -> Iterator[Hosts]:
     """The cluster; ended, and searched for remains, at last."""
@@ -174,19 +165,12 @@ def started_hosts(folder: Path, run_of_tests: Any) -> Iterator[Hosts]:
     hosts = Hosts(run_of_tests, SessionPaths(Path(started["session_folder"])), started["join_file"])
     try:
         for fields in started["nodes"]:
-            part = json_part(fields)
+            part = NodePart(**fields)
             role = "head" if part.is_head else next(role for role in ROLES if role in part.total)
             hosts.parts[role] = part
         yield hosts
     finally:
-        done = clusterpool_command("down")
-        run_of_tests.held[:] = held_before
-    assert done.returncode == 0, done.stdout + done.stderr
-    leftovers = run_of_tests.wait_until_clean()
-    if leftovers:
-        description = leftovers.describe()
-        run_of_tests.clear(leftovers)
-        pytest.fail(f"`clusterpool down` left behind:\n{description}", pytrace=False)
+        end_cluster(run_of_tests, held_before)
 
 
 class Program:
@@ -227,12 +211,3 @@ def parent_of(pid: int) -> int:
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:
     os.kill(pid, number)
-
-
-def wait_for(condition: Callable[[], bool], *, within_s: float, what: str, period_s: float = 0.01) -> float:
-    """How long it took until `condition()`; fails after `within_s`."""
-    started_s = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started_s < within_s, f"not within {within_s:g} s: {what}"
-        time.sleep(period_s)
-    return time.monotonic() - started_s

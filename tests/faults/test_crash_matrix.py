@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.clusters import is_alive
-from tests.faults.hosts import DEAD_WITHIN_S, SLACK_S, Hosts, Program, kill, wait_for
+from tests.cluster.clusters import DEAD_WITHIN_S, is_alive, wait_for
+from tests.faults.hosts import SLACK_S, Hosts, Program, kill
 
 pytestmark = pytest.mark.cluster
 
@@ -42,7 +42,6 @@ class Cell:
     outcome: tuple[str, ...] = ("right",)
     executions: tuple[int, int] | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    why: str = ""  # why it fails as yet
 
     def __str__(self) -> str:
         options = "-".join(f"{name}={value}" for name, value in self.options.items())
@@ -221,11 +220,6 @@ def assert_executions(cell: Cell, folder: Path) -> None:
     assert at_least <= len(executions) <= at_most, (len(executions), Counter(one["name"] for one in executions))
 
 
-def marked(cell: Cell) -> Any:
-    marks = [pytest.mark.xfail(strict=True, reason=cell.why)] if cell.why else []
-    return pytest.param(cell, id=str(cell), marks=marks)
-
-
 @pytest.fixture
 def mended(hosts: Hosts) -> Any:
     """Whatever became of the cell, the next one has four healthy nodes."""
@@ -234,7 +228,7 @@ def mended(hosts: Hosts) -> Any:
     hosts.assert_healthy()
 
 
-@pytest.mark.parametrize("cell", [marked(cell) for cell in CELLS])
+@pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_what_was_promised_happens(cell: Cell, hosts: Hosts, mended: None, tmp_path: Path) -> None:
     arguments = [cell.moment, cell.kind, str(tmp_path), json.dumps(cell.options)]
     with Program(str(PROGRAMS), *arguments, address=hosts.address("home"), folder=tmp_path) as program:

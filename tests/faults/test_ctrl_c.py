@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.clusters import is_alive
-from tests.faults.hosts import wait_for
+from tests.cluster.clusters import is_alive, wait_for
 from tests.faults.terminal import Terminal
 
 # The calls that a person interrupts, and what must work at the same prompt afterwards.

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import clusterpool
-from tests.cluster.clusters import is_alive
-from tests.faults.hosts import SLACK_S, Hosts, Program, kill, wait_for
+from tests.cluster.clusters import is_alive, wait_for
+from tests.faults.hosts import SLACK_S, Hosts, Program, kill
 
 pytestmark = pytest.mark.cluster
 

@@ -9,7 +9,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ import clusterpool
 from clusterpool.config import SessionPaths
 from clusterpool.processes.death import process_identity, record_process
 from clusterpool.processes.sweep import belongs_to_session
-from tests.cluster.clusters import clusterpool_command, is_alive
-from tests.faults.hosts import Program, wait_for
+from tests.cluster.clusters import clusterpool_command, is_alive, wait_for
+from tests.faults.hosts import Program
 
 pytestmark = pytest.mark.cluster
 
@@ -188,4 +187,3 @@ def begin(start: str, folder: Path) -> None:
     environment = {**os.environ, "CLUSTERPOOL_ADDRESS": "local"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=40, env=environment)
     assert (done.stdout, done.returncode) == ("5\n", 0), done.stderr
-    time.sleep(0)

@@ -18,8 +18,8 @@ import pytest
 
 import clusterpool
 from clusterpool.config import SessionPaths
-from tests.cluster.clusters import clusterpool_command
-from tests.faults.hosts import DEAD_WITHIN_S, SLACK_S, wait_for
+from tests.cluster.clusters import DEAD_WITHIN_S, end_cluster, wait_for
+from tests.faults.hosts import SLACK_S
 from tests.faults.network import Network, made_network, why_impossible
 
 pytestmark = [
@@ -72,10 +72,7 @@ def hosts(run_of_tests: Any) -> Iterator[Hosts]:
             network.heal()
             assert network.switch is not None
             network.switch.loss = network.switch.delay_s = 0.0
-            run_of_tests.held.clear()
-            done = clusterpool_command("down")
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert not run_of_tests.wait_until_clean()
+            end_cluster(run_of_tests, [])
 
 
 @pytest.fixture
