@@ -554,7 +554,11 @@ class Client:
         if peer is None:
             return
         if peer == self.node:
-            self._mark_closed(f"the node {peer.node_id} has ended (see its log in the session's folder)", "worker_died")
+            self._mark_closed(
+                f"the node {peer.node_id} that this process was connected to has ended, and with it what the process had "
+                "on the cluster (see the node's log in the session's folder)",
+                "worker_died",
+            )
             if self.on_closed is not None:
                 self.deliveries.queue.append(lambda: self.on_closed and self.on_closed(self.closed_text))
             return

@@ -23,6 +23,8 @@ LARGE_BYTES = 80_000_000
 PIECE_BYTES = 16_000_000
 PIECES = 20
 ON_SPOT = {"num_cpus": 0, "resources": {"spot": 1}}
+WORKERS = 6
+WAITING = range(3, 3 + WORKERS)  # the items that wait to be told to go on: one for each worker
 
 
 def wait_for_file(path: Path) -> None:
@@ -48,7 +50,7 @@ def note(folder: Path, name: object) -> None:
 def square(folder: Path, number: int, *, waits: bool = False) -> int:
     note(folder, number)
     time.sleep(0.02)
-    if waits and number == 3:
+    if waits and number in WAITING:
         wait_for_file(folder / "go")
     return number * number
 
@@ -111,17 +113,17 @@ class Caller:
 
 
 def squares_with(folder: Path, kind: str, options: dict[str, Any], *, waits: bool) -> list[int]:
-    """A hundred by a pool or an executor of six; the fourth call waits to be told to go on."""
+    """A hundred by a pool or an executor; some of the first calls wait to be told to go on."""
     function = waiting_square if waits else quick_square
     if kind == "pool":
-        with Pool(6) as pool:
+        with Pool(WORKERS) as pool:
             if not waits:
                 pool.map(quick_square, [(folder, number) for number in range(30)], chunksize=1)
                 (folder / "executions").rename(folder / "before")
                 (folder / "reached").touch()
                 wait_for_file(folder / "go")
             return pool.map(function, [(folder, number) for number in range(100)], chunksize=1)
-    with ProcessPoolExecutor(6, **options) as executor:
+    with ProcessPoolExecutor(WORKERS, **options) as executor:
         futures = [executor.submit(function, (folder, number)) for number in range(100)]
         wait(futures)
         return [future.result() for future in futures]

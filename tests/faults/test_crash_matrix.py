@@ -20,6 +20,7 @@ import pytest
 
 from tests.cluster.clusters import DEAD_WITHIN_S, is_alive, wait_for
 from tests.faults.hosts import SLACK_S, Hosts, Program, kill
+from tests.faults.programs import WAITING
 
 pytestmark = pytest.mark.cluster
 
@@ -164,11 +165,16 @@ class Moments:
         return next(place for place in places if place.role in SPOTS)
 
     def running(self) -> Place:
-        def waiting() -> list[dict[str, Any]]:
-            return [one for one in read_executions(self.folder) if one["name"] in ("run", 3)]
+        """Not at home, where a pool has workers too: its node is the driver's own."""
+        found: list[Place] = []
 
-        self._wait(lambda: bool(waiting()), "the work has begun")
-        return self._place_of(waiting()[0])
+        def look() -> bool:
+            waiting = [one for one in read_executions(self.folder) if one["name"] in ("run", *WAITING)]
+            found[:] = [place for place in map(self._place_of, waiting) if place.role in SPOTS]
+            return bool(found)
+
+        self._wait(look, "the work has begun on one of the nodes")
+        return found[0]
 
     def fetching(self) -> Place:
         role = self._wait_spot("pulls")
