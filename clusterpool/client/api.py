@@ -368,7 +368,9 @@ def future_of(ref: ObjectRef) -> concurrent.futures.Future[Any]:
 
     def on_known() -> None:
         part = here.client.machine.objects.table.value_of(ref.part)
-        assert part is not None
+        if part is None:  # lost again, before this was called
+            here.client.watch(ref.part, on_known)
+            return
         if part.stored is not None:
             here.values.load_stored_nowait(part.stored, on_loaded)
             return

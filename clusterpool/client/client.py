@@ -62,7 +62,7 @@ class Client:
 
     def __init__(self, *, node_socket: str, processes_folder: str, address: Address, job: m.JobPart, kind: str) -> None:
         self.address = address
-        self.node = Address(address.node_id, address.node_id)
+        self.node = address.node
         self.kind = kind
         self.pid = os.getpid()
         self.job = job
@@ -555,8 +555,8 @@ class Client:
             return
         if peer == self.node:
             self._mark_closed(
-                f"the node {peer.node_id} that this process was connected to has ended, and with it what the process had "
-                "on the cluster (see the node's log in the session's folder)",
+                f"the node {peer.node_id} that this process was connected to has ended, and with it what the process "
+                "had on the cluster (see the node's log in the session's folder)",
                 "worker_died",
             )
             if self.on_closed is not None:

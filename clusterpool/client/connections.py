@@ -32,7 +32,7 @@ class Connections:
         on_unreachable: Callable[[Address, str], None],
     ) -> None:
         self.address = address
-        self.node = Address(address.node_id, address.node_id)
+        self.node = address.node
         self.by_process: dict[str, stream.Connection] = {}
         self.by_fd: dict[int, stream.Connection] = {}
         self.hello = m.Hello(

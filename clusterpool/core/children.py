@@ -65,7 +65,7 @@ class Children:
         if child is None or child.worker is None:
             return []
         kill = m.KillWorker(child.worker.lease, event.signal, "its parent has sent it the signal")
-        return [e.Send(_node_of(child.worker), kill)]
+        return [e.Send(child.worker.address.node, kill)]
 
     def dropped(self, event: e.ChildDropped, now_s: float) -> Commands:
         """Nobody waits for this child any more. If its worker comes nevertheless, it is given back."""
@@ -78,8 +78,7 @@ class Children:
     def watched(self, event: e.ProcessWatched, _now_s: float) -> Commands:
         """Somebody here wants to know when a process ends."""
         self._watched[event.address] = event.set_number
-        node = Address(event.address.node_id, event.address.node_id)
-        return [e.Send(node, m.WatchProcess(event.address.process_id))]
+        return [e.Send(event.address.node, m.WatchProcess(event.address.process_id))]
 
     def _find(self, number: int) -> Child | None:
         return next((child for child in self._by_process.values() if child.number == number), None)
@@ -148,7 +147,3 @@ class Children:
         self._by_process.clear()
         self._watched.clear()
         return commands
-
-
-def _node_of(worker: m.WorkerPart) -> Address:
-    return Address(worker.address.node_id, worker.address.node_id)

@@ -42,7 +42,7 @@ class OwnerMachine:
 
     def __init__(self, address: m.Address, *, job: m.JobPart, numbers: Iterator[int], requests: Iterator[int]) -> None:
         self.address = address
-        self.node = m.Address(address.node_id, address.node_id)
+        self.node = address.node
         self.job = job
         self.requests = requests
         self._numbers = numbers
@@ -399,12 +399,7 @@ class OwnerMachine:
     def _node_lost(self, _source: m.Address, message: m.NodeLost, now_s: float) -> Commands:
         commands = self.objects.node_gone(message.node_id, message.text)
         for worker_set in list(self.sets.values()):
-            commands += worker_set.cancel_requests()  # they may have been passed on to that node
-            for process_id, worker in list(worker_set.held.items()):
-                if worker.address.node_id == message.node_id:
-                    text = f"its node {message.node_id} is gone: {message.text}"
-                    commands += self._checked(worker_set.exited(process_id, -9, text, now_s))
-            commands += self._checked(worker_set.advance(now_s))
+            commands += self._checked(worker_set.node_lost(message.node_id, message.text, now_s))
         commands += self.children.node_gone(message.node_id)
         return commands + self.actors.node_gone(message.node_id, message.text)
 

@@ -157,8 +157,7 @@ class OwnerActors:
         channel = self._channel_of_request.pop(message.request, None)
         worker = message.worker
         if channel is None:
-            node = Address(worker.address.node_id, worker.address.node_id)
-            return [e.Send(node, m.ReleaseWorkers([worker.lease], False))]
+            return [e.Send(worker.address.node, m.ReleaseWorkers([worker.lease], False))]
         channel.lease = worker.lease
         channel.actor = msgspec.structs.replace(channel.actor, address=worker.address)
         self.channel_of_process[worker.address.process_id] = channel
@@ -182,8 +181,7 @@ class OwnerActors:
         address = channel.actor.address
         if address is not None:
             self.channel_of_process.pop(address.process_id, None)
-            node = Address(address.node_id, address.node_id)
-            commands.append(e.Send(node, m.ReleaseWorkers([channel.lease], True)))
+            commands.append(e.Send(address.node, m.ReleaseWorkers([channel.lease], True)))
         elif self._channel_of_request.pop(channel.request, None) is not None:
             commands.append(e.Send(self._owner.node, m.CancelRequest(channel.request, 1)))
         return commands + self._died(channel, failure.text, failure.error)
@@ -232,8 +230,7 @@ class OwnerActors:
         address = channel.actor.address
         commands += self._died(channel, "its constructor raised an exception", error)
         if address is not None:
-            node = Address(address.node_id, address.node_id)
-            commands.append(e.Send(node, m.KillWorker(channel.lease, 15, "the actor's constructor failed")))
+            commands.append(e.Send(address.node, m.KillWorker(channel.lease, 15, "the actor's constructor failed")))
         return commands
 
     def located(self, message: m.ActorLocated) -> Commands:
@@ -277,8 +274,7 @@ class OwnerActors:
         if address is not None:
             self.channel_of_process.pop(address.process_id, None)
             if channel.is_creator:
-                node = Address(address.node_id, address.node_id)
-                commands.append(e.Send(node, m.KillWorker(channel.lease, 9, actor.text)))
+                commands.append(e.Send(address.node, m.KillWorker(channel.lease, 9, actor.text)))
         elif self._channel_of_request.pop(channel.request, None) is not None and channel.is_worker_asked:
             commands.append(e.Send(self._owner.node, m.CancelRequest(channel.request, 1)))
         return commands + self._died(channel, actor.text)

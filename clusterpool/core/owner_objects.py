@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -309,7 +310,7 @@ class OwnerObjects:
         if address in self._watched or address == self.address:
             return []
         self._watched.add(address)
-        return [e.Send(Address(address.node_id, address.node_id), m.WatchProcess(address.process_id))]
+        return [e.Send(address.node, m.WatchProcess(address.process_id))]
 
     def is_needed(self) -> bool:
         """Whether another process has a reference to an object of ours."""
@@ -423,7 +424,11 @@ class OwnerObjects:
 
     def is_in_running_stream(self, number: int) -> bool:
         """Whether the object is an item of a generator that has not ended."""
-        return any(number in stream.items for stream in self.streams.values() if not stream.is_ended)
+        for stream in self.streams.values():
+            position = bisect_left(stream.items, number)  # their numbers ascend
+            if not stream.is_ended and stream.items[position : position + 1] == [number]:
+                return True
+        return False
 
     def _stream_ended(self, task: Task, result: m.TaskResult) -> Commands:
         stream = self.streams.get(task.spec.number)

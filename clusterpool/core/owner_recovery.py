@@ -154,8 +154,7 @@ class OwnerRecovery:
             names += _names_of_results(self._owner.address, task.spec)
             if task.spec.number == message.task.started:
                 break  # those behind it have not been begun
-        node_id = message.address.node_id
-        return [e.Send(Address(node_id, node_id), m.FreeObjects(names))] if names else []
+        return [e.Send(message.address.node, m.FreeObjects(names))] if names else []
 
     # --- copies
 

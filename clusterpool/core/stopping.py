@@ -10,11 +10,11 @@ when its function and arguments are loaded: modules may take a second to import.
 from __future__ import annotations
 
 from clusterpool.core.dispatch import Batch, Dispatcher, Task, is_alone, limits_of
-from clusterpool.core.messages import Address, CancelTasks, KillWorker, WorkerPart
+from clusterpool.core.messages import CancelTasks, KillWorker, WorkerPart
 from clusterpool.core.owner_events import Command, FailTasks, Send
 from clusterpool.core.rescue import Rescue
 
-SIGKILL = 9  # the core imports no signal module
+SIGKILL, SIGTERM = 9, 15  # the core imports no signal module
 # For loading function and arguments a task has this long beside its limit. It may fetch gigabytes from another node;
 # but unpickling may also hang.
 LOADING_S = 60.0
@@ -135,8 +135,7 @@ class Stopping:
         slot = self._dispatcher.slots.get(process_id)
         if slot is not None:
             slot.is_retiring = True
-        node_id = worker.address.node_id
-        return Send(Address(node_id, node_id), KillWorker(worker.lease, SIGKILL, text))
+        return Send(worker.address.node, KillWorker(worker.lease, SIGKILL, text))
 
     def gone(self, process_id: str) -> int:
         """The worker is no more, or not ours; the number of the task for whose sake we ended it, 0 for none."""

@@ -28,6 +28,11 @@ class Address(NamedTuple):
     node_id: str
     process_id: str
 
+    @property
+    def node(self) -> Address:
+        """Its node's own process."""
+        return Address(self.node_id, self.node_id)
+
 
 class TaskKind(IntEnum):
     """What a worker does with a task's function and arguments."""

@@ -41,14 +41,12 @@ from clusterpool.core.owner_events import (
     SetWorkerLeft,
 )
 from clusterpool.core.rescue import GoneWorker, Rescue
-from clusterpool.core.stopping import Stopping
+from clusterpool.core.stopping import SIGKILL, SIGTERM, Stopping
 from clusterpool.core.stragglers import Stragglers
 from clusterpool.core.worker_requests import WorkerRequests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-SIGTERM = 15
 
 _UNKNOWN = LastTask()
 
@@ -200,7 +198,7 @@ class WorkerSet:
         process_id = worker.address.process_id
         if not is_wanted:
             # It was on its way when the request was cancelled. (Its node ends it unless others can use it.)
-            return [Send(self._node_of(worker), ReleaseWorkers([worker.lease], False))]
+            return [Send(worker.address.node, ReleaseWorkers([worker.lease], False))]
         self.held[process_id] = worker
         self._set_by_process[process_id] = self
         env = dict(self.setup.env)
@@ -242,9 +240,21 @@ class WorkerSet:
         self, process_id: str, exit_code: int, text: str, now_s: float, *, task: LastTask = _UNKNOWN
     ) -> list[Command]:
         """A worker is no more; its tasks are tried again or fail. `task`: what it was at."""
-        worker = self.held.pop(process_id, None)
-        if worker is None:
+        if process_id not in self.held:
             return []
+        return self._lose(process_id, exit_code, text, now_s, task) + self.advance(now_s)
+
+    def node_lost(self, node_id: str, text: str, now_s: float) -> list[Command]:
+        """A node is gone with its workers, and perhaps with requests that had been passed on to it."""
+        commands = self.cancel_requests()
+        text = f"its node {node_id} is gone: {text}"
+        # Nothing is sent before all of them are taken out: a task would go from one to the next, each time an attempt.
+        for process_id in [name for name, worker in self.held.items() if worker.address.node_id == node_id]:
+            commands += self._lose(process_id, -SIGKILL, text, now_s, _UNKNOWN)
+        return commands + self.advance(now_s)
+
+    def _lose(self, process_id: str, exit_code: int, text: str, now_s: float, task: LastTask) -> list[Command]:
+        worker = self.held.pop(process_id)
         was_expected = process_id in self._expected
         target = self.stopping.gone(process_id)
         self._forget(process_id)
@@ -258,7 +268,7 @@ class WorkerSet:
             again, others = self.rescue.save(tasks, GoneWorker(worker, text, task, target), now_s)
             self.dispatcher.requeue(again)
             commands += others
-        return commands + self.advance(now_s)
+        return commands
 
     def request_failed(self, request: int, count: int, kind: str, text: str, now_s: float) -> list[Command]:
         """Workers that were asked for will never come."""
@@ -349,7 +359,7 @@ class WorkerSet:
         tasks = self._take_waiting()
         for process_id, worker in self.held.items():
             self._expected.add(process_id)
-            commands.append(Send(self._node_of(worker), KillWorker(worker.lease, SIGTERM, "terminated")))
+            commands.append(Send(worker.address.node, KillWorker(worker.lease, SIGTERM, "terminated")))
         for process_id in list(self.dispatcher.slots):
             tasks += self.dispatcher.remove_worker(process_id)
         if self.stragglers:
@@ -431,7 +441,7 @@ class WorkerSet:
             if sent:  # it would keep them for as long as it lives, and gets them anew with its next lease
                 commands.append(Send(worker.address, ForgetFunctions(sorted(sent))))
             self.dispatcher.remove_worker(process_id)
-            commands.append(Send(self._node_of(worker), ReleaseWorkers([worker.lease], False)))
+            commands.append(Send(worker.address.node, ReleaseWorkers([worker.lease], False)))
         return commands
 
     def _forget(self, process_id: str) -> None:
@@ -487,6 +497,3 @@ class WorkerSet:
         if not self.held and not self._is_ended:
             self._is_ended = True
             commands.append(SetEnded(self.number))
-
-    def _node_of(self, worker: WorkerPart) -> Address:
-        return Address(worker.address.node_id, worker.address.node_id)

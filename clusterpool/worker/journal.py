@@ -44,6 +44,8 @@ class Journal:
         self._lock = threading.Lock()  # never held while anything is sent
         self._is_loading = plan.life > 0
         self._early: list[tuple[Address, m.Message]] = []  # of callers, while the log is still being read
+        self._entries: list[bytes] = []  # the log, until it has been replayed
+        self._is_over = False
 
     # --- making the instance
 
@@ -52,7 +54,6 @@ class Journal:
 
         With `save` and `load` the constructor runs in each life, before `load`; else as pickle does it, without.
         """
-        self._entries: list[bytes] = []
         checkpoint: ActorCheckpoint | None = None
         if self._is_loading:
             loaded = self._ask_for_log()
@@ -175,8 +176,6 @@ class Journal:
     def _wait(self, held_max: int) -> None:
         client = self._runner.client
         client.loop.wait_until(lambda: client.is_closed or len(self._log.held) <= held_max or self._is_over)
-
-    _is_over = False
 
     # --- messages (any thread)
 

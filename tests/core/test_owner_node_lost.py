@@ -48,6 +48,17 @@ def test_the_workers_of_the_lost_node_are_replaced_and_their_tasks_tried_again()
     assert "n2" in left.text and "silent" in left.text
 
 
+def test_a_node_that_dies_with_several_workers_is_one_attempt() -> None:
+    owner = Owner()
+    (request,) = sent(owner.open_set(size=3), m.RequestWorkers)
+    for lease in (1, 2, 3):
+        owner.grant(request.request, f"w{lease}", lease=lease, node_id="n2")
+    task = make_task(1, retries=1)
+    owner.submit(task)
+    assert not of_type(owner.hear(NODE, LOST), e.FailTasks)
+    assert (task.retries_left, task.worker) == (0, "")
+
+
 def test_tasks_ask_again_for_their_leases() -> None:
     owner = Owner()
     owner.open_set()
