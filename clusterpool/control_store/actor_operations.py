@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +10,8 @@ import msgspec
 from clusterpool.control_store import actor_scripts as scripts
 from clusterpool.control_store.address import errors_mapped
 from clusterpool.control_store.keys import Keys
-from clusterpool.control_store.port import DEAD, ActorEntry, CallLog
-from clusterpool.control_store.scripts import Script
+from clusterpool.control_store.port import DEAD, ActorDefinition, ActorEntry, CallLog
+from clusterpool.control_store.scripts import Script, new_request
 from clusterpool.errors import NameTaken
 
 # Why an actor died can be asked for this long.
@@ -38,54 +37,24 @@ class ActorOperations:
 
     # --- names and states
 
-    def create_actor(
-        self,
-        actor_id: str,
-        record: bytes,
-        *,
-        state: str = "pending",
-        name: str = "",
-        namespace: str = "",
-        keeper: str = "",
-        restarts: int = 0,
-        is_detached: bool = False,
-        creation: bytes = b"",
-    ) -> None:
+    def create_actor(self, actor: ActorDefinition, *, state: str = "pending", keeper: str = "") -> None:
         """As in the port."""
         if state == DEAD:
             raise ValueError("an actor cannot be created dead")
-        name_field = _name_field(namespace, name) if name else ""
-        arguments = (
-            actor_id, name_field, name, namespace, state, record, keeper, restarts, int(is_detached), creation
-        )  # fmt: skip
-        holder = self._change(scripts.CREATE_ACTOR, self._actor_keys(actor_id), *arguments)
+        arguments = (*_definition(actor), state, keeper)
+        holder = self._change(scripts.CREATE_ACTOR, self._actor_keys(actor.actor_id), *arguments)
         if holder:
             raise NameTaken(
-                f"the name {name!r} in namespace {namespace!r} belongs to the living actor {holder.decode()}"
-                "; use get_actor to call that one, kill it first, or choose another name or namespace"
+                f"the name {actor.name!r} in namespace {actor.namespace!r} belongs to the living actor "
+                f"{holder.decode()}; use get_actor to call that one, kill it first, or choose another name or namespace"
             )
 
     def restore_actor(
-        self,
-        actor_id: str,
-        record: bytes,
-        *,
-        name: str = "",
-        namespace: str = "",
-        keeper: tuple[str, int],
-        restarts: int = 0,
-        is_detached: bool = False,
-        creation: bytes = b"",
-        life: int = 0,
-        address: str = "",
+        self, actor: ActorDefinition, *, keeper: tuple[str, int], life: int = 0, address: str = ""
     ) -> bool:
         """As in the port."""
-        name_field = _name_field(namespace, name) if name else ""
-        kept_by = f"{keeper[0]}:{keeper[1]}"
-        arguments = (
-            actor_id, name_field, name, namespace, record, kept_by, restarts, int(is_detached), creation, life, address
-        )  # fmt: skip
-        return bool(self._change(scripts.RESTORE_ACTOR, self._actor_keys(actor_id), *arguments))
+        arguments = (*_definition(actor), f"{keeper[0]}:{keeper[1]}", life, address)
+        return bool(self._change(scripts.RESTORE_ACTOR, self._actor_keys(actor.actor_id), *arguments))
 
     def update_actor(
         self,
@@ -98,7 +67,7 @@ class ActorOperations:
         pairs = [text for item in (fields or {}).items() for text in item]
         arguments = (
             actor_id,
-            _request(),
+            new_request(),
             new_state,
             DEAD_ACTOR_TTL_S,
             len(expected_states),
@@ -200,8 +169,11 @@ class ActorOperations:
         return CallLog(checkpoint, calls, self._run("LRANGE", self.keys.actor_log(actor_id), 0, -1))
 
 
-def _request() -> str:
-    return os.urandom(8).hex()
+def _definition(actor: ActorDefinition) -> tuple[Any, ...]:
+    """Their first ARGV, of the scripts that enter an actor."""
+    actor_id, record, name, namespace, restarts, is_detached, creation = actor
+    name_field = _name_field(namespace, name) if name else ""
+    return actor_id, name_field, name, namespace, record, restarts, int(is_detached), creation
 
 
 def _name_field(namespace: str, name: str) -> str:

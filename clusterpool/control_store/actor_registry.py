@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from clusterpool.control_store.port import ActorDefinition
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
 from clusterpool.core.messages import Address
@@ -31,10 +32,7 @@ class ActorRegistry:
         """Register an actor that one of our processes, or we, will make. Raises: NameTaken."""
         if actor.name:
             self.find_actor(actor.namespace, actor.name)  # frees the name if its holder's node is gone
-        self._store.create_actor(
-            actor.actor_id, msgspec.json.encode(actor), state=actor.state, name=actor.name, namespace=actor.namespace,
-            keeper=self._node_id, restarts=actor.restarts, is_detached=actor.detached, creation=creation,
-        )  # fmt: skip
+        self._store.create_actor(_definition(actor, creation), state=actor.state, keeper=self._node_id)
         self._changed(actor.actor_id, actor.state)
 
     def restore_actor(
@@ -42,10 +40,8 @@ class ActorRegistry:
     ) -> None:
         """The store has lost its memory: tell it of a living actor, unless it knows it. keeper: a node in its life."""
         is_new = self._store.restore_actor(
-            actor.actor_id, msgspec.json.encode(actor), name=actor.name, namespace=actor.namespace, keeper=keeper,
-            restarts=actor.restarts, is_detached=actor.detached, creation=creation, life=life,
-            address=_text_of(address),
-        )  # fmt: skip
+            _definition(actor, creation), keeper=keeper, life=life, address=_text_of(address)
+        )
         if is_new:
             self._changed(actor.actor_id, "")
 
@@ -139,6 +135,18 @@ class ActorRegistry:
     def get_actor(self, actor_id: str) -> m.ActorPart | None:
         """An actor that is not dead for longer than an hour."""
         return _actor_of_entry(self._store.get_actor(actor_id))
+
+
+def _definition(actor: m.ActorPart, creation: bytes) -> ActorDefinition:
+    return ActorDefinition(
+        actor.actor_id,
+        msgspec.json.encode(actor),
+        actor.name,
+        actor.namespace,
+        actor.restarts,
+        actor.detached,
+        creation,
+    )
 
 
 def actor_event(fields: dict[str, str]) -> e.ActorEventRead:

@@ -59,50 +59,59 @@ end
 """
 )
 
-# ARGV: actor_id, field of the name ('' for none), name, namespace, state, record, node that keeps it ('': nobody),
-# restarts allowed (-1: any number), 1 if it is detached, its creation. Returns '' or the id of the actor that holds
-# the name.
-CREATE_ACTOR = Script(
+# Of the two scripts that enter an actor, ARGV: actor_id, field of the name ('' for none), name, namespace, record,
+# restarts allowed (-1: any number), 1 if it is detached, its creation.
+_ENTER_ACTOR = (
     _ACTOR
     + """
-if redis.call('EXISTS', ACTOR) == 1 then return '' end
-if ARGV[2] ~= '' then
-  local holder = redis.call('HGET', NAMES, ARGV[2])
-  if holder and holder ~= ARGV[1] then return holder end
-  redis.call('HSET', NAMES, ARGV[2], ARGV[1])
+local ACTOR_ID, NAME_FIELD, NAME, NAMESPACE = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+
+local function enter(state, left, life)
+  redis.call('SADD', ACTORS, ACTOR_ID)
+  redis.call('HSET', ACTOR, 'state', state, 'record', ARGV[5], 'name', NAME, 'namespace', NAMESPACE,
+             'name_field', NAME_FIELD, 'restarts', ARGV[6], 'restarts_left', left, 'is_detached', ARGV[7],
+             'field:life', life)
+  if ARGV[8] ~= '' then redis.call('SET', CREATION, ARGV[8]) end
 end
-redis.call('SADD', ACTORS, ARGV[1])
-redis.call('HSET', ACTOR, 'state', ARGV[5], 'record', ARGV[6], 'name', ARGV[3], 'namespace', ARGV[4],
-           'name_field', ARGV[2], 'restarts', ARGV[8], 'restarts_left', ARGV[8], 'is_detached', ARGV[9],
-           'field:life', '0')
-if ARGV[7] ~= '' then keep(ARGV[1], ARGV[7]) end
-if ARGV[10] ~= '' then redis.call('SET', CREATION, ARGV[10]) end
-publish('actor_created', 'actor_id', ARGV[1], 'state', ARGV[5], 'name', ARGV[3], 'namespace', ARGV[4])
+
+local function tell(state)
+  publish('actor_created', 'actor_id', ACTOR_ID, 'state', state, 'name', NAME, 'namespace', NAMESPACE)
+end
+"""
+)
+
+# ARGV: as above, state, node that keeps it ('': nobody). Returns '' or the id of the actor that holds the name.
+CREATE_ACTOR = Script(
+    _ENTER_ACTOR
+    + """
+if redis.call('EXISTS', ACTOR) == 1 then return '' end
+if NAME_FIELD ~= '' then
+  local holder = redis.call('HGET', NAMES, NAME_FIELD)
+  if holder and holder ~= ACTOR_ID then return holder end
+  redis.call('HSET', NAMES, NAME_FIELD, ACTOR_ID)
+end
+enter(ARGV[9], ARGV[6], '0')
+if ARGV[10] ~= '' then keep(ACTOR_ID, ARGV[10]) end
+tell(ARGV[9])
 return ''
 """
 )
 
-# ARGV: actor_id, field of the name ('' for none), name, namespace, record, its keeper as a node and its incarnation,
-# restarts allowed, 1 if it is detached, its creation, its life, the address where it lives ('': it is being made).
+# ARGV: as above, its keeper as a node and its incarnation, its life, the address where it lives ('': it is being made).
 # Returns 1 if the actor was not known. A name that is another's by now stays the other's.
 RESTORE_ACTOR = Script(
-    _ACTOR
+    _ENTER_ACTOR
     + """
 if redis.call('EXISTS', ACTOR) == 1 then return 0 end
-local name, name_field = ARGV[3], ARGV[2]
-if name_field ~= '' and redis.call('HSETNX', NAMES, name_field, ARGV[1]) == 0
-   and redis.call('HGET', NAMES, name_field) ~= ARGV[1] then name, name_field = '', '' end
-local life = tonumber(ARGV[10])
+if NAME_FIELD ~= '' and redis.call('HSETNX', NAMES, NAME_FIELD, ACTOR_ID) == 0
+   and redis.call('HGET', NAMES, NAME_FIELD) ~= ACTOR_ID then NAME, NAME_FIELD = '', '' end
+local life, left = tonumber(ARGV[10]), tonumber(ARGV[6])
 local state = ARGV[11] ~= '' and 'alive' or life > 0 and 'restarting' or 'pending'
-local left = tonumber(ARGV[7])
 if left > 0 then left = math.max(0, left - life) end
-redis.call('SADD', ACTORS, ARGV[1])
-redis.call('HSET', ACTOR, 'state', state, 'record', ARGV[5], 'name', name, 'namespace', ARGV[4],
-           'name_field', name_field, 'restarts', ARGV[7], 'restarts_left', left, 'is_detached', ARGV[8],
-           'field:life', ARGV[10], 'field:address', ARGV[11])
-redis.call('HSET', KEEPERS, ARGV[1], ARGV[6])
-if ARGV[9] ~= '' then redis.call('SET', CREATION, ARGV[9]) end
-publish('actor_created', 'actor_id', ARGV[1], 'state', state, 'name', name, 'namespace', ARGV[4])
+enter(state, left, ARGV[10])
+redis.call('HSET', ACTOR, 'field:address', ARGV[11])
+redis.call('HSET', KEEPERS, ACTOR_ID, ARGV[9])
+tell(state)
 return 1
 """
 )
@@ -196,14 +205,21 @@ return outcome
 """
 )
 
-# ARGV: life, number of the first call, calls. Returns `ok`, `fenced` (another life is the actor's), `gone` (it is
-# dead), `gap` (calls before the first are missing).
-APPEND_CALLS = Script(
+# Of the two scripts that only the actor's own life may run, ARGV[1]: that life. They return `ok`, `fenced` (another
+# life is the actor's), `gone` (it is dead), `gap` (something before is missing).
+_OF_LIFE = (
     _ACTOR
     + """
 local state = field('state')
 if not state or state == 'dead' then return 'gone' end
 if field('field:life') ~= ARGV[1] then return 'fenced' end
+"""
+)
+
+# ARGV: life, number of the first call, calls.
+APPEND_CALLS = Script(
+    _OF_LIFE
+    + """
 local calls, first = tonumber(field('calls') or '0'), tonumber(ARGV[2])
 if first > calls + 1 then return 'gap' end
 for index = 3, #ARGV do
@@ -218,13 +234,9 @@ return 'ok'
 )
 
 # ARGV: life, number of the last call that the checkpoint covers, number of its chunks, which are written already.
-# Returns as APPEND_CALLS.
 STORE_CHECKPOINT = Script(
-    _ACTOR
+    _OF_LIFE
     + """
-local state = field('state')
-if not state or state == 'dead' then return 'gone' end
-if field('field:life') ~= ARGV[1] then return 'fenced' end
 local covered, count = tonumber(ARGV[2]), tonumber(ARGV[3])
 local before = tonumber(field('checkpoint_calls') or '0')
 if count > 0 and field('checkpoint_calls') == ARGV[2] then return 'ok' end

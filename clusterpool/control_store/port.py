@@ -33,6 +33,21 @@ class Event(NamedTuple):
     fields: dict[str, str]
 
 
+class ActorDefinition(NamedTuple):
+    """What is the same in all lives of an actor.
+
+    restarts: how often it may be started again; -1: without limit. creation: how to make it, kept until it is dead.
+    """
+
+    actor_id: str
+    record: bytes
+    name: str = ""  # "" for none
+    namespace: str = ""
+    restarts: int = 0
+    is_detached: bool = False
+    creation: bytes = b""
+
+
 class ActorEntry(NamedTuple):
     """One actor as the control store has it."""
 
@@ -89,37 +104,14 @@ class ControlStorePort(Protocol):
 
     # Actors
 
-    def create_actor(
-        self,
-        actor_id: str,
-        record: bytes,
-        *,
-        state: str = "pending",
-        name: str = "",
-        namespace: str = "",
-        keeper: str = "",
-        restarts: int = 0,
-        is_detached: bool = False,
-        creation: bytes = b"",
-    ) -> None:
-        """`keeper`: the node that answers for it. Its field `life` is 0. `creation`: kept until it is dead.
+    def create_actor(self, actor: ActorDefinition, *, state: str = "pending", keeper: str = "") -> None:
+        """`keeper`: the node that answers for it. Its field `life` is 0.
 
         Raises: NameTaken when a living actor has the name in this namespace.
         """
 
     def restore_actor(
-        self,
-        actor_id: str,
-        record: bytes,
-        *,
-        name: str = "",
-        namespace: str = "",
-        keeper: tuple[str, int],
-        restarts: int = 0,
-        is_detached: bool = False,
-        creation: bytes = b"",
-        life: int = 0,
-        address: str = "",
+        self, actor: ActorDefinition, *, keeper: tuple[str, int], life: int = 0, address: str = ""
     ) -> bool:
         """Tell a store that lost its memory of an actor that lives, or is being made (no `address`).
 

@@ -1,8 +1,8 @@
-"""What jobs and actors look like in the control store, and how records become bytes.
+"""What jobs look like in the control store, and how records become bytes.
 
 Records are msgspec Structs as JSON: people read them with `redis-cli` when a cluster misbehaves, and a
 field may be added without breaking the nodes that do not know it. The load and the record of a node are in
-`core.cluster_view`.
+`core.cluster_view`, that of an actor in `core.node_messages`.
 """
 
 from __future__ import annotations
@@ -27,19 +27,6 @@ class JobRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     namespace: str = ""
     entry_point: str = ""  # for people: the script's name
     started_s: float = 0.0  # seconds since 1970, the node's clock
-
-
-class ActorRecord(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is needed to start the actor again; where it runs now is among the fields of its entry."""
-
-    actor_id: str
-    job_id: str
-    owner_process_id: str
-    class_name: str = ""
-    is_detached: bool = False
-    restarts_max: int = 0
-    resources: dict[str, float] = {}
-    creation: bytes = b""  # how to construct it, opaque to all but workers; base64 in the JSON
 
 
 def encode_record(record: msgspec.Struct) -> bytes:

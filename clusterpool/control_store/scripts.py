@@ -9,6 +9,7 @@ the same arguments: the client sends it again when the connection broke before t
 from __future__ import annotations
 
 import hashlib
+import os
 
 # Entries that the stream keeps, about: a reader that was away longer reads the snapshot instead. 10,000
 # events are some megabytes, and hours of an ordinary cluster's life.
@@ -21,6 +22,11 @@ class Script:
     def __init__(self, source: str) -> None:
         self.source = source
         self.sha1 = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+
+
+def new_request() -> str:
+    """A name for one change, which it keeps when it is sent again."""
+    return os.urandom(8).hex()
 
 
 # Of every script KEYS[1] and KEYS[2] are the stream and its counter.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +26,7 @@ from clusterpool.control_store.address import (
 from clusterpool.control_store.keys import Keys
 from clusterpool.control_store.port import Event, EventsLost, package_digest
 from clusterpool.control_store.records import decode_record, encode_record
-from clusterpool.control_store.scripts import Script
+from clusterpool.control_store.scripts import Script, new_request
 from clusterpool.core.cluster_view import NodeEntry, NodeLoad, NodeRecord, NodesSnapshot
 from clusterpool.core.membership import HeartbeatAnswer
 from clusterpool.errors import NotConnected
@@ -120,13 +119,13 @@ class ControlStore(ActorOperations):
     # Nodes
 
     def register_node(self, record: NodeRecord, registration: int = 0) -> int:
-        arguments = (record.node_id, encode_record(record), _token(), registration)
+        arguments = (record.node_id, encode_record(record), new_request(), registration)
         answer = self._change(scripts.REGISTER_NODE, self.keys.for_nodes(), *arguments)
         self._generation = answer[1].decode()
         return int(answer[0])
 
     def restore_node(self, record: NodeRecord, incarnation: int) -> bool:
-        arguments = (record.node_id, encode_record(record), _token(), incarnation, self._generation)
+        arguments = (record.node_id, encode_record(record), new_request(), incarnation, self._generation)
         is_accepted, generation = self._change(scripts.RESTORE_NODE, self.keys.for_nodes(), *arguments)
         if is_accepted:
             self._generation = generation.decode()
@@ -381,10 +380,6 @@ def _encoded(command: tuple[Any, ...]) -> list[Any]:
         name,
         *(word.encode(errors="backslashreplace") if isinstance(word, str) else word for word in words),
     ]
-
-
-def _token() -> str:
-    return os.urandom(8).hex()
 
 
 def _milliseconds(ttl_s: float) -> int:

@@ -22,6 +22,7 @@ from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
 from clusterpool.core.cluster_view import NodesSnapshot
 from clusterpool.errors import ClusterpoolError, NotConnected
+from clusterpool.simulation.fake_actors import Made
 from clusterpool.simulation.fake_control_store import FakeControlStore
 
 if TYPE_CHECKING:
@@ -132,7 +133,10 @@ class StoreServer:
 
 
 def _copied(value: Any) -> Any:
-    return value.copy() if isinstance(value, (dict, list)) else value
+    """As it is now: also of the actors, which change in place."""
+    if isinstance(value, dict):
+        return {key: item.copy() if isinstance(item, Made) else item for key, item in value.items()}
+    return value.copy() if isinstance(value, list) else value
 
 
 class StoreClient:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 
-from clusterpool.control_store.port import DEAD, ActorEntry, CallLog
+from clusterpool.control_store.port import DEAD, ActorDefinition, ActorEntry, CallLog
 from clusterpool.errors import NameTaken
 
 
 class Made:
     """What the store knows of an actor and does not show."""
 
-    def __init__(self, restarts: int, is_detached: bool, creation: bytes) -> None:
-        self.restarts = self.restarts_left = restarts
-        self.is_detached = is_detached
-        self.creation = creation
+    def __init__(self, actor: ActorDefinition) -> None:
+        self.restarts = self.restarts_left = actor.restarts
+        self.is_detached = actor.is_detached
+        self.creation = actor.creation
         self.keeper: tuple[str, int] | None = None
         self.told: tuple[str, str] = ("", "")  # request and outcome
         self.calls = 0
         self.checkpoint: tuple[bytes, int] = (b"", 0)
         self.log: list[bytes] = []
+
+    def copy(self) -> Made:
+        """The same, as it is now."""
+        other = copy.copy(self)
+        other.log = list(self.log)
+        return other
 
 
 class FakeActors:
@@ -38,62 +45,40 @@ class FakeActors:
     def _incarnation_of(self, node_id: str) -> int:
         raise NotImplementedError
 
-    def create_actor(
-        self,
-        actor_id: str,
-        record: bytes,
-        *,
-        state: str = "pending",
-        name: str = "",
-        namespace: str = "",
-        keeper: str = "",
-        restarts: int = 0,
-        is_detached: bool = False,
-        creation: bytes = b"",
-    ) -> None:
+    def create_actor(self, actor: ActorDefinition, *, state: str = "pending", keeper: str = "") -> None:
         self._reach()
         if state == DEAD:
             raise ValueError("an actor cannot be created dead")
-        if actor_id in self._actor_by_id:
+        if actor.actor_id in self._actor_by_id:
             return
-        if name and (holder := self.find_actor(namespace, name)) is not None:
-            raise NameTaken(f"{name!r} belongs to {holder.actor_id}")
-        self._actor_by_id[actor_id] = ActorEntry(actor_id, state, name, namespace, record, {"life": "0"})
-        self._made[actor_id] = Made(restarts, is_detached, creation)
+        if actor.name and (holder := self.find_actor(actor.namespace, actor.name)) is not None:
+            raise NameTaken(f"{actor.name!r} belongs to {holder.actor_id}")
+        self._enter(actor, state, {"life": "0"})
         if keeper:
-            self._keep(actor_id, keeper)
-        fields = {"actor_id": actor_id, "state": state, "name": name, "namespace": namespace}
-        self._publish("actor_created", fields)
+            self._keep(actor.actor_id, keeper)
 
     def restore_actor(
-        self,
-        actor_id: str,
-        record: bytes,
-        *,
-        name: str = "",
-        namespace: str = "",
-        keeper: tuple[str, int],
-        restarts: int = 0,
-        is_detached: bool = False,
-        creation: bytes = b"",
-        life: int = 0,
-        address: str = "",
+        self, actor: ActorDefinition, *, keeper: tuple[str, int], life: int = 0, address: str = ""
     ) -> bool:
         self._reach()
-        if actor_id in self._actor_by_id:
+        if actor.actor_id in self._actor_by_id:
             return False
-        if name and self.find_actor(namespace, name) is not None:
-            name = ""
+        if actor.name and self.find_actor(actor.namespace, actor.name) is not None:
+            actor = actor._replace(name="")
         state = "alive" if address else "restarting" if life else "pending"
-        told = {"life": str(life), "address": address}
-        self._actor_by_id[actor_id] = ActorEntry(actor_id, state, name, namespace, record, told)
-        made = self._made[actor_id] = Made(restarts, is_detached, creation)
+        made = self._enter(actor, state, {"life": str(life), "address": address})
         made.keeper = keeper
-        if restarts > 0:
-            made.restarts_left = max(0, restarts - life)
-        fields = {"actor_id": actor_id, "state": state, "name": name, "namespace": namespace}
-        self._publish("actor_created", fields)
+        if actor.restarts > 0:
+            made.restarts_left = max(0, actor.restarts - life)
         return True
+
+    def _enter(self, actor: ActorDefinition, state: str, fields: dict[str, str]) -> Made:
+        actor_id, record, name, namespace, *_ = actor
+        self._actor_by_id[actor_id] = ActorEntry(actor_id, state, name, namespace, record, fields)
+        self._made[actor_id] = Made(actor)
+        told = {"actor_id": actor_id, "state": state, "name": name, "namespace": namespace}
+        self._publish("actor_created", told)
+        return self._made[actor_id]
 
     def _keep(self, actor_id: str, keeper: str) -> None:
         self._made[actor_id].keeper = (keeper, self._incarnation_of(keeper))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clusterpool.control_store.port import CallLog, ControlStorePort
+from clusterpool.control_store.port import ActorDefinition, CallLog, ControlStorePort
 from tests.contracts.test_control_store_contract import Connect, connect, record
 
 __all__ = ["connect"]
@@ -30,7 +30,7 @@ def kill_node(store: ControlStorePort, node_id: str) -> None:
 
 
 def test_a_life_is_ended_once_and_its_ender_starts_the_next(store: ControlStorePort) -> None:
-    store.create_actor("a1", b"{}", keeper="n1", restarts=1, is_detached=True, creation=b"how")
+    store.create_actor(ActorDefinition("a1", b"{}", restarts=1, is_detached=True, creation=b"how"), keeper="n1")
     assert store.start_life("a1", 0, "n1,w1", keeper="n1")
     assert store.end_life("a1", 0, "killed", teller="host", keeper="n1", address="n1,w1") == "restart"
     # Asked again because the answer was lost; asked by another.
@@ -49,13 +49,13 @@ def test_a_life_is_ended_once_and_its_ender_starts_the_next(store: ControlStoreP
 
 
 def test_the_next_life_of_an_ordinary_actor_is_its_creators_to_start(store: ControlStorePort) -> None:
-    store.create_actor("a1", b"{}", keeper="n1", restarts=-1)
+    store.create_actor(ActorDefinition("a1", b"{}", restarts=-1), keeper="n1")
     store.start_life("a1", 0, "n2,w1")
     assert store.end_life("a1", 0, "killed", teller="host", keeper="n2", address="n2,w1") == "none"
     for life in range(3):
         assert store.end_life("a1", life, "killed", teller="creator", keeper="n1") == "restart"
         store.start_life("a1", life + 1, f"n2,w{life}")
-    store.create_actor("a2", b"{}", keeper="n1")
+    store.create_actor(ActorDefinition("a2", b"{}"), keeper="n1")
     store.start_life("a2", 0, "n2,w1")
     assert store.end_life("a2", 0, "killed", teller="host", keeper="n2", address="n2,other") == "none"
     assert store.end_life("a2", 0, "killed", teller="host", keeper="n2", address="n2,w1") == "dead"
@@ -63,9 +63,9 @@ def test_the_next_life_of_an_ordinary_actor_is_its_creators_to_start(store: Cont
 
 
 def test_the_detached_actors_of_a_dead_node_are_one_others_and_the_ordinary_ones_end(store: ControlStorePort) -> None:
-    store.create_actor("a1", b"{}", keeper="n1", restarts=2, is_detached=True)
+    store.create_actor(ActorDefinition("a1", b"{}", restarts=2, is_detached=True), keeper="n1")
     store.start_life("a1", 0, "n2,w1", keeper="n2")
-    store.create_actor("a2", b"{}", keeper="n2", restarts=2)
+    store.create_actor(ActorDefinition("a2", b"{}", restarts=2), keeper="n2")
     assert store.orphaned_actors() == []
     assert store.end_life("a1", 0, "no", teller="orphan", keeper="n3") == "none"
     kill_node(store, "n2")
@@ -80,7 +80,7 @@ def test_the_detached_actors_of_a_dead_node_are_one_others_and_the_ordinary_ones
 
 
 def test_calls_are_logged_once_in_order_and_by_the_present_life_only(store: ControlStorePort) -> None:
-    store.create_actor("a1", b"{}", keeper="n1", restarts=-1, is_detached=True)
+    store.create_actor(ActorDefinition("a1", b"{}", restarts=-1, is_detached=True), keeper="n1")
     assert store.load_calls("a1") == CallLog(b"", 0, [])
     assert store.append_calls("a1", 0, 1, [b"one", b"two"]) == "ok"
     assert store.append_calls("a1", 0, 2, [b"two", b"three"]) == "ok"
@@ -95,7 +95,7 @@ def test_calls_are_logged_once_in_order_and_by_the_present_life_only(store: Cont
 
 @pytest.mark.parametrize("size_bytes", [10, 9_000_000])
 def test_a_checkpoint_takes_the_place_of_the_calls_that_it_covers(store: ControlStorePort, size_bytes: int) -> None:
-    store.create_actor("a1", b"{}", keeper="n1", restarts=-1, is_detached=True)
+    store.create_actor(ActorDefinition("a1", b"{}", restarts=-1, is_detached=True), keeper="n1")
     store.append_calls("a1", 0, 1, [b"one", b"two", b"three"])
     content = bytes(range(10)) * (size_bytes // 10)
     assert [store.store_checkpoint("a1", 0, 2, content) for _ in range(2)] == ["ok", "ok"]
@@ -110,9 +110,9 @@ def test_a_checkpoint_takes_the_place_of_the_calls_that_it_covers(store: Control
 
 
 def test_a_store_that_lost_its_memory_is_told_of_actors_as_they_are(store: ControlStorePort) -> None:
-    known = {"name": "one", "namespace": "ns", "keeper": ("n1", 1), "restarts": 3, "is_detached": True}
-    assert store.restore_actor("a1", b"{}", **known, creation=b"how", life=1, address="n2,w1")  # type: ignore[arg-type]
-    assert not store.restore_actor("a1", b"{}", **known, life=0)  # type: ignore[arg-type]
+    actor = ActorDefinition("a1", b"{}", "one", "ns", restarts=3, is_detached=True, creation=b"how")
+    assert store.restore_actor(actor, keeper=("n1", 1), life=1, address="n2,w1")
+    assert not store.restore_actor(actor, keeper=("n1", 1), life=0)
     assert (field(store, "state"), field(store, "life"), field(store, "address")) == ("alive", "1", "n2,w1")
     found = store.find_actor("ns", "one")
     assert found is not None and found.actor_id == "a1"
@@ -127,8 +127,8 @@ def test_a_store_that_lost_its_memory_is_told_of_actors_as_they_are(store: Contr
 
 
 def test_a_name_that_is_anothers_by_now_stays_the_others(store: ControlStorePort) -> None:
-    store.create_actor("a2", b"{}", name="one", namespace="ns")
-    assert store.restore_actor("a1", b"{}", name="one", namespace="ns", keeper=("n1", 1))
+    store.create_actor(ActorDefinition("a2", b"{}", name="one", namespace="ns"))
+    assert store.restore_actor(ActorDefinition("a1", b"{}", name="one", namespace="ns"), keeper=("n1", 1))
     found = store.find_actor("ns", "one")
     assert found is not None and found.actor_id == "a2"
     assert field(store, "state") == "pending"
@@ -138,5 +138,6 @@ def test_a_name_that_is_anothers_by_now_stays_the_others(store: ControlStorePort
 
 
 def test_a_keeper_that_is_over_when_an_actor_is_restored_has_left_an_orphan(store: ControlStorePort) -> None:
-    assert store.restore_actor("a1", b"{}", keeper=("n2", 77), is_detached=True, creation=b"how", address="n2,w1")
+    actor = ActorDefinition("a1", b"{}", is_detached=True, creation=b"how")
+    assert store.restore_actor(actor, keeper=("n2", 77), address="n2,w1")
     assert store.orphaned_actors() == ["a1"]

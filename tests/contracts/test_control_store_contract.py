@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from clusterpool.control_store.port import ControlStorePort, EventsLost, package_digest
+from clusterpool.control_store.port import ActorDefinition, ControlStorePort, EventsLost, package_digest
 from clusterpool.control_store.store import ControlStore
 from clusterpool.core.cluster_view import NodeLoad, NodeRecord
 from clusterpool.core.membership import HeartbeatAnswer
@@ -158,11 +158,11 @@ def test_job_is_listed_until_it_is_finished_once(store: ControlStorePort) -> Non
 
 def test_name_of_a_living_actor_is_taken(connect: Connect) -> None:
     one, two = connect(), connect()
-    one.create_actor("a1", b"{}", name="counter", namespace="here")
+    one.create_actor(ActorDefinition("a1", b"{}", name="counter", namespace="here"))
     with pytest.raises(NameTaken, match="a1"):
-        two.create_actor("a2", b"{}", name="counter", namespace="here")
+        two.create_actor(ActorDefinition("a2", b"{}", name="counter", namespace="here"))
     assert two.get_actor("a2") is None
-    two.create_actor("a3", b"{}", name="counter", namespace="elsewhere")
+    two.create_actor(ActorDefinition("a3", b"{}", name="counter", namespace="elsewhere"))
     found = two.find_actor("here", "counter")
     assert found is not None
     assert found.actor_id == "a1"
@@ -170,7 +170,7 @@ def test_name_of_a_living_actor_is_taken(connect: Connect) -> None:
 
 def test_creating_the_same_actor_twice_succeeds(store: ControlStorePort) -> None:
     for _ in range(2):  # as when the answer got lost
-        store.create_actor("a1", b"{}", name="counter")
+        store.create_actor(ActorDefinition("a1", b"{}", name="counter"))
     assert kinds(store) == ["actor_created"]
 
 
@@ -180,13 +180,13 @@ def test_creating_the_same_actor_twice_succeeds(store: ControlStorePort) -> None
 def test_names_are_not_confused_over_the_border_of_the_namespace(
     store: ControlStorePort, first: tuple[str, str], second: tuple[str, str]
 ) -> None:
-    store.create_actor("a1", b"{}", namespace=first[0], name=first[1])
+    store.create_actor(ActorDefinition("a1", b"{}", namespace=first[0], name=first[1]))
     assert store.find_actor(*second) is None
-    store.create_actor("a2", b"{}", namespace=second[0], name=second[1])
+    store.create_actor(ActorDefinition("a2", b"{}", namespace=second[0], name=second[1]))
 
 
 def test_actor_changes_its_state_only_from_an_expected_one(store: ControlStorePort) -> None:
-    store.create_actor("a1", b'{"class":"C"}', state="pending")
+    store.create_actor(ActorDefinition("a1", b'{"class":"C"}'), state="pending")
     assert not store.update_actor("a1", ["alive"], "restarting")
     assert store.update_actor("a1", ["pending", "restarting"], "alive", {"node_id": "n1", "process_id": "w1"})
     assert store.update_actor("a1", [], "alive", {"process_id": "w2"})
@@ -206,7 +206,7 @@ def test_actor_changes_its_state_only_from_an_expected_one(store: ControlStorePo
 
 
 def test_death_of_an_actor_frees_its_name_and_is_final(store: ControlStorePort) -> None:
-    store.create_actor("a1", b"{}", name="counter")
+    store.create_actor(ActorDefinition("a1", b"{}", name="counter"))
     assert store.update_actor("a1", ["pending"], "dead", {"reason": "killed"})
     assert store.find_actor("", "counter") is None
     assert store.list_actors() == []
@@ -214,7 +214,7 @@ def test_death_of_an_actor_frees_its_name_and_is_final(store: ControlStorePort) 
     entry = store.get_actor("a1")
     assert entry is not None
     assert entry.fields == {"life": "0", "reason": "killed"}
-    store.create_actor("a2", b"{}", name="counter")
+    store.create_actor(ActorDefinition("a2", b"{}", name="counter"))
     assert store.update_actor("a1", [], "dead")  # again: must not free the successor's name
     assert [actor.actor_id for actor in store.list_actors()] == ["a2"]
     assert store.find_actor("", "counter") is not None
@@ -228,7 +228,7 @@ def test_one_of_many_threads_gets_the_name(connect: Connect) -> None:
     def claim(number: int) -> None:
         barrier.wait()
         try:
-            stores[number].create_actor(f"a{number}", b"{}", name="only")
+            stores[number].create_actor(ActorDefinition(f"a{number}", b"{}", name="only"))
             winners.append(number)
         except NameTaken:
             pass
