@@ -114,6 +114,11 @@ class NodeConfig:
         """Raises: ValueError if a field is missing or unknown, as when two versions of clusterpool meet."""
         return cls(**_checked_fields(cls, text))
 
+    def control_store_password(self) -> str | None:
+        """What its file holds. Raises: OSError."""
+        file = self.control_store_password_file
+        return Path(file).read_text().strip() if file else None
+
     @property
     def paths(self) -> NodePaths:
         return SessionPaths(Path(self.session_folder)).node(self.node_id)
@@ -218,11 +223,6 @@ class NodePaths:
     @property
     def arena_file(self) -> Path:
         return SHARED_MEMORY_FOLDER / _machine_wide_name(self.session.session_id, self.node_id)
-
-    @property
-    def arena_fallback_file(self) -> Path:
-        """Where the arena goes if /dev/shm is too small."""
-        return self.folder / "arena"
 
 
 def user_folder() -> Path:

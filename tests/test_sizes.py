@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clusterpool.sizes import parse_size, show_size
+from clusterpool.sizes import memory_amount, parse_size, show_size
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,8 @@ def test_what_is_no_size_is_refused(text: str | int) -> None:
 )
 def test_a_size_is_shown_in_the_unit_that_suits_it(size_bytes: int, text: str) -> None:
     assert show_size(size_bytes) == text
+
+
+@pytest.mark.parametrize(("size_bytes", "text"), [(0, "0 MB"), (85_400_000, "85 MB"), (1_250_000_000, "1.2 GB")])
+def test_amounts_of_memory_are_short(size_bytes: int, text: str) -> None:
+    assert memory_amount(size_bytes) == text

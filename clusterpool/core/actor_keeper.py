@@ -22,7 +22,6 @@ from clusterpool.core.messages import Address, TaskStatus
 from clusterpool.core.node_events import Send
 
 Commands = list[Any]
-SIGKILL = 9
 
 
 class Creation:
@@ -105,7 +104,7 @@ class ActorKeeper:
         del self.creations[creation.actor.actor_id]
         assert creation.worker is not None
         actor = creation.actor
-        kill = Send(_node_of(source), m.KillWorker(creation.worker.lease, SIGKILL, "its actor is not wanted here"))
+        kill = Send(_node_of(source), m.KillWorker(creation.worker.lease, m.SIGKILL, "its actor is not wanted here"))
         if result.status == TaskStatus.OK:
             arguments = {"actor_id": actor.actor_id, "life": actor.life, "address": source, "is_kept": True}
             # Refused: it was killed meanwhile, or others had taken us for dead and made it elsewhere.

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
-from clusterpool.core.messages import Address
+from clusterpool.core.messages import SIGKILL, Address
 
 if TYPE_CHECKING:
     from clusterpool.core.owner import OwnerMachine
 
 Commands = list[e.Command]
-SIGKILL = 9
 
 
 class Child:

@@ -99,9 +99,7 @@ class CoordinationMachine:
             c.GetItem: self._wait_for,
             c.CancelWait: self._cancel,
             c.ReleaseToken: self._release,
-            c.ReturnToken: lambda source, message: self._give_back(
-                message.name, self._waiter(source, message.acquired)
-            ),
+            c.ReturnToken: self._return_token,
             c.ReadValue: lambda source, message: self._relay(source, message, "value", (message.name,)),
             c.PutItem: lambda source, message: self._relay(source, message, "put", (message.name, message.content)),
             c.ReturnItem: lambda _, message: self._call("put_back", (message.name, message.content)),

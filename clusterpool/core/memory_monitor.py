@@ -17,7 +17,8 @@ from typing import NamedTuple
 from clusterpool.core import messages as m
 from clusterpool.core.messages import WorkerKind
 from clusterpool.core.node_events import Command, EndWorker, MemoryRead, ReadMemory, Send, WarnOfMemory
-from clusterpool.core.scheduler import SIGKILL, Scheduler, Worker
+from clusterpool.core.scheduler import Scheduler, Worker
+from clusterpool.sizes import memory_amount
 
 # Lower wastes memory that tasks could use; higher leaves the kernel too little time on a machine of a few GB.
 THRESHOLD_DEFAULT = 0.95
@@ -93,8 +94,8 @@ class MemoryMonitor:
         node_id = self._scheduler.node_id
         text = (
             f"worker {worker.process_id} ({worker.name or 'task'}, pid {worker.pid}) on node {node_id} was ended by "
-            f"its node because memory was about to run out: {self._use(event)}, {_amount(chosen.size_bytes)} of them "
-            f"by this worker; {self._consumers(event)}; use fewer workers, or say memory= for each task, so that "
+            f"its node because memory was about to run out: {self._use(event)}, {memory_amount(chosen.size_bytes)} of "
+            f"them by this worker; {self._consumers(event)}; use fewer workers, or say memory= for each task, so that "
             "fewer run at once"
         )
         worker.is_ending = True
@@ -102,7 +103,7 @@ class MemoryMonitor:
         worker.end_cause = m.EndCause.OUT_OF_MEMORY
         self._ending, self._ended_s = worker.process_id, now_s
         lines = m.LogLines(worker.name, worker.pid, node_id, 2, [text])
-        return [EndWorker(worker.process_id, SIGKILL, True), WarnOfMemory(text), Send(worker.job.owner, lines)]
+        return [EndWorker(worker.process_id, m.SIGKILL, True), WarnOfMemory(text), Send(worker.job.owner, lines)]
 
     def _warn(self, event: MemoryRead, now_s: float) -> list[Command]:
         if self._warned_s is not None and now_s - self._warned_s < WARNING_INTERVAL_S:
@@ -117,7 +118,7 @@ class MemoryMonitor:
     def _use(self, event: MemoryRead) -> str:
         percent = 100 * event.used_bytes / max(event.limit_bytes, 1)
         return (
-            f"{_amount(event.used_bytes)} of {_amount(event.limit_bytes)} of {event.where} were in use "
+            f"{memory_amount(event.used_bytes)} of {memory_amount(event.limit_bytes)} of {event.where} were in use "
             f"({percent:.0f} %; {100 * self.threshold:.0f} % are allowed)"
         )
 
@@ -127,12 +128,12 @@ class MemoryMonitor:
         for process_id, size_bytes in sizes[:_SHOWN_MAX]:
             worker = self._scheduler.workers.get(process_id)
             if worker is not None:
-                shown.append(f"{worker.name or 'task'} (pid {worker.pid}) {_amount(size_bytes)}")
+                shown.append(f"{worker.name or 'task'} (pid {worker.pid}) {memory_amount(size_bytes)}")
         if len(sizes) > _SHOWN_MAX:
             shown.append(
-                f"{len(sizes) - _SHOWN_MAX} more workers {_amount(sum(size for _, size in sizes[_SHOWN_MAX:]))}"
+                f"{len(sizes) - _SHOWN_MAX} more workers {memory_amount(sum(size for _, size in sizes[_SHOWN_MAX:]))}"
             )
-        shown.append(f"the object store {_amount(event.store_bytes)}")
+        shown.append(f"the object store {memory_amount(event.store_bytes)}")
         return "the most memory had " + ", ".join(shown)
 
 
@@ -143,7 +144,3 @@ def _rank(worker: Worker) -> int:
     if lease.kind == WorkerKind.ACTOR or lease.outlives_owner:
         return 3
     return 1 if lease.is_retriable else 2
-
-
-def _amount(size_bytes: float) -> str:
-    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"

@@ -221,7 +221,9 @@ class NodeMachine:
         if event.address.process_id not in self.scheduler.workers:  # else how it ended will be known soon
             commands += self._tell_watchers(event.address, "the process has ended")
         elif event.sent_rubbish:
-            commands += self.scheduler.end_rejected(event.address.process_id)
+            # It was cut off: nobody could end it in good order.
+            text = "it sent bytes that are no message of clusterpool's"
+            commands += self.scheduler.end_worker(event.address.process_id, text)
         for watchers in self._watchers.values():  # else an actor that lives long would gather all who ever called it
             watchers.discard(event.address)
         if process.kind == "driver" and self.is_embedded and process.pid == self.driver_pid:

@@ -129,6 +129,9 @@ class ReleaseWorkers(Message, frozen=True):
     ends: bool
 
 
+SIGKILL, SIGTERM = 9, 15  # the core imports no signal module
+
+
 class KillWorker(Message, frozen=True):
     """End this worker of mine at once, with this signal."""
 

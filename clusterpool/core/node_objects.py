@@ -32,7 +32,6 @@ class NodeObjects:
         self._takers: dict[str, dict[str, None]] = {}
         self._owners: dict[str, Address] = {}  # by object of which a copy was brought here, who keeps account of it
         self._wanted: dict[tuple[str, int], m.StoredValue] = {}  # pins not answered yet, by client and request
-        self._addresses: dict[str, Address] = {}
         self._now_s = 0.0
 
     # --- messages of processes
@@ -119,7 +118,7 @@ class NodeObjects:
             return self._transfer(t.RoomGranted(event.object_id, event.offset))
         return [Send(Address(self.node_id, event.client), m.ObjectCreated(event.request, event.offset))]
 
-    def process_left(self, process_id: str, now_s: float, *, is_owner: bool = True) -> Commands:
+    def process_left(self, process_id: str, now_s: float) -> Commands:
         """A process ended: its pins go, and the objects that it owned."""
         self._now_s = now_s
         for key in [key for key in self._wanted if key[0] == process_id]:

@@ -21,7 +21,6 @@ from clusterpool.core.resources import Amounts, ResourcePool, to_amounts, to_num
 
 # A request goes from node to node at most so often; then it waits where it is. More would chase a view that is old.
 HOPS_MAX = 3
-SIGKILL = 9
 
 
 class Pending:
@@ -358,8 +357,10 @@ class Scheduler:
         lease = self.leases.get(message.lease)
         if lease is None or lease.origin != source:
             return []
-        lease.worker.is_ending = True
-        lease.worker.end_text = message.text
+        # A `Process` may handle any other signal, and go on.
+        if message.signal == m.SIGKILL or not lease.outlives_owner:
+            lease.worker.is_ending = True
+            lease.worker.end_text = message.text
         return [EndWorker(lease.worker.process_id, message.signal)]
 
     def kill_actor(self, actor_id: str) -> list[Command]:
@@ -383,11 +384,7 @@ class Scheduler:
     def _end(self, worker: Worker, text: str) -> Command:
         worker.is_ending = True
         worker.end_text = text
-        return EndWorker(worker.process_id, SIGKILL)
-
-    def end_rejected(self, process_id: str) -> list[Command]:
-        """A worker has sent bytes that are no message, and was cut off: nobody could end it in good order."""
-        return [self._end(self.workers[process_id], "it sent bytes that are no message of clusterpool's")]
+        return EndWorker(worker.process_id, m.SIGKILL)
 
     # --- blocked workers lend their CPU
 

@@ -10,11 +10,10 @@ when its function and arguments are loaded: modules may take a second to import.
 from __future__ import annotations
 
 from clusterpool.core.dispatch import Batch, Dispatcher, Task, is_alone, limits_of
-from clusterpool.core.messages import CancelTasks, KillWorker, WorkerPart
+from clusterpool.core.messages import SIGKILL, CancelTasks, KillWorker, WorkerPart
 from clusterpool.core.owner_events import Command, FailTasks, Send
 from clusterpool.core.rescue import Rescue
 
-SIGKILL, SIGTERM = 9, 15  # the core imports no signal module
 # For loading function and arguments a task has this long beside its limit. It may fetch gigabytes from another node;
 # but unpickling may also hang.
 LOADING_S = 60.0

@@ -30,6 +30,7 @@ from clusterpool.core.messages import (
     WorkerDemand,
     WorkerPart,
 )
+from clusterpool.core.node_messages import SIGKILL, SIGTERM
 from clusterpool.core.owner_events import (
     Command,
     FailTasks,
@@ -41,7 +42,7 @@ from clusterpool.core.owner_events import (
     SetWorkerLeft,
 )
 from clusterpool.core.rescue import GoneWorker, Rescue
-from clusterpool.core.stopping import SIGKILL, SIGTERM, Stopping
+from clusterpool.core.stopping import Stopping
 from clusterpool.core.stragglers import Stragglers
 from clusterpool.core.worker_requests import WorkerRequests
 

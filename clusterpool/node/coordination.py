@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 MOVED_PAGE = "moved"
 _PAGE_BYTES = 8
 _RETRY_S = 0.2
-_PATIENCE_S = PATIENCE_S
 _BLOCK_MS = 1000
 _STOP_S = 1.5
 # Operations that change nothing have no number.
@@ -116,7 +115,7 @@ class NodeCoordination:
 class _StoreCalls:
     """Calls the control store in a thread, in order, and reads this node's grants in another.
 
-    While the store is away, calls that somebody waits for fail, each after _PATIENCE_S. The others, which give back
+    While the store is away, calls that somebody waits for fail, each after PATIENCE_S. The others, which give back
     what a dead process held, say, are made when it is there again: nobody would make them later.
     """
 
@@ -140,7 +139,7 @@ class _StoreCalls:
             self._shell.store.start()
             self._thread.start()
             self._reader.start()
-        self._queue.put((call, time.monotonic() + _PATIENCE_S))
+        self._queue.put((call, time.monotonic() + PATIENCE_S))
 
     def stop(self) -> None:
         """Finish what is queued, and leave nothing in the store that others might wait for."""

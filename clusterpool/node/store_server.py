@@ -107,9 +107,7 @@ class StoreServer:
             while not self._has_lock(lock):
                 if self._is_stopping_within(_LOCK_RETRY_S if not self._config.is_head else 0.05):
                     return
-            password = None
-            if self._config.control_store_password_file:
-                password = Path(self._config.control_store_password_file).read_text().strip()
+            password = self._config.control_store_password()
             self._server = ServerProcess.recorded(session / STORE_FOLDER, password=password)
             if self._server is not None:
                 self._watch()

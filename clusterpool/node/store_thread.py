@@ -34,7 +34,6 @@ _ANSWER_S = 2.0
 _PROBE_ANSWER_S = 1.0
 # That this node leaves is good to know, but not worth being killed for: a node that ends has five seconds for all.
 _STOP_S = 2.5
-_ADDRESS_FIELD = "actor"
 
 
 class StoreThread:
@@ -171,9 +170,9 @@ class StoreThread:
         from clusterpool.control_store.store import ControlStore
 
         config = self._config
-        if self._server is None and self._has_server():
-            from clusterpool.node.store_server import StoreServer
+        from clusterpool.node.store_server import StoreServer
 
+        if self._server is None and StoreServer.is_wanted(config):
             self._server = StoreServer(config)
             self._server.start()
         if config.control_store_url is None:
@@ -269,18 +268,11 @@ class StoreThread:
         from clusterpool.control_store.store import ControlStore
 
         config = self._config
-        password = None
-        if config.control_store_password_file:
-            password = Path(config.control_store_password_file).read_text().strip()
         url = config.control_store_url or f"unix://{config.paths.valkey_socket}"
+        password = config.control_store_password()
         return (store_class or ControlStore).connect(
             url, cluster_id=config.cluster_id, password=password, timeout_s=0, **{"route": self.route, **options}
         )
-
-    def _has_server(self) -> bool:
-        from clusterpool.node.store_server import StoreServer
-
-        return StoreServer.is_wanted(self._config)
 
     def _feed_event(self, event: Any) -> None:
         about_node = node_event(event)

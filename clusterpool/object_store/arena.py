@@ -128,11 +128,6 @@ class Arena:
         self._check_range(offset, view.nbytes)
         self._get_copier().copy(offset, view)
 
-    def prefault(self, offset: int, size_bytes: int) -> None:
-        """Map the pages of a range that will be written through `write_view`, faster than page by page."""
-        self._check_range(offset, size_bytes)
-        self._get_copier().populate(offset, size_bytes)
-
     # --- reading -------------------------------------------------------------------------------------------
 
     def read_anchor(self, offset: int, size_bytes: int, on_release: Callable[[], None]) -> Any:

@@ -52,17 +52,6 @@ class MemoryCopier:
             self._copy_range(offset + half, address + half, size - half)
             helper.join()
 
-    def populate(self, offset: int, size_bytes: int) -> None:
-        """Map the whole blocks within a range; those cut by its ends are left to page faults.
-
-        The pages beyond an object's end may not be reserved, and populating them would take memory for
-        nothing.
-        """
-        first, end = -(-offset // BLOCK_BYTES), (offset + size_bytes) // BLOCK_BYTES
-        for block in range(first, end):
-            if not self._is_populated[block]:
-                self._populate_block(block)
-
     def _copy_range(self, offset: int, address: int, size: int) -> None:
         # Block by block: a page that was just cleared is still in the processor's cache when the copy gets
         # there.

@@ -55,7 +55,7 @@ def launch_node(config: NodeConfig, *, node_module: str = NODE_MODULE) -> NodePr
         write_private_file(lock.paths.config_file, config.to_json())
         if config.driver_pid is not None:
             record_process(lock.paths.pid_file("driver"), config.driver_pid)
-        process = _spawn(config, lock, ready_write, node_module)
+        process = _spawn(lock, ready_write, node_module)
     except BaseException as error:
         os.close(ready_read)
         lock.remove(config.spill_path)
@@ -250,7 +250,7 @@ def describe_exit(exit_code: int | None) -> str:
     return f"killed by signal {-exit_code} ({name})"
 
 
-def _spawn(config: NodeConfig, lock: NodeFolderLock, ready_fd: int, node_module: str) -> subprocess.Popen[bytes]:
+def _spawn(lock: NodeFolderLock, ready_fd: int, node_module: str) -> subprocess.Popen[bytes]:
     descriptors = (ready_fd, *lock.descriptors)
     parent = str(Path(__file__).parents[2])
     command = [

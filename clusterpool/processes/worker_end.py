@@ -9,6 +9,7 @@ from pathlib import Path
 
 from clusterpool.core.node_messages import EndCause
 from clusterpool.processes.logs import WorkerLog
+from clusterpool.sizes import memory_amount
 
 # What faulthandler prints of a thread at most; then comes a line of three dots. (In Python that is a constant in C.)
 TRACEBACK_LINES_MAX = 100
@@ -54,11 +55,6 @@ def explain_end(
         crash, cause = _explain_crash(crash_traceback(log))
         return f"{text}; {crash}", cause
     return text, EndCause.UNKNOWN
-
-
-def memory_amount(size_bytes: int) -> str:
-    """As people say it: `1.2 GB`, `85 MB`."""
-    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"
 
 
 def crash_traceback(log: WorkerLog | None) -> list[str]:

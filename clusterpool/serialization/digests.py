@@ -58,37 +58,3 @@ def is_immutable(value: Any) -> bool:
             return False
         base = base.base
     return base is None or type(base) is bytes
-
-
-def size_estimate(value: Any) -> int:
-    """Bytes that `value` takes, cheaply: from what it says of itself, without pickling it."""
-    kind = type(value)
-    if kind in (bytes, bytearray, str):
-        return len(value)
-    try:
-        if kind.__module__ == "pyarrow.lib" and hasattr(value, "get_total_buffer_size"):
-            return int(value.get_total_buffer_size())
-        if hasattr(value, "memory_usage"):  # pandas: a number for a Series or an Index, a Series for a frame
-            usage = value.memory_usage()
-            return int(usage if isinstance(usage, int) else usage.sum())
-        return int(getattr(value, "nbytes", None) or sys.getsizeof(value))
-    except Exception:  # a size is only ever used in a message; the user's class may do anything here
-        return 0
-
-
-def describe_size(value: Any, size_bytes: int | None = None) -> str:
-    """Type, shape and size for a warning: `numpy.ndarray of float64, shape (1000, 500), 4.0 MB`.
-
-    `size_bytes`: its size where it is known already (pickled, say); else an estimate.
-    """
-    kind = type(value)
-    words = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
-    if dtype is not None:
-        words += f" of {dtype}"
-    if isinstance(shape, tuple):
-        words += f", shape {shape}"
-    elif isinstance(value, (list, tuple, dict, set, frozenset)):
-        words += f" of {len(value):,} items"
-    size = size_estimate(value) if size_bytes is None else size_bytes
-    return f"{words}, {size / 1e6:.1f} MB"

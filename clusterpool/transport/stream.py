@@ -78,10 +78,6 @@ class Connection:
         _LENGTH.pack_into(scratch, 0, len(scratch) - 4)
         self._send_bytes(scratch)
 
-    def send_frame(self, body: bytes | memoryview) -> None:
-        """Send a message that is encoded already."""
-        self._send_bytes(_LENGTH.pack(len(body)) + body)
-
     def _send_bytes(self, frame: bytes | bytearray) -> None:
         if self.is_closed:
             return

@@ -13,9 +13,9 @@ from clusterpool.core.memory_monitor import (
     WARNING_INTERVAL_S,
     MemoryMonitor,
 )
-from clusterpool.core.messages import EndCause, WorkerKind
+from clusterpool.core.messages import SIGKILL, EndCause, WorkerKind
 from clusterpool.core.node_events import EndWorker, ForkWorker, MemoryRead, ReadMemory, Send, WarnOfMemory, WorkerEnded
-from clusterpool.core.scheduler import SIGKILL, Scheduler
+from clusterpool.core.scheduler import Scheduler
 from tests.core.machines import DRIVER, JOB
 
 GB = 10**9
@@ -167,3 +167,12 @@ def test_the_owner_is_told_how_it_came_to_it(node: Node) -> None:
 def test_no_workers_no_victim(node: Node) -> None:
     assert ended(node.read(9.9)) == []
     assert ended(node.monitor.handle(MemoryRead(LIMIT, LIMIT, "the machine's memory", 0, {}), 1.0)) == []
+
+
+def test_a_process_that_lives_on_after_a_signal_can_still_be_ended(node: Node) -> None:
+    process_id = node.lease(WorkerKind.GROUP, outlives_owner=True)
+    lease = node.scheduler.workers[process_id].lease
+    assert lease is not None
+    sigint = 2
+    node.scheduler.kill(DRIVER, m.KillWorker(lease.number, sigint, "its parent has sent it the signal"))
+    assert ended(node.read(9.6, **{process_id: 8})) == [process_id]

@@ -7,12 +7,12 @@ import msgspec
 import pytest
 
 from clusterpool.core import messages as m
-from clusterpool.core.messages import Address, WorkerKind
+from clusterpool.core.messages import SIGKILL, Address, WorkerKind
 from clusterpool.core.node_events import EndWorker, ForkWorker, Send, WorkerEnded
 from clusterpool.core.placement import Candidate
 from clusterpool.core.recovery_messages import RequestsLost
 from clusterpool.core.resources import to_amounts
-from clusterpool.core.scheduler import HOPS_MAX, SIGKILL, Scheduler
+from clusterpool.core.scheduler import HOPS_MAX, Scheduler
 from tests.core.machines import DRIVER, JOB, T
 
 OTHER = Address("n1", "d2")

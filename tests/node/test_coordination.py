@@ -57,7 +57,7 @@ def answers() -> queue.SimpleQueue[Any]:
 
 @pytest.fixture
 def calls(store: FakeStore, answers: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[_StoreCalls]:
-    monkeypatch.setattr(coordination, "_PATIENCE_S", PATIENCE_S)
+    monkeypatch.setattr(coordination, "PATIENCE_S", PATIENCE_S)
     monkeypatch.setattr(coordination, "_RETRY_S", 0.02)
     shell: Any = types.SimpleNamespace(
         node_id="na",

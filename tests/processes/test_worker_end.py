@@ -8,7 +8,7 @@ import pytest
 from clusterpool.core.node_messages import EndCause
 from clusterpool.processes import worker_end
 from clusterpool.processes.logs import WorkerLog
-from clusterpool.processes.worker_end import explain_end, memory_amount
+from clusterpool.processes.worker_end import explain_end
 
 WHO = "worker w1 (job, pid 7) on node n1"
 OURS = str(Path(worker_end.__file__).parents[1] / "worker" / "calls.py")
@@ -89,8 +89,3 @@ def test_a_crash_without_a_traceback_is_told_as_well(lines: list[str], tmp_path:
 def test_a_worker_that_printed_nothing_has_no_log(tmp_path: Path) -> None:
     text, _ = explain_end(WHO, -signal.SIGSEGV, 0, log=WorkerLog(tmp_path / "none.log"))
     assert "a crash in C code" in text
-
-
-@pytest.mark.parametrize(("size_bytes", "text"), [(0, "0 MB"), (85_400_000, "85 MB"), (1_250_000_000, "1.2 GB")])
-def test_amounts_of_memory_are_short(size_bytes: int, text: str) -> None:
-    assert memory_amount(size_bytes) == text

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from clusterpool.serialization.digests import content_digest, describe_size, is_immutable
+from clusterpool.serialization.digests import content_digest, is_immutable
 
 
 def test_different_contents_have_different_digests() -> None:
@@ -70,24 +70,3 @@ def test_what_can_change_is_not_immutable() -> None:
     ]
     for value, expected in cases:
         assert is_immutable(value) is expected, value
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        (np.zeros((1000, 500)), ["numpy.ndarray", "float64", "(1000, 500)", "4.0 MB"]),
-        (b"x" * 3_000_000, ["bytes", "3.0 MB"]),
-        (pd.DataFrame({"a": np.zeros(250_000)}), ["DataFrame", "(250000, 1)", "2.0 MB"]),
-        (pd.Series(np.zeros(250_000)), ["Series", "2.0 MB"]),
-        (list(range(1_000_000)), ["list of 1,000,000 items", "8.0 MB"]),
-        (pa.table({"a": np.zeros(250_000)}), ["pyarrow.lib.Table", "2.0 MB"]),
-    ],
-)
-def test_sizes_are_described_with_type_and_shape(value: Any, words: list[str]) -> None:
-    text = describe_size(value)
-    for word in words:
-        assert word in text
-
-
-def test_a_known_size_is_told_as_it_is() -> None:
-    assert describe_size([1], 2_500_000).endswith("2.5 MB")

@@ -73,11 +73,6 @@ def test_both_ends_may_send(pair: tuple[Connection, Connection]) -> None:
     assert (received(pair[0]), received(pair[1])) == ([m.WorkerBlocked()], [m.RetireWorker()])
 
 
-def test_an_encoded_message_can_be_sent_as_it_is(pair: tuple[Connection, Connection]) -> None:
-    pair[0].send_frame(wire.encode(m.TakeBackTasks(3)))
-    assert received(pair[1]) == [m.TakeBackTasks(3)]
-
-
 @pytest.mark.parametrize("pieces_of", [1, 3, 7, 64])
 def test_a_frame_may_come_in_pieces(raw: tuple[socket.socket, Connection], pieces_of: int) -> None:
     sender, connection = raw
