@@ -237,7 +237,7 @@ class NodeMachine:
     def _owner_gone(self, process: Process, now_s: float) -> Commands:
         ends_job = process.job_id if process.kind == "driver" else ""
         commands: Commands = list(self.scheduler.owner_ended(process.address, ends_job=ends_job))
-        commands += self.objects.process_left(process.address.process_id, now_s)
+        commands += self.objects.process_ended(process.address, now_s)
         commands += self.actors.process_left(process.address)
         self.jobs.process_ended(process.address)
         commands += self.coordination.handle(ce.ProcessGone(process.address), now_s)
@@ -326,7 +326,9 @@ class NodeMachine:
             return lost + self.coordination.handle(ce.NodeUnreachable(node_id), now_s)
         self.jobs.process_ended(message.address)
         commands: Commands = list(self.scheduler.owner_ended(message.address))
-        return commands + self.objects.process_left(message.address.process_id, now_s)
+        if isinstance(message, m.Undeliverable):
+            return commands + self.objects.process_left(message.address.process_id, now_s)
+        return commands + self.objects.process_ended(message.address, now_s)
 
     # --- messages
 
@@ -388,6 +390,7 @@ class NodeMachine:
                 commands += self._node_lost(command.node_id, reason, now_s)
             elif isinstance(command, ms.NodeJoined):
                 node_id = command.view.node_id
+                self.objects.node_joined(node_id)
                 commands += [e.PeerJoined(node_id), *self.scheduler.peer_joined(node_id)]
             elif isinstance(command, ms.FenceSelf):
                 commands += self._fenced(command.reason, now_s)
@@ -430,7 +433,7 @@ class NodeMachine:
         for owner in self.scheduler.owners_on(node_id):
             self._departing.pop(owner, None)
             commands += self.scheduler.owner_ended(owner)
-            commands += self.objects.process_left(owner.process_id, now_s)
+            commands += self.objects.process_ended(owner, now_s)
         for process_id, watchers in list(self._watchers.items()):
             self._watchers[process_id] = {watcher for watcher in watchers if watcher.node_id != node_id}
         commands += self.scheduler.peer_lost(node_id)

@@ -17,6 +17,9 @@ from clusterpool.core.transfers import Phase, TransferTable
 
 # Names of the node's own clients of its store; process ids never hold a colon.
 _PULL, _SERVE = "pull:", "serve:"
+# Owners that are remembered after their end. A worker that is being killed may still ask for room for a result of
+# theirs, some milliseconds later; nobody would ever free it.
+ENDED_OWNERS_MAX = 4096
 Commands = list[Any]
 
 
@@ -32,6 +35,7 @@ class NodeObjects:
         self._takers: dict[str, dict[str, None]] = {}
         self._owners: dict[str, Address] = {}  # by object of which a copy was brought here, who keeps account of it
         self._wanted: dict[tuple[str, int], m.StoredValue] = {}  # pins not answered yet, by client and request
+        self._ended_owners: dict[str, str] = {}  # by process id, its node; the newest last
         self._now_s = 0.0
 
     # --- messages of processes
@@ -41,9 +45,7 @@ class NodeObjects:
         self._now_s = now_s
         client = source.process_id
         if isinstance(message, m.CreateObject):
-            return self._put(
-                s.ObjectCreateRequested(client, message.request, message.object_id, message.size_bytes, True)
-            )
+            return self._create(source, message)
         if isinstance(message, m.SealObject):
             return self._put(s.ObjectSealed(client, message.object_id))
         if isinstance(message, m.AbortObject):
@@ -63,6 +65,15 @@ class NodeObjects:
                     self._takers.setdefault(message.object_id, {})[source.node_id] = None
             return self._transfer(t.PeerSpoke(source.node_id, message))
         return None
+
+    def _create(self, source: Address, message: m.CreateObject) -> Commands:
+        owner = message.object_id.partition(".")[0]
+        if owner in self._ended_owners:
+            text = f"object {message.object_id} is not stored: the process {owner} that would own it has ended"
+            return [Send(source, m.StoreFailed(message.request, s.Refusal.FREED.value, text))]
+        return self._put(
+            s.ObjectCreateRequested(source.process_id, message.request, message.object_id, message.size_bytes, True)
+        )
 
     def _promote(self, owner: Address, object_id: str) -> Commands:
         if object_id not in self.store.objects:
@@ -119,7 +130,7 @@ class NodeObjects:
         return [Send(Address(self.node_id, event.client), m.ObjectCreated(event.request, event.offset))]
 
     def process_left(self, process_id: str, now_s: float) -> Commands:
-        """A process ended: its pins go, and the objects that it owned."""
+        """A process ended, or cannot be reached: its pins go, and the objects that it owned."""
         self._now_s = now_s
         for key in [key for key in self._wanted if key[0] == process_id]:
             del self._wanted[key]
@@ -132,10 +143,22 @@ class NodeObjects:
 
     def fenced(self, process_ids: set[str]) -> Commands:
         """The others have given up what is here; only these processes, which are here, still know their objects."""
+        self._ended_owners.clear()  # those of other nodes go on
         owner_by_name = {name: name.partition(".")[0] for name in self.store.objects}
         # What queues hold has the name of a queue, which has a hyphen, and no owner.
         names = [name for name, owner in owner_by_name.items() if "-" not in owner and owner not in process_ids]
         return [command for object_id in names for command in self._free(object_id)]
+
+    def process_ended(self, process: Address, now_s: float) -> Commands:
+        """A process has surely ended: in addition, no more objects are made that it would own."""
+        self._ended_owners[process.process_id] = process.node_id
+        if len(self._ended_owners) > ENDED_OWNERS_MAX:
+            del self._ended_owners[next(iter(self._ended_owners))]
+        return self.process_left(process.process_id, now_s)
+
+    def node_joined(self, node_id: str) -> None:
+        """It may have been taken for dead, and so may its processes."""
+        self._ended_owners = {owner: node for owner, node in self._ended_owners.items() if node != node_id}
 
     def node_lost(self, node_id: str, now_s: float) -> Commands:
         """Another node is gone."""
