@@ -12,7 +12,7 @@ is as fast as chunking by hand and still balances. Source: shared design, sectio
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -370,6 +370,14 @@ class Dispatcher:
         for slot in due:
             slot.is_retiring = True
         return due
+
+    def take_out(self, is_meant: Callable[[Task], bool]) -> list[Task]:
+        """Take these tasks out of the queue."""
+        taken = [task for task in self.queue if is_meant(task)]
+        if taken:
+            numbers = {task.spec.number for task in taken}
+            self.queue = deque(task for task in self.queue if task.spec.number not in numbers)
+        return taken
 
     def clear(self) -> list[Task]:
         """Take everything out of the queue."""

@@ -246,13 +246,13 @@ class WorkerSet:
         return self._lose(process_id, exit_code, text, now_s, task) + self.advance(now_s)
 
     def node_lost(self, node_id: str, text: str, now_s: float) -> list[Command]:
-        """A node is gone with its workers, and perhaps with requests that had been passed on to it."""
+        """A node is gone with its workers, and perhaps with requests passed on to it. Call `advance` afterwards."""
         commands = self.cancel_requests()
         text = f"its node {node_id} is gone: {text}"
         # Nothing is sent before all of them are taken out: a task would go from one to the next, each time an attempt.
         for process_id in [name for name, worker in self.held.items() if worker.address.node_id == node_id]:
             commands += self._lose(process_id, -SIGKILL, text, now_s, _UNKNOWN)
-        return commands + self.advance(now_s)
+        return commands
 
     def _lose(self, process_id: str, exit_code: int, text: str, now_s: float, task: LastTask) -> list[Command]:
         worker = self.held.pop(process_id)
