@@ -29,7 +29,7 @@ from clusterpool.client.connections import Connections
 from clusterpool.client.deliveries import Deliveries, Delivery
 from clusterpool.client.frames import interrupt_later, may_raise
 from clusterpool.client.interruption import interrupt_work
-from clusterpool.client.loop import Loop
+from clusterpool.client.loop import SIGNAL_SEEN_S, Loop
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core import wire
@@ -216,6 +216,7 @@ class Client:
             interrupt_later()
 
         signal.signal(signal.SIGINT, interrupt)
+        self.loop.sleep_max_s = SIGNAL_SEEN_S
 
     # --- submitting (any thread)
 

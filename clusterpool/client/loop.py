@@ -37,6 +37,9 @@ AWAKE_S = 0.0001
 # One poll or sleep lasts at most so long: epoll and locks refuse times that programs do give (`get(9999999)`), and
 # nothing is lost by looking again once an hour.
 POLL_MAX_S = 3600.0
+# A signal that falls between the interpreter's last look and the sleep interrupts neither: it is seen after the sleep.
+# So where Ctrl-C is ours to pass on, those who wait sleep no longer than this.
+SIGNAL_SEEN_S = 1.0
 # How long `stop` waits for a thread that polls to go before the descriptors are closed under it.
 STOP_PATIENCE_S = 5.0
 
@@ -90,6 +93,7 @@ class Loop:
         self._waiters: deque[_Waiter] = deque()
         self._is_stopped = False
         self.stays_awake = False
+        self.sleep_max_s = POLL_MAX_S  # of those who wait; the I/O thread gets no signals
         self._is_busy = False  # the last poll, which slept, had something within AWAKE_S
         self._thread = threading.Thread(target=self._thread_main, name="clusterpool-io", daemon=True)
 
@@ -215,12 +219,12 @@ class Loop:
             if self._is_stopped:
                 return False
             if deadline_s is None:
-                self._turn(None)
+                self._turn(self.sleep_max_s)
             else:
                 left_s = deadline_s - monotonic()
                 if left_s <= 0:
                     return False
-                self._turn(left_s)
+                self._turn(min(left_s, self.sleep_max_s))
             if self._waiters:
                 for waiter in list(self._waiters):  # other threads come and go meanwhile
                     if waiter.is_due():
@@ -239,8 +243,8 @@ class Loop:
                 return False
             if self._role_ident == self._thread.ident:
                 self.kick()
-            timeout_s = POLL_MAX_S if deadline_s is None else max(0.0, deadline_s - monotonic())
-            waiter.lock.acquire(timeout=min(timeout_s, POLL_MAX_S))
+            timeout_s = self.sleep_max_s if deadline_s is None else max(0.0, deadline_s - monotonic())
+            waiter.lock.acquire(timeout=min(timeout_s, self.sleep_max_s))
             return predicate()
         finally:
             with contextlib.suppress(ValueError):

@@ -13,18 +13,19 @@ import pytest
 from tests.cluster.clusters import is_alive, wait_for
 from tests.faults.terminal import Terminal
 
-# The calls that a person interrupts, and what must work at the same prompt afterwards.
+# The calls that a person interrupts, and what must work at the same prompt afterwards. Each call has items of its own:
+# a worker may just begin with one when Ctrl-C is pressed, and that must not be taken for the next call's.
 CALLS = {
-    "Pool.map": ("pool.map(work, range(8), chunksize=1)", "pool.map(abs, [-1, 2])"),
-    "Pool.imap": ("list(pool.imap(work, range(8)))", "list(pool.imap(abs, [-1, 2]))"),
-    "apply_async.get": ("pool.apply_async(work, (1,)).get()", "[pool.apply(abs, (-1,)), 2]"),
-    "Executor.map": ("list(executor.map(work, range(8)))", "list(executor.map(abs, [-1, 2]))"),
-    "Future.result": ("executor.submit(work, 1).result()", "[executor.submit(abs, -1).result(), 2]"),
-    "get": ("clusterpool.get([remote_work.remote(n) for n in range(8)])", "clusterpool.get(absolutes())"),
-    "wait": ("clusterpool.wait([remote_work.remote(1)])", "clusterpool.get(absolutes())"),
-    "joblib": ("Parallel(2)(delayed(work)(n) for n in range(8))", "Parallel(2)(delayed(abs)(n) for n in (-1, 2))"),
-    "nested pool": ("pool.map(nest, range(2), chunksize=1)", "pool.map(abs, [-1, 2])"),
-    "actor": ("clusterpool.get(actor.work.remote(1))", "[clusterpool.get(clusterpool.remote(abs).remote(-1)), 2]"),
+    "Pool.map": ("pool.map(work, range(0, 8), chunksize=1)", "pool.map(abs, [-1, 2])"),
+    "Pool.imap": ("list(pool.imap(work, range(10, 18)))", "list(pool.imap(abs, [-1, 2]))"),
+    "apply_async.get": ("pool.apply_async(work, (20,)).get()", "[pool.apply(abs, (-1,)), 2]"),
+    "Executor.map": ("list(executor.map(work, range(30, 38)))", "list(executor.map(abs, [-1, 2]))"),
+    "Future.result": ("executor.submit(work, 40).result()", "[executor.submit(abs, -1).result(), 2]"),
+    "get": ("clusterpool.get([remote_work.remote(n) for n in range(50, 58)])", "clusterpool.get(absolutes())"),
+    "wait": ("clusterpool.wait([remote_work.remote(60)])", "clusterpool.get(absolutes())"),
+    "joblib": ("Parallel(2)(delayed(work)(n) for n in range(70, 78))", "Parallel(2)(delayed(abs)(n) for n in (-1, 2))"),
+    "nested pool": ("pool.map(nest, (80, 82), chunksize=1)", "pool.map(abs, [-1, 2])"),
+    "actor": ("clusterpool.get(actor.work.remote(90))", "[clusterpool.get(clusterpool.remote(abs).remote(-1)), 2]"),
 }  # fmt: skip
 
 PRELUDE = """
@@ -43,7 +44,7 @@ def work(n):
 
 def nest(n):
     with Pool(2) as inner:
-        return inner.map(work, range(2), chunksize=1)
+        return inner.map(work, (n, n + 1), chunksize=1)
 
 def finish(n):
     time.sleep(0.5)
@@ -69,9 +70,9 @@ def test_ctrl_c_at_the_prompt(tmp_path: Path) -> None:
     (tmp_path / "prelude.py").write_text(PRELUDE.format(folder=str(tmp_path)))
     with Terminal("-i", "prelude.py", folder=tmp_path) as terminal:
         at = terminal.wait_said(">>> ")
-        for call, after in CALLS.values():
+        for number, (call, after) in enumerate(CALLS.values()):
             terminal.type(call)
-            wait_for_work(tmp_path)
+            wait_for_work(tmp_path, range(10 * number, 10 * number + 10))
             pressed_s = time.monotonic()
             terminal.press_ctrl_c()
             at = terminal.wait_said("KeyboardInterrupt", within_s=5, after=at)
@@ -103,7 +104,7 @@ except KeyboardInterrupt:
 def test_a_script_at_a_terminal_ends_with_all_its_work(number: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(PRELUDE.format(folder=str(tmp_path)) + SCRIPT)
     with Terminal("script.py", folder=tmp_path) as terminal:
-        pids = wait_for_work(tmp_path)
+        pids = wait_for_work(tmp_path, range(8))
         if number == signal.SIGINT:
             terminal.press_ctrl_c()
         else:
@@ -129,10 +130,16 @@ def test_a_signal_to_the_driver_alone_leaves_its_work_alone(tmp_path: Path) -> N
     assert (done.stdout, done.returncode) == ("[0, 1]\n", 0), done.stderr
 
 
-def wait_for_work(folder: Path) -> list[int]:
-    """The processes that have begun to work."""
-    wait_for(lambda: bool(list(folder.glob("began-*"))), within_s=20, what="the work begins")
-    began = list(folder.glob("began-*"))
-    for path in began:
-        path.unlink(missing_ok=True)
-    return [int(path.name.split("-")[2]) for path in began]
+def wait_for_work(folder: Path, items: range) -> list[int]:
+    """The processes that have begun to work on one of `items`."""
+    began: list[int] = []
+
+    def find() -> bool:
+        for path in folder.glob("began-*"):
+            _, item, pid = path.name.split("-")
+            if int(item) in items:
+                began.append(int(pid))
+        return bool(began)
+
+    wait_for(find, within_s=20, what="the work begins")
+    return began

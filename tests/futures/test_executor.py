@@ -301,7 +301,7 @@ def test_sys_exit_in_a_call_is_raised_at_its_caller(executor):
 
 
 def test_callback_may_wait_for_a_lock_that_is_held_while_a_large_argument_is_submitted(executor):
-    lock = threading.Lock()
+    lock = threading.RLock()  # a call that is done by then has its callback called here and now
     called = []
 
     def callback(_):
