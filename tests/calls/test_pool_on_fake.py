@@ -22,6 +22,7 @@ from clusterpool.client import api
 from clusterpool.errors import TaskCancelled, WorkerSetupFailed
 from clusterpool.multiprocessing import pool as pool_module
 from clusterpool.multiprocessing.pool import AsyncResult, IMapIterator, IMapUnorderedIterator, MapResult, Pool
+from tests.waiting import wait_for
 
 
 class FakePool(Pool):
@@ -43,13 +44,6 @@ def fake_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 def pool() -> Iterator[FakePool]:
     with FakePool(2) as pool:
         yield pool
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline_s, "the condition did not come true"
-        time.sleep(0.002)
 
 
 def square(x: int) -> int:

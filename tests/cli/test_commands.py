@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.cli.commands import answer_of, clusterpool_command
-from tests.cluster.clusters import is_alive, wait_for
+from tests.waiting import is_alive, wait_for
 
 SMALL = ("--num-cpus", "1", "--object-store-memory", "64MiB")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import random
 import signal
@@ -16,17 +15,9 @@ import pytest
 
 import clusterpool
 from clusterpool import errors
-from tests.client.engine import check_nothing_left
 
 pytestmark = pytest.mark.usefixtures("cluster", "nothing_left")
 FOR_EVER = {"max_restarts": -1, "max_task_retries": -1}
-
-
-@pytest.fixture
-def nothing_left() -> Any:
-    yield
-    gc.collect()
-    check_nothing_left()
 
 
 class Plain:

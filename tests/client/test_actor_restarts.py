@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import signal
 import time
@@ -15,16 +14,9 @@ import pytest
 
 import clusterpool
 from clusterpool import errors
-from tests.client.engine import check_nothing_left, wait_for
+from tests.client.engine import wait_for
 
 pytestmark = pytest.mark.usefixtures("cluster", "nothing_left")
-
-
-@pytest.fixture
-def nothing_left() -> Any:
-    yield
-    gc.collect()
-    check_nothing_left()
 
 
 class Counter:

@@ -28,6 +28,8 @@ from clusterpool.serialization.packing import dumps_value
 sys.path.insert(0, os.path.dirname(__file__))
 from thin_channels import NODE, OTHER_NODE, FakeStore, make_table
 
+from tests.waiting import wait_for
+
 MANY = 20_000  # far more than a socket takes
 
 
@@ -73,13 +75,6 @@ def in_thread(function: Callable[[], Any]) -> Callable[[], Any]:
         return results[0]
 
     return result
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "waited in vain"
-        time.sleep(0.002)
 
 
 # --- order

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,9 @@ import pytest
 
 import clusterpool
 from clusterpool import errors
+from tests.waiting import is_alive, wait_for
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline_s, "the condition did not come true"
-        time.sleep(0.005)
 
 
 def note_attempt(folder: str) -> int:
@@ -62,7 +48,7 @@ def test_a_task_beyond_its_limit_is_stopped_and_says_so(tmp_path: Path, how: str
     for part in ("hang", "attempt 1 of 4", "limit of 1 s", f"pid {pid}", clusterpool.node_id(), "timeout="):
         assert part in str(info.value)
     assert os.listdir(tmp_path) == ["1"], "it was tried again"
-    wait_for(lambda: not is_running(int(pid)))
+    wait_for(lambda: not is_alive(int(pid)))
 
 
 def test_a_limit_does_not_count_the_time_in_the_queue() -> None:

@@ -12,16 +12,9 @@ import pytest
 
 import clusterpool
 from clusterpool import errors
-from tests.client.engine import MIB, check_nothing_left, objects_left, store_bytes, wait_for
+from tests.client.engine import MIB, objects_left, store_bytes, wait_for
 
 pytestmark = pytest.mark.usefixtures("cluster", "nothing_left")
-
-
-@pytest.fixture
-def nothing_left() -> Any:
-    yield
-    gc.collect()
-    check_nothing_left()
 
 
 @clusterpool.remote

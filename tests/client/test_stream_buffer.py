@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -14,16 +13,9 @@ import pytest
 
 import clusterpool
 from clusterpool.core.stream_pace import BYTES_MAX, ITEMS_MAX
-from tests.client.engine import MIB, check_nothing_left, wait_for
+from tests.client.engine import MIB, wait_for
 
 pytestmark = pytest.mark.usefixtures("cluster", "nothing_left")
-
-
-@pytest.fixture
-def nothing_left() -> Any:
-    yield
-    gc.collect()
-    check_nothing_left()
 
 
 def count_to(path: Path, stop: int, size: int = 0) -> Iterator[Any]:

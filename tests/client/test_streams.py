@@ -12,16 +12,9 @@ import pytest
 
 import clusterpool
 from clusterpool import errors
-from tests.client.engine import MIB, check_nothing_left, wait_for
+from tests.client.engine import MIB, wait_for
 
 pytestmark = pytest.mark.usefixtures("cluster", "nothing_left")
-
-
-@pytest.fixture
-def nothing_left() -> Any:
-    yield
-    gc.collect()
-    check_nothing_left()
 
 
 @clusterpool.remote(num_returns="streaming")

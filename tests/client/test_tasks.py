@@ -27,12 +27,6 @@ def add(x: Any, y: Any = 1) -> Any:
     return x + y
 
 
-@pytest.fixture
-def nothing_left() -> Any:
-    yield
-    check_nothing_left()
-
-
 # --- arguments and results ------------------------------------------------------------------------------------------
 
 

@@ -15,16 +15,9 @@ import pytest
 import clusterpool
 from clusterpool import errors
 from clusterpool.client.worker_group import GroupWorker, TaskKind, WorkerGroup
-from tests.client.engine import MIB, check_nothing_left, store_bytes, wait_for
+from tests.client.engine import MIB, store_bytes, wait_for
 
 pytestmark = pytest.mark.usefixtures("cluster", "nothing_left")
-
-
-@pytest.fixture
-def nothing_left() -> Any:
-    yield
-    gc.collect()
-    check_nothing_left()
 
 
 class Sink:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import clusterpool
+from tests.waiting import is_alive, wait_for  # noqa: F401  (is_alive: many take both from here)
 
 LARGE_BYTES = 100_000_000
 # A node is declared dead within 4.75 s (membership.py).
@@ -98,23 +99,6 @@ def node_link(cluster: Cluster) -> Any:
     from clusterpool.cli.node_link import NodeLink
 
     return NodeLink(cluster.address)
-
-
-def wait_for(condition: Callable[[], bool], *, within_s: float, what: str, period_s: float = 0.01) -> float:
-    """How long it took until `condition()`; fails after `within_s`."""
-    started_s = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started_s < within_s, f"not within {within_s:g} s: {what}"
-        time.sleep(period_s)
-    return time.monotonic() - started_s
-
-
-def is_alive(pid: int) -> bool:
-    """Whether the process runs; one that was killed and not yet waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def children_of(pid: int) -> list[int]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import clusterpool
-from tests.cluster.clusters import Cluster, wait_for
+from tests.cluster.clusters import Cluster
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.cluster
 

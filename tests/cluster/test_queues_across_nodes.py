@@ -7,7 +7,6 @@ import os
 import queue
 import signal
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,19 +16,12 @@ import clusterpool
 from clusterpool import errors
 from clusterpool import multiprocessing as mp
 from tests.cluster.clusters import Cluster
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.cluster
 
 LARGE_BYTES = 3_000_000
 ON_SECOND = {"resources": {"ssd": 1}}  # only the second node has it
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 10.0) -> Any:
-    deadline_s = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline_s, "waited in vain"
-        time.sleep(0.005)
-    return value
 
 
 def store_bytes() -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,10 +44,3 @@ def embedded_server() -> Iterator[ServerProcess]:
 def tcp_server(**options: Any) -> Iterator[ServerProcess]:
     with short_folder() as folder, running(folder, host="127.0.0.1", password=PASSWORD, **options) as server:
         yield server
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "the condition never came true"
-        time.sleep(0.005)

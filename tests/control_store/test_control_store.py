@@ -30,7 +30,8 @@ from clusterpool.core.cluster_view import NodeLoad, NodeRecord
 from clusterpool.core.coordination_events import Contents
 from clusterpool.core.membership import HeartbeatAnswer
 from clusterpool.errors import AuthenticationFailed, NotConnected, ProtocolError, StoreFull
-from tests.control_store.servers import PASSWORD, embedded_server, running, short_folder, tcp_server, wait_for
+from tests.control_store.servers import PASSWORD, embedded_server, running, short_folder, tcp_server
+from tests.waiting import wait_for
 
 RECORD = NodeRecord("n1", "10.0.0.1", 7000, "key", {"CPU": 4.0})
 LOAD = NodeLoad(available={"CPU": 1.0})
@@ -447,7 +448,7 @@ def test_sentinel_failover_loses_nothing_and_is_noticed() -> None:
         incarnation = store.register_node(RECORD)
         wait_for(lambda: f"+slave slave 127.0.0.1:{port_of(replica)}" in (folder / "sentinel.log").read_text())
         os.kill(master.pid, signal.SIGKILL)
-        wait_for(lambda: accepts(store, incarnation), timeout_s=40)
+        wait_for(lambda: accepts(store, incarnation), within_s=40)
         assert [entry.record for entry in store.list_nodes().nodes] == [RECORD]
         with pytest.raises(EventsLost, match="another server"):
             store.read_events(store.last_event_id())

@@ -16,7 +16,8 @@ import pytest
 
 from clusterpool.control_store.server import APPEND_ONLY_FOLDER, ServerProcess, find_server_binary
 from clusterpool.errors import StartFailed
-from tests.control_store.servers import PASSWORD, embedded_server, running, short_folder, tcp_server, wait_for
+from tests.control_store.servers import PASSWORD, embedded_server, running, short_folder, tcp_server
+from tests.waiting import is_alive, wait_for
 
 
 def ask(url: str, *lines: str) -> bytes:
@@ -38,13 +39,6 @@ def ask(url: str, *lines: str) -> bytes:
 def quoted(text: str) -> str:
     """As the server reads it in a line of words."""
     return '"' + "".join(f"\\x{byte:02x}" for byte in text.encode()) + '"'
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def test_embedded_server_answers_on_its_socket_and_listens_on_no_port() -> None:
@@ -302,7 +296,7 @@ def test_tied_server_dies_with_its_parent(appendonly: bool) -> None:
             parent.kill()
             parent.wait()
             parent.stdout.close()
-        wait_for(lambda: not is_alive(pid), timeout_s=10)
+        wait_for(lambda: not is_alive(pid), within_s=10)
 
 
 def test_server_outlives_its_parent_unless_tied() -> None:

@@ -6,7 +6,6 @@ import concurrent.futures
 import os
 import signal
 import time
-from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,9 @@ import pytest
 
 from clusterpool.errors import TaskTimeout
 from clusterpool.futures import ProcessPoolExecutor
+from tests.waiting import is_alive, wait_for
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline_s, "the condition did not come true"
-        time.sleep(0.005)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def touch_and_sleep(path: str, seconds: float = 1e6) -> str:
@@ -125,7 +111,7 @@ def test_a_running_call_is_stopped_where_the_executor_is_told_so(tmp_path: Path)
         assert future.cancelled() and not future.running() and future.done()
         with pytest.raises(concurrent.futures.CancelledError):
             future.result(30)
-        wait_for(lambda: not is_running(pid))
+        wait_for(lambda: not is_alive(pid))
         assert other.result(30) == "slept"
         assert executor.submit(hang_at_three, 4).result(30) == 8, "the executor is not broken"
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from clusterpool.multiprocessing import Barrier, Condition, Event, Lock, Process, Value
+from tests.waiting import wait_for
 
 # A second until somebody is missed, another for the count of those who live.
 HELD_UP_S = 5.0
@@ -36,13 +37,6 @@ def started() -> Iterator[Callable[..., Any]]:
     for process in processes:
         process.kill()
         process.join()
-
-
-def wait_for(predicate: Callable[[], Any], what: str, within_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not predicate():
-        assert time.monotonic() < deadline_s, f"not within {within_s} s: {what}"
-        time.sleep(0.01)
 
 
 def sleepers(condition: Any) -> int:

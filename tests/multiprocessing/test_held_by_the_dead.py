@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 
 from clusterpool.multiprocessing import BoundedSemaphore, Lock, Process, RLock, Semaphore, Value
 from tests.conftest import segment_names
+from tests.waiting import wait_for
 
 FREE_WITHIN_S = 5.0
 # How many kills of the long test; each costs a second or two, since somebody must have waited for long.
@@ -25,13 +25,6 @@ KILLS = 12
 @pytest.fixture(scope="module", autouse=True)
 def _cluster(cluster: None) -> None:
     """Of this module."""
-
-
-def wait_for(predicate: Callable[[], Any], what: str, within_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not predicate():
-        assert time.monotonic() < deadline_s, f"not within {within_s} s: {what}"
-        time.sleep(0.01)
 
 
 def hold(lock: Any, ready: Path, count: int = 1) -> None:

@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,9 @@ import pytest
 
 from clusterpool.errors import TaskCancelled, TaskTimeout, WorkerDied
 from clusterpool.multiprocessing import Pool
+from tests.waiting import is_alive, wait_for
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline_s, "the condition did not come true"
-        time.sleep(0.005)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def double(x: int) -> int:
@@ -255,7 +242,7 @@ def test_a_running_call_is_stopped_and_nothing_else(tmp_path: Path) -> None:
         assert running.cancel() and running.cancelled()
         with pytest.raises(TaskCancelled):
             running.get(30)
-        wait_for(lambda: not is_running(pid))
+        wait_for(lambda: not is_alive(pid))
         assert other.get(30) is None and not other.cancelled()
         assert not other.cancel(), "it was done"
         assert pool.map(double, range(10)) == [2 * x for x in range(10)]

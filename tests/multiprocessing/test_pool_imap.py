@@ -8,7 +8,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from clusterpool.multiprocessing import Pool
+from tests.waiting import wait_for
 
 # All on one cluster of the module: only its last test waits for the end of a cluster.
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -25,13 +26,6 @@ pytestmark = pytest.mark.usefixtures("cluster")
 def pool(cluster: None) -> Iterator[Any]:
     with Pool(2) as pool:
         yield pool
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline_s, "the condition did not come true"
-        time.sleep(0.005)
 
 
 def square(x: int) -> int:

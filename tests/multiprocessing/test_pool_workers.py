@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +18,12 @@ import pytest
 
 from clusterpool.errors import TaskCancelled, WorkerDied, WorkerSetupFailed
 from clusterpool.multiprocessing import Pool
+from tests.waiting import is_alive, wait_for
 
 # All on one cluster of the module: only its last test waits for the end of a cluster.
 pytestmark = pytest.mark.usefixtures("cluster")
 
 setup_value: Any = None
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline_s, "the condition did not come true"
-        time.sleep(0.005)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def square(x: int) -> int:
@@ -144,7 +130,7 @@ def test_workers_that_reached_their_limit_are_replaced() -> None:
         pids = [pool.apply(pid_of_task) for _ in range(6)]
         assert len(set(pids)) == 6
         wait_for(lambda: len(pool._pool) == 2 and not {w.pid for w in pool._pool} & set(before))
-        wait_for(lambda: not any(map(is_running, pids)))
+        wait_for(lambda: not any(map(is_alive, pids)))
 
 
 # --- 6: who gets the work
@@ -264,7 +250,7 @@ def test_terminate_kills_the_workers_and_fails_what_waits(tmp_path: Path) -> Non
     pids = [worker.pid for worker in pool._pool]
     pool.terminate()
     pool.join()
-    wait_for(lambda: not any(map(is_running, pids)))
+    wait_for(lambda: not any(map(is_alive, pids)))
     with pytest.raises(TaskCancelled):
         result.get(30)
     assert all(worker.exitcode is not None for worker in pool._pool)
@@ -275,7 +261,7 @@ def test_context_manager_terminates(tmp_path: Path) -> None:
         pool.apply_async(block, (tmp_path,))
         wait_for(lambda: len(os.listdir(tmp_path)) == 1)
         pids = [worker.pid for worker in pool._pool]
-    wait_for(lambda: not any(map(is_running, pids)))
+    wait_for(lambda: not any(map(is_alive, pids)))
     assert pool._state == "TERMINATE"
     with pytest.raises(ValueError, match="Pool not running"):
         with pool:
@@ -347,7 +333,7 @@ def test_pool_left_open_gives_a_resource_warning_and_its_workers_end() -> None:
     with pytest.warns(ResourceWarning, match="unclosed running multiprocessing pool"):
         del pool
         gc.collect()
-    wait_for(lambda: not any(map(is_running, pids)))
+    wait_for(lambda: not any(map(is_alive, pids)))
 
 
 # --- 23: what programs read
@@ -361,7 +347,7 @@ def test_what_programs_read() -> None:
             assert worker.is_alive()
             assert worker.exitcode is None
             assert isinstance(worker.name, str)
-            assert is_running(worker.pid)
+            assert is_alive(worker.pid)
         assert pool._pool[0] is pool._pool[0]
         assert len(pool._cache) == 0
         assert pool._state == "RUN"

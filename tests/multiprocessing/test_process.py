@@ -24,6 +24,7 @@ import pytest
 
 import clusterpool.multiprocessing as mp
 from clusterpool.client import api
+from tests.waiting import is_alive, wait_for
 
 pytestmark = pytest.mark.usefixtures("cluster")
 WAIT_S = 20.0
@@ -37,13 +38,6 @@ def run(target: Callable[..., Any], *args: Any, **options: Any) -> mp.Process:
     return process
 
 
-def wait_for(predicate: Callable[[], Any]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not predicate():
-        assert time.monotonic() < deadline_s, "it did not come to pass"
-        time.sleep(0.01)
-
-
 def write(path: Path, text: object) -> None:
     """At once: who waits for the file finds all of it."""
     path.with_suffix(".new").write_text(str(text))
@@ -54,13 +48,6 @@ def sleep_long(path: Path | None = None) -> None:
     if path is not None:
         write(path, os.getpid())
     time.sleep(100)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 # --- ends
@@ -288,7 +275,7 @@ def test_a_child_waits_for_its_own_and_ends_its_daemons(tmp_path: Path) -> None:
 
     assert run(have_children).exitcode == 0
     assert (tmp_path / "work").read_text() == "done"
-    wait_for(lambda: not is_running(int((tmp_path / "daemon").read_text())))
+    wait_for(lambda: not is_alive(int((tmp_path / "daemon").read_text())))
 
 
 def test_a_daemon_may_not_have_children(tmp_path: Path) -> None:
@@ -415,8 +402,8 @@ def test_the_children_of_a_program_that_is_killed_end_too() -> None:
     )
     assert killed.stdout is not None
     pid = int(killed.stdout.readline().rpartition(" ")[2])
-    assert is_running(pid)
+    assert is_alive(pid)
     killed.kill()
-    wait_for(lambda: not is_running(pid))
+    wait_for(lambda: not is_alive(pid))
     with contextlib.suppress(OSError):
         killed.communicate(timeout=WAIT_S)

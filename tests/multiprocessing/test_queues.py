@@ -25,17 +25,10 @@ import clusterpool
 from clusterpool import errors
 from clusterpool import multiprocessing as mp
 from clusterpool.client.values import INLINE_BYTES_MAX
+from tests.waiting import wait_for
 
 LARGE_BYTES = 3_000_000
 MANY = 20_000  # far more than a channel takes before its putters' items wait with them
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 10.0) -> Any:
-    deadline_s = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline_s, "waited in vain"
-        time.sleep(0.005)
-    return value
 
 
 def store_bytes() -> int:

@@ -16,7 +16,8 @@ from clusterpool.core import store_route as core
 from clusterpool.errors import NotConnected
 from clusterpool.node import store_route
 from clusterpool.node.store_route import RELAY_NAME, NodeStoreRoute, StoreRelay
-from tests.control_store.servers import short_folder, wait_for
+from tests.control_store.servers import short_folder
+from tests.waiting import wait_for
 
 
 class Server:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from clusterpool.processes.zygote import Zygote
+from tests.waiting import is_alive
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -35,16 +36,9 @@ def play(scenario: str, *, exit_code: int = 0) -> Any:
 
 def wait_until_gone(pids: list[int], timeout_s: float = 5) -> None:
     deadline_s = time.monotonic() + timeout_s
-    while alive := [pid for pid in pids if is_running(pid)]:
+    while alive := [pid for pid in pids if is_alive(pid)]:
         assert time.monotonic() < deadline_s, f"still running: {alive}"
         time.sleep(0.01)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def test_a_workers_end_is_reported_as_the_standard_library_would() -> None:
