@@ -3,11 +3,15 @@
 After every test the autouse fixture `nothing_left_behind` looks for what the test left: processes,
 shared-memory segments, semaphores and session folders of this run. What a module's `cluster` fixture holds is allowed
 until it is shut down. The usual case, a test that starts nothing, costs a listing of /proc and two folders.
+
+Tests may run side by side (`pytest -n`, as CI does): each process is a run of its own, with its own marker and folders.
+A test that none of another run can bear, or that cannot bear one, is marked `alone`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import multiprocessing
 import os
 import re
@@ -16,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +30,7 @@ SHARED_MEMORY = Path("/dev/shm")
 # Arenas and cells; POSIX semaphores.
 SEGMENT_PREFIXES = ("clusterpool-", "sem.clusterpool-")
 NODE_ID = re.compile(r"\bn[0-9a-f]{10}\b")
+ARENA = re.compile(rf"clusterpool-\d+-.*{NODE_ID.pattern}")
 # A node must notice within 5 s that its driver is gone: what runs after that is a leak, not a straggler.
 LEAVE_WITHIN_S = 5.0
 # Helpers of the standard library and of joblib that live until their program ends, whoever first needed them.
@@ -65,6 +70,8 @@ class Run:
     held: list[Leftovers] = field(default_factory=list)
     # Processes that were seen once and are not ours: their environments are never read again.
     _foreign_pids: set[int] = field(default_factory=set)
+    # Nodes of other runs, likewise.
+    _foreign_nodes: set[str] = field(default_factory=set)
 
     def look(self) -> Leftovers:
         """Everything of this run that exists now and that no fixture of wider scope holds."""
@@ -153,7 +160,12 @@ class Run:
         return frozenset(found)
 
     def _new_segments(self) -> set[str]:
-        return {name for name in segment_names() if name not in self.segments_before}
+        names = {name for name in segment_names() if name not in self.segments_before}
+        new = {name for name in names if self._foreign_nodes.isdisjoint(NODE_ID.findall(name))}
+        for arena in filter(ARENA.fullmatch, new):
+            if is_used_by(arena, self._foreign_pids):
+                self._foreign_nodes.add(arena[-11:])
+        return {name for name in new if self._foreign_nodes.isdisjoint(NODE_ID.findall(name))}
 
 
 def segment_names() -> list[str]:
@@ -203,7 +215,7 @@ def ancestors(pid: int) -> list[int]:
 def nodes_of_legitimate_processes(segments: set[str], leaked_pids: set[int]) -> set[str]:
     """The nodes of these segments whose arena another run is using: nobody need map their semaphores and cells."""
     nodes = set(NODE_ID.findall(" ".join(segments)))
-    arenas = [name for name in segment_names() if re.fullmatch(rf"clusterpool-\d+-.*{NODE_ID.pattern}", name)]
+    arenas = filter(ARENA.fullmatch, segment_names())
     return {
         name[-11:] for name in arenas if name[-11:] in nodes and is_mapped_by_a_legitimate_process(name, leaked_pids)
     }
@@ -211,15 +223,19 @@ def nodes_of_legitimate_processes(segments: set[str], leaked_pids: set[int]) -> 
 
 def is_mapped_by_a_legitimate_process(segment: str, leaked_pids: set[int]) -> bool:
     """Whether a living process outside this test has the segment: a held cluster, or another run of tests."""
+    pids = {int(name) for name in os.listdir("/proc") if name.isdigit()}
+    return is_used_by(segment, pids - leaked_pids - {os.getpid()})
+
+
+def is_used_by(segment: str, pids: set[int]) -> bool:
+    """Whether one of these processes has the segment."""
     path = str(SHARED_MEMORY / segment)
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) == os.getpid() or int(name) in leaked_pids:
-            continue
+    for pid in pids:
         with contextlib.suppress(OSError):
-            if path in Path(f"/proc/{name}/maps").read_text():
+            if path in Path(f"/proc/{pid}/maps").read_text():
                 return True
             # A node may have the file open without having mapped it.
-            for link in Path(f"/proc/{name}/fd").iterdir():
+            for link in Path(f"/proc/{pid}/fd").iterdir():
                 with contextlib.suppress(OSError):  # closed meanwhile; the others still count
                     if os.readlink(link) == path:
                         return True
@@ -234,6 +250,23 @@ def end_helpers_of_others() -> None:
     if executor is not None:
         executor.shutdown(wait=True, kill_workers=True)
         vars(reusable)["_executor"] = None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # outermost: who waits here does not use up the test's time
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """While a test marked `alone` runs, no process of this run of pytest runs another."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    is_alone = item.get_closest_marker("alone") is not None
+    # Any two files do. Whoever wants to be alone keeps the gate shut while the others come out.
+    with open(__file__) as floor, open(item.config.rootpath / "pyproject.toml") as gate:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(floor, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(floor, fcntl.LOCK_UN)  # closing is not enough: a fork may still have it open
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,7 +22,8 @@ from clusterpool.processes.sweep import belongs_to_session
 from tests.cluster.clusters import clusterpool_command, is_alive, wait_for
 from tests.faults.hosts import Program
 
-pytestmark = pytest.mark.cluster
+# Alone: it makes files that are nobody's, which other tests would take for something that they have left.
+pytestmark = [pytest.mark.cluster, pytest.mark.alone]
 
 SHARED_MEMORY = Path("/dev/shm")
 TWO_NODES = {

@@ -24,6 +24,7 @@ from tests.faults.network import Network, made_network, why_impossible
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.alone,  # what is late here must be late for the network's sake
     pytest.mark.skipif(os.getuid() != 0, reason="network namespaces need root"),
 ]
 

@@ -12,6 +12,8 @@ import pytest
 
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.alone  # it makes what other tests would take for something that they have left
+
 
 def sleeper(**options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], **options)
