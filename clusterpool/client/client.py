@@ -15,7 +15,6 @@ import itertools
 import logging
 import os
 import select
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -25,10 +24,9 @@ from typing import Any
 
 import msgspec
 
+from clusterpool.client import interruption
 from clusterpool.client.connections import Connections
 from clusterpool.client.deliveries import Deliveries, Delivery
-from clusterpool.client.frames import interrupt_later, may_raise
-from clusterpool.client.interruption import interrupt_work
 from clusterpool.client.loop import SIGNAL_SEEN_S, Loop
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
@@ -49,8 +47,6 @@ logger = logging.getLogger(__name__)
 # Submitting faster than this gathers tasks into batches: one message for each would cost more than the tasks.
 GATHER_S = 0.0002
 GATHER_TASKS_MAX = 256
-# For how long Ctrl-C waits for our own code to be done, which takes microseconds unless something hangs.
-INTERRUPT_PUT_OFF_S = 3.0
 # Task numbers lie so far apart that the results of one task can be numbered from its own number on.
 NUMBERS_APART = 1024
 # A worker's task that waits for longer than this is reported as blocked.
@@ -199,24 +195,8 @@ class Client:
 
         `callers`: as in frames.py.
         """
-        if threading.current_thread() is not threading.main_thread():
-            return
-        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            return  # the program has a handler of its own
-
-        put_off_s: list[float] = []  # since when
-
-        def interrupt(signal_number: int, frame: Any) -> None:
-            # A callback of the user's that never ends runs within our code: at last the user must win.
-            if may_raise(frame, callers) or (put_off_s and monotonic() - put_off_s[0] > INTERRUPT_PUT_OFF_S):
-                put_off_s.clear()
-                interrupt_work(self)
-                signal.default_int_handler(signal_number, frame)
-            put_off_s.append(monotonic())
-            interrupt_later()
-
-        signal.signal(signal.SIGINT, interrupt)
-        self.loop.sleep_max_s = SIGNAL_SEEN_S
+        if interruption.install(self, callers):
+            self.loop.sleep_max_s = SIGNAL_SEEN_S
 
     # --- submitting (any thread)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import subprocess
@@ -242,6 +243,22 @@ def test_an_interrupted_program_ends() -> None:
         _, err = process.communicate(timeout=20)
     assert "KeyboardInterrupt" in err
     assert process.returncode == -signal.SIGINT
+
+
+@pytest.mark.usefixtures("fresh")
+def test_ctrl_c_just_before_a_wait_goes_to_sleep_is_not_lost() -> None:
+    for _ in range(2):  # a second cluster of the same program is no worse off
+        clusterpool.shutdown()
+        clusterpool.init(num_cpus=1)
+        ref = clusterpool.remote(time.sleep).remote(60)
+        # The signal is noted, but interrupts no system call: as if it had come an instant before the call.
+        timer = threading.Timer(0.2, _thread.interrupt_main)
+        timer.start()
+        asked_s = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            clusterpool.get(ref, timeout=20)
+        assert time.monotonic() - asked_s < 5
+        timer.join()
 
 
 def test_interrupts_never_leave_the_client_half_changed() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import concurrent.futures
 import contextlib
 import os
@@ -139,7 +138,6 @@ def test_more_functions_than_the_table_holds() -> None:
 
 
 def test_what_cannot_be_pickled_is_an_error_at_the_call() -> None:
-    import threading
 
     with pytest.raises(TypeError, match="pickle"):
         add.remote(threading.Lock())
@@ -148,7 +146,6 @@ def test_what_cannot_be_pickled_is_an_error_at_the_call() -> None:
 def test_a_result_that_cannot_be_pickled_is_an_error() -> None:
     @clusterpool.remote
     def lock() -> Any:
-        import threading
 
         return threading.Lock()
 
@@ -680,16 +677,3 @@ def test_functions_that_are_gone_are_forgotten_by_all() -> None:
         )
     clusterpool.get(add.remote(1), timeout=10)
     assert wait_for(lambda: count() <= before + 2), (before, count())
-
-
-def test_ctrl_c_just_before_a_wait_goes_to_sleep_is_not_lost() -> None:
-    ref = clusterpool.remote(time.sleep).remote(60)
-    # The signal is noted, but interrupts no system call: as if it had come an instant before the call.
-    timer = threading.Timer(0.2, _thread.interrupt_main)
-    timer.start()
-    asked_s = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        clusterpool.get(ref, timeout=20)
-    assert time.monotonic() - asked_s < 5
-    timer.join()
-    clusterpool.cancel(ref, force=True)
