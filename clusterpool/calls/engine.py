@@ -27,11 +27,13 @@ def cluster_cpus(address: str | None = None) -> int:
 
 
 def open_group(size: int | None, *, address: str | None = None, **options: Any) -> WorkerGroup:
-    """A worker group on the current cluster, joined or started first; `size` None: one worker a CPU."""
+    """A worker group on the current cluster, joined or started first; `size` None: one worker a CPU, at any time."""
     from clusterpool.client.worker_group import WorkerGroup
 
     client = connect(address)
-    return WorkerGroup(cluster_cpus() if size is None else size, client=client, **options)
+    if size is None:
+        return WorkerGroup(cluster_cpus(), follows_cluster=True, client=client, **options)
+    return WorkerGroup(size, client=client, **options)
 
 
 def open_exit_safe_group(size: int, **options: Any) -> WorkerGroup:

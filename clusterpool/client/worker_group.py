@@ -44,8 +44,9 @@ class TaskSink(Protocol):
 class WorkerGroup:
     """Workers for one owner, started at once in the background; whoever dies is replaced while the group is open.
 
-    `size`: processes, not bounded by CPUs. `tasks_per_worker_max`: a worker ends after so many tasks. `retries`: how
-    often a task is run again whose worker died. `resources`: what each worker holds. `env`: environment variables of
+    `size`: processes, not bounded by CPUs. `follows_cluster`: one for each CPU, as nodes come and go; `size` is how
+    many that are now. `tasks_per_worker_max`: a worker ends after so many tasks. `retries`: how often a task is run
+    again whose worker died. `resources`: what each worker holds. `env`: environment variables of
     the workers. `timeout`: seconds that a task may run. `retry_exceptions`: True, or the exception classes after which
     a task is run again as after its worker's death. `kills_cancelled`: tasks travel alone, so that each can be stopped
     while it runs (`cancel(force=True)`) with no other harmed. `on_worker_died(worker, text)`: an unexpected end.
@@ -68,6 +69,7 @@ class WorkerGroup:
         retry_exceptions: Any = False,
         kills_cancelled: bool = False,
         safe_to_repeat: bool = False,
+        follows_cluster: bool = False,
         on_worker_died: Callable[[GroupWorker, str], None] | None = None,
         on_setup_failed: Callable[[BaseException], None] | None = None,
         client: Client | None = None,
@@ -99,7 +101,8 @@ class WorkerGroup:
         self._client.deliveries.set_sinks[self._number] = self
         if self._client.kind == "driver":
             self._client.machine.job = renewed(self._client.machine.job)
-        self._client.handle_event(e.SetOpened(self._number, demand, setup, size, tasks_per_worker_max, safe_to_repeat))
+        opened = e.SetOpened(self._number, demand, setup, size, tasks_per_worker_max, safe_to_repeat, follows_cluster)
+        self._client.handle_event(opened)
 
     # --- tasks
 
@@ -228,12 +231,12 @@ class WorkerGroup:
         """Wait until all workers are ready for tasks; whether they were within `timeout` seconds."""
         return self._client.wait_until(lambda: len(self._workers) >= self.size or self._is_ended, timeout)
 
-    def resize(self, size: int) -> None:
-        """Grow, or shrink by letting the least busy workers finish."""
+    def resize(self, size: int, *, follows_cluster: bool = False) -> None:
+        """Grow, or shrink by letting the least busy workers finish; `follows_cluster` as for a new group."""
         if size < 1:
             raise ValueError(f"a worker group needs at least 1 worker: {size=}")
         self.size = size
-        self._client.handle_event(e.SetResized(self._number, size))
+        self._client.handle_event(e.SetResized(self._number, size, follows_cluster))
 
     def close(self) -> None:
         """Take no more tasks; the workers end, with exit code 0, once all tasks are done."""
@@ -262,6 +265,8 @@ class WorkerGroup:
             self._workers[worker.process_id] = worker
         elif isinstance(command, e.SetWorkerLeft):
             self._worker_left(command)
+        elif isinstance(command, e.SetSizeChanged):
+            self.size = command.size
         elif isinstance(command, e.SetSetupFailed):
             if self._on_setup_failed is not None:
                 self._on_setup_failed(load_exception(command.error))

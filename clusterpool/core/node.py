@@ -23,6 +23,7 @@ from clusterpool.core import membership as ms
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
 from clusterpool.core import store_messages as s
+from clusterpool.core.capacity import CapacityWatch
 from clusterpool.core.cluster_description import candidate_of, part_of
 from clusterpool.core.cluster_view import NodeEntry, NodeLoad, NodeRecord, NodeView, view_of_entry
 from clusterpool.core.coordination import CoordinationMachine
@@ -82,6 +83,7 @@ class NodeMachine:
         self.objects = NodeObjects(self.node_id, arena_bytes)
         self.actors = NodeActors(self.node_id, self.scheduler)
         self.membership = ms.Membership(self.node_id)
+        self.capacity = CapacityWatch(record, self.membership.view)
         self.environments = env.Environments()
         self.coordination = CoordinationMachine(
             self.node_id,
@@ -127,6 +129,7 @@ class NodeMachine:
             m.Undeliverable: self._remote_ended,
             m.LeaveNode: self._leave,
             **self.actors.message_handlers(),
+            **self.capacity.message_handlers(),
             m.DescribeCluster: self._describe,
             m.StopNode: self._stop,
             LoadChanged: self._load_changed,
@@ -250,7 +253,7 @@ class NodeMachine:
         if process is None or process.is_leaving:
             return []
         process.is_leaving = True
-        nodes = [watcher for watcher in sorted(self._watchers.get(source.process_id, ())) if _is_node(watcher)]
+        nodes = [watcher for watcher in sorted(self._watchers.get(source.process_id, ())) if watcher.is_node]
         process.waits_for = {node.node_id for node in nodes}
         commands: Commands = [e.Send(node, EndJob(source)) for node in nodes]
         commands += self.scheduler.owner_ended(source, ends_job=process.job_id)
@@ -320,7 +323,7 @@ class NodeMachine:
 
     def _remote_ended(self, _source: Address, message: m.ProcessEnded | m.Undeliverable, now_s: float) -> Commands:
         """A process of another node, whose leases or objects may be here, has ended; or a whole node is not there."""
-        if _is_node(message.address):
+        if message.address.is_node:
             node_id = message.address.node_id
             lost = [*self.objects.node_lost(node_id, now_s), *self._expect_no_answer(node_id)]
             return lost + self.coordination.handle(ce.NodeUnreachable(node_id), now_s)
@@ -406,6 +409,7 @@ class NodeMachine:
         commands += self.actors.membership_heard(event, self.membership, is_alone=self.is_embedded)
         if self.membership.view.version != version or self._is_member != was_member:
             commands += self.scheduler.peers_changed(candidate_of(view) for view in self._peers())
+            commands += self.capacity.look(self.processes)
         return commands
 
     def _asked_alive(self, source: Address, message: AskAlive, _now_s: float) -> Commands:
@@ -486,7 +490,3 @@ class NodeMachine:
                 "is_member": float(self.membership.state is ms.State.MEMBER),
             },
         )
-
-
-def _is_node(address: Address) -> bool:
-    return address.process_id == address.node_id

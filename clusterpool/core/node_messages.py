@@ -352,6 +352,16 @@ class KillActor(Message, frozen=True):
 # --- questions about the cluster ------------------------------------------------------------------------------------
 
 
+class WatchCapacity(Message, frozen=True):
+    """How many CPUs has the cluster? Tell me again whenever that changes."""
+
+
+class CapacityChanged(Message, frozen=True):
+    """Answer to WatchCapacity, again and again. Of a node that is lost, NodeLost tells first."""
+
+    cpus_by_node: dict[str, float]
+
+
 class DescribeCluster(Message, frozen=True):
     """What nodes are there, and what do they do?"""
 

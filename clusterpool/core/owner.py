@@ -4,6 +4,7 @@
                        |- WorkerSet (one a group or resource shape) -- Dispatcher
                        |- ActorChannel (one an actor)
                        |- Children
+                       |- Following (groups that have a worker for each CPU)
                        |- OwnershipTable
                        |- OwnerRecovery -- LineageTable
 
@@ -23,6 +24,7 @@ from clusterpool.core.actors import ActorChannel
 from clusterpool.core.children import Children
 from clusterpool.core.chunks import ChunkTable
 from clusterpool.core.dispatch import Task
+from clusterpool.core.following import Following
 from clusterpool.core.messages import TaskStatus
 from clusterpool.core.owner_actors import OwnerActors
 from clusterpool.core.owner_arguments import OwnerArguments
@@ -54,6 +56,7 @@ class OwnerMachine:
         self.chunks = ChunkTable(self.objects.hold_result, self.objects.discard_held)
         self.actors = OwnerActors(self)
         self.children = Children(self)
+        self.following = Following(self)
         self.arguments = OwnerArguments(self)
         self.await_arguments = self.arguments.await_all
         self.hand_over_arguments = self.arguments.hand_over
@@ -117,6 +120,7 @@ class OwnerMachine:
             m.RemoveBorrower: lambda source, message, _: self.objects.remove_borrower(source, message),
             m.ProcessEnded: lambda _, message, now_s: self._gone(message.address, message.text, now_s),
             m.NodeLost: self._node_lost,
+            m.CapacityChanged: self.following.changed,
             m.Undeliverable: lambda _, message, now_s: self._gone(message.address, "it has ended", now_s),
             m.ActorLocated: lambda _, message, __: self.actors.located(message),
             **self.recovery.handlers_of_messages(),
@@ -175,7 +179,8 @@ class OwnerMachine:
             worker_set.allow_repeats(self.tasks, self._numbers)
         worker_set.on_sent(self.hand_over_arguments)
         self.sets[event.set_number] = worker_set
-        return worker_set.advance(now_s)
+        commands = self.following.opened(event.set_number) if event.follows_cluster else []
+        return commands + worker_set.advance(now_s)
 
     def _set_of_request(self, request: int) -> WorkerSet | None:
         # A set forgets a request that is met, failed or cancelled: what comes for it later finds nobody, and goes back.
@@ -211,7 +216,9 @@ class OwnerMachine:
         if worker_set is None:
             return []  # it has ended by itself meanwhile
         if isinstance(event, e.SetResized):
-            return self._checked(worker_set.resize(event.size, now_s))
+            self.following.left(event.set_number)
+            commands = self.following.opened(event.set_number) if event.follows_cluster else []
+            return commands + self._checked(worker_set.resize(event.size, now_s))
         if isinstance(event, e.SetClosed):
             return self._checked(worker_set.close(now_s))
         commands = self._checked(worker_set.terminate())
@@ -397,7 +404,7 @@ class OwnerMachine:
         return commands + self.actors.process_gone(address, text)
 
     def _node_lost(self, _source: m.Address, message: m.NodeLost, now_s: float) -> Commands:
-        commands = self.objects.node_gone(message.node_id, message.text)
+        commands = self.following.node_lost(message.node_id) + self.objects.node_gone(message.node_id, message.text)
         for worker_set in list(self.sets.values()):
             commands += self._checked(worker_set.node_lost(message.node_id, message.text, now_s))
             commands += self.arguments.node_lost(worker_set, message.node_id, message.text, now_s)

@@ -60,6 +60,7 @@ class SetOpened(Event, frozen=True):
     size: int | None
     runs_max: int | None = None
     safe_to_repeat: bool = False  # a task may be started a second time while it runs
+    follows_cluster: bool = False  # it shall have a worker for each CPU, as nodes come and go; `size`: how many now
 
 
 class SetResized(Event, frozen=True):
@@ -67,6 +68,7 @@ class SetResized(Event, frozen=True):
 
     set_number: int
     size: int
+    follows_cluster: bool = False  # it shall have a worker for each CPU; `size`: how many that are now
 
 
 class SetClosed(Event, frozen=True):
@@ -344,6 +346,13 @@ class SetWorkerLeft(Command, frozen=True):
     exit_code: int
     text: str
     was_expected: bool
+
+
+class SetSizeChanged(Command, frozen=True):
+    """A group that follows the cluster has another size from now on."""
+
+    set_number: int
+    size: int
 
 
 class SetSetupFailed(Command, frozen=True):

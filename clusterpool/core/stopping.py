@@ -136,6 +136,12 @@ class Stopping:
             slot.is_retiring = True
         return Send(worker.address.node, KillWorker(worker.lease, SIGKILL, text))
 
+    def expect_loss(self, node_id: str) -> None:
+        """A node is gone, and the group shrinks with it: those of its workers that have nothing to do just leave."""
+        for process_id, slot in self._dispatcher.slots.items():
+            if slot.address.node_id == node_id and not slot.outstanding:
+                self._expected.add(process_id)
+
     def gone(self, process_id: str) -> int:
         """The worker is no more, or not ours; the number of the task for whose sake we ended it, 0 for none."""
         self.deadlines.pop(process_id, None)

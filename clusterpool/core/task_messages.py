@@ -33,6 +33,11 @@ class Address(NamedTuple):
         """Its node's own process."""
         return Address(self.node_id, self.node_id)
 
+    @property
+    def is_node(self) -> bool:
+        """Whether it is a node's own process."""
+        return self.process_id == self.node_id
+
 
 class TaskKind(IntEnum):
     """What a worker does with a task's function and arguments."""

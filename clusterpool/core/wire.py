@@ -27,7 +27,7 @@ AnyMessage = Union[  # noqa: UP007
     m.UnpinObjects, m.FreeObjects, m.RegisterActor, m.ActorChanged, m.LifeEnded, m.LocateActor, m.ActorLocated,
     m.KillActor,
     a.LogCalls, a.SaveActor, a.ActorSaved, a.LoadActor, a.ActorLoaded, a.ResultsTaken, a.CallsResumed,
-    m.DescribeCluster, m.ClusterDescribed, m.StopNode, m.Relay, m.Undeliverable,
+    m.DescribeCluster, m.WatchCapacity, m.CapacityChanged, m.ClusterDescribed, m.StopNode, m.Relay, m.Undeliverable,
     n.EndJob, n.JobEnded, n.LoadChanged, n.AskAlive, n.StillAlive,
     j.RegistrationRefused, p.OfferPackage, p.SendPackage, p.PackageAnswer,
     c.IsMoved, c.AdoptCarrier, c.AcquireToken, c.GetItem, c.CancelWait, c.ReleaseToken, c.ReturnToken, c.ReadValue,

@@ -34,7 +34,7 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
     """Runs calls in worker processes of a cluster, on this machine or on many.
 
     All arguments of the standard executor mean what they mean there. `max_workers` None takes a worker for
-    each CPU of the cluster; workers start at the first call. Beyond the standard:
+    each CPU of the cluster, as nodes come and go; workers start at the first call. Beyond the standard:
 
     - `address`: the cluster, where the usual rule would not find it.
     - `resources`: what each worker needs, by name, such as `{"GPU": 1}`.
@@ -255,11 +255,12 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
 
     @property
     def _max_workers(self) -> int:
-        if self._size is None:
+        if self._size is not None:
+            return self._size
+        if self._pool.group is None:
             self._open()
-            assert self._pool.group is not None
-            self._size = self._pool.group.size
-        return self._size
+        assert self._pool.group is not None
+        return self._pool.group.size
 
     @property
     def _mp_context(self) -> Any:

@@ -140,6 +140,7 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         # Parallel objects that are between `configure` and `terminate`: those of one `with parallel_config`
         # share this backend, and one that gives a generator may be followed by the next before it is read.
         self._users = 0
+        self._follows_cluster = False  # the group that is in use, or was last, has a worker for each CPU
         self._lock = threading.Lock()
         self._idle_timeout_s = _IDLE_TIMEOUT_S
         self._batch_by_function: dict[Callable[..., Any], UniformBatch] = {}
@@ -182,13 +183,14 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         self._idle_timeout_s = _IDLE_TIMEOUT_S if idle_worker_timeout is None else idle_worker_timeout
         with self._lock:
             self._users += 1
+            self._follows_cluster = n_jobs == -1
             self._take_group(size)
         return size
 
     def _take_group(self, size: int) -> None:
         if self._warm is not None:
             if self._warm.group.size < size:
-                self._warm.group.resize(size)
+                self._warm.group.resize(size, follows_cluster=self._follows_cluster)
             return
         address, resources, retries = (self._options[k] for k in ("address", "resources", "retries"))
         repeats = {"safe_to_repeat": True} if self._options["safe_to_repeat"] else {}
@@ -199,8 +201,16 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
             key,
             size,
             client,
-            lambda: engine.open_exit_safe_group(
-                size, client=client, name="joblib", resources=resources, retries=retries, env=env, **repeats
+            follows_cluster=self._follows_cluster,
+            open_group=lambda: engine.open_exit_safe_group(
+                size,
+                client=client,
+                name="joblib",
+                resources=resources,
+                retries=retries,
+                env=env,
+                follows_cluster=self._follows_cluster,
+                **repeats,
             ),
         )
 

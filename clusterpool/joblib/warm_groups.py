@@ -28,6 +28,7 @@ class WarmGroup:
     key: object
     client: Any
     process: int  # a fork's copy of a group is of no use to it
+    follows_cluster: bool = False  # it has a worker for each CPU, as nodes come and go
     callbacks: Callbacks = field(default_factory=Callbacks)
     idle_since_s: float = 0.0
     idle_timeout_s: float = 300.0
@@ -42,7 +43,9 @@ class WarmGroups:
         self._clock = clock
         self._timer: threading.Timer | None = None
 
-    def take(self, key: object, size: int, client: Any, open_group: Callable[[], Any]) -> WarmGroup:
+    def take(
+        self, key: object, size: int, client: Any, open_group: Callable[[], Any], *, follows_cluster: bool = False
+    ) -> WarmGroup:
         """An idle group with this key, resized, or a new one from `open_group()`."""
         with self._lock:
             found = None
@@ -53,9 +56,10 @@ class WarmGroups:
             if found is not None:
                 self._idle.remove(found)
         if found is None:
-            return WarmGroup(open_group(), key, client, os.getpid())
-        if found.group.size != size:
-            found.group.resize(size)
+            return WarmGroup(open_group(), key, client, os.getpid(), follows_cluster)
+        if found.group.size != size or found.follows_cluster or follows_cluster:
+            found.group.resize(size, follows_cluster=follows_cluster)
+        found.follows_cluster = follows_cluster
         return found
 
     def give_back(self, warm: WarmGroup, idle_timeout_s: float) -> None:

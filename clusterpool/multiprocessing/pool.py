@@ -63,7 +63,8 @@ START_TIMEOUT_S = 10.0
 class Pool:
     """A pool of worker processes on the cluster.
 
-    `processes`: None means as many as the cluster has CPUs. `context` is accepted and not needed.
+    `processes`: None means as many as the cluster has CPUs at any time: more when nodes join, fewer when nodes are
+    lost; `_processes` says how many. `context` is accepted and not needed.
     `address`: the cluster to use, if none is in use yet. `resources`: what each worker takes of its node, as
     in `{"GPU": 1}`. `retries`: how often a chunk is tried again when its worker dies; the chunk is split then, so
     that only the item that kills its workers is lost in the end. `retry_exceptions`: True, or exception classes: a
@@ -111,8 +112,6 @@ class Pool:
             raise ValueError(f"retries must be 0 or more, not {retries}")
         if address is not None:
             engine.connect(address)
-        self._processes: int = processes if processes is not None else engine.cluster_cpus()
-
         self._job_counter = count()
         # What has not ended, by job number; keeps the results that the caller does not hold.
         self._cache: dict[int, ApplyResult | LazyCall] = {}
@@ -120,18 +119,21 @@ class Pool:
         self._lock = threading.Lock()  # guards the closing of the group
         self._is_group_closed = False
         self._broken: WorkerSetupFailed | None = None
-        self._setup_failures = _SetupFailures(failures_max=max(3, 2 * self._processes))
+        size = processes if processes is not None else engine.cluster_cpus()
+        self._setup_failures = _SetupFailures(failures_max=max(3, 2 * size))
         self._workers = WorkerTable()
         options: dict[str, Any] = {"resources": dict(resources) if resources else None, "retries": retries}
         if retry_exceptions is not False:
             options["retry_exceptions"] = retry_exceptions
         if safe_to_repeat:
             options["safe_to_repeat"] = True
-        self._group = self._start_group(options)
+        if processes is None:
+            options["follows_cluster"] = True
+        self._group = self._start_group(size, options)
         self._workers.watch(self._group)
         self._state = RUN
 
-    def _start_group(self, options: dict[str, Any]) -> WorkerGroup:
+    def _start_group(self, size: int, options: dict[str, Any]) -> WorkerGroup:
         # The group must not keep the pool alive: a pool that nobody holds ends its workers.
         weak_self = weakref.ref(self)
         workers = self._workers
@@ -146,7 +148,7 @@ class Pool:
                 pool._handle_setup_failure(error)
 
         return self._group_class(
-            self._processes,
+            size,
             name="pool",
             initializer=set_up_pool_worker,
             initargs=(self._initializer, self._initargs),
@@ -340,6 +342,11 @@ class Pool:
         return f"<{cls.__module__}.{cls.__qualname__} state={self._state} pool_size={self._processes}>"
 
     # --- what programs read though its name begins with an underscore
+
+    @property
+    def _processes(self) -> int:
+        """How many workers the pool has, or will soon have."""
+        return self._group.size
 
     @property
     def _pool(self) -> list[PoolWorker]:

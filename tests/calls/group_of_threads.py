@@ -46,6 +46,7 @@ class FakeGroup:
         retries: int = 0,
         resources: dict[str, float] | None = None,
         env: dict[str, str] | None = None,
+        follows_cluster: bool = False,
         on_worker_died: Callable[[GroupWorker, str], None] | None = None,
         on_setup_failed: Callable[[BaseException], None] | None = None,
         client: Any = None,

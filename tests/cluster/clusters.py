@@ -47,6 +47,7 @@ class Cluster:
     pids: dict[str, int]
     address: str
     session_folder: Path
+    join_file: str
 
     def kill(self, *node_ids: str) -> None:
         """Nodes, all at once."""
@@ -77,6 +78,7 @@ def started_cluster(folder: Path, run_of_tests: Any) -> Iterator[Cluster]:
             pids={node["node_id"]: node["pid"] for node in nodes},
             address=started["address"],
             session_folder=Path(started["session_folder"]),
+            join_file=started["join_file"],
         )
     finally:
         end_cluster(run_of_tests, held_before)

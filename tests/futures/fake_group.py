@@ -105,8 +105,9 @@ class FakeWorkerGroup:
     def workers(self) -> list[FakeWorker]:
         return list(self.living)
 
-    def resize(self, size: int) -> None:
+    def resize(self, size: int, *, follows_cluster: bool = False) -> None:
         self.size = size
+        self.options["follows_cluster"] = follows_cluster
         while len(self.living) < size:
             self._start_worker()
 

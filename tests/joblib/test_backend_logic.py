@@ -58,6 +58,12 @@ def test_effective_n_jobs(n_jobs, expected):
     assert ClusterpoolBackend(nesting_level=0).effective_n_jobs(n_jobs) == expected
 
 
+def test_a_group_of_all_cpus_follows_the_cluster_until_it_gets_another_size(fake):
+    for n_jobs, follows in ((-1, True), (-2, False), (-1, True)):
+        parallel(n_jobs=n_jobs)(delayed(abs)(i) for i in range(4))
+        assert fake[-1].options["follows_cluster"] is follows, n_jobs
+
+
 def test_zero_jobs_is_an_error_and_one_job_needs_no_workers(fake):
     with pytest.raises(ValueError, match="no meaning"):
         parallel(n_jobs=0)(delayed(abs)(i) for i in range(2))
