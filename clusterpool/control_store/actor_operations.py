@@ -12,6 +12,7 @@ from clusterpool.control_store.address import errors_mapped
 from clusterpool.control_store.keys import Keys
 from clusterpool.control_store.port import DEAD, ActorDefinition, ActorEntry, CallLog
 from clusterpool.control_store.scripts import Script, new_request
+from clusterpool.control_store.unreadable import OnUnreadable, number_or_zero, skipped_if_unreadable
 from clusterpool.errors import NameTaken
 
 # Why an actor died can be asked for this long.
@@ -27,6 +28,7 @@ class ActorOperations:
 
     address: str
     keys: Keys
+    on_unreadable: OnUnreadable
     _client: Any
 
     def _run(self, *command: Any) -> Any:
@@ -78,23 +80,43 @@ class ActorOperations:
 
     def get_actor(self, actor_id: str) -> ActorEntry | None:
         """As in the port."""
-        return _actor_entry(actor_id, self._run("HGETALL", self.keys.actor(actor_id)))
+        return self._actor_entry(actor_id, self._run("HGETALL", self.keys.actor(actor_id)))
 
     def find_actor(self, namespace: str, name: str) -> ActorEntry | None:
         """As in the port."""
         actor_id = self._run("HGET", self.keys.actor_names, _name_field(namespace, name))
-        return self.get_actor(actor_id.decode()) if actor_id else None
+        return self.get_actor(actor_id.decode(errors="backslashreplace")) if actor_id else None
 
     def list_actors(self) -> list[ActorEntry]:
         """As in the port."""
-        actor_ids = sorted(actor_id.decode() for actor_id in self._run("SMEMBERS", self.keys.actors))
+        members = self._run("SMEMBERS", self.keys.actors)
+        actor_ids = sorted(actor_id.decode(errors="backslashreplace") for actor_id in members)
         with errors_mapped(self.address), self._client.pipeline(transaction=False) as pipeline:
             for actor_id in actor_ids:
                 pipeline.hgetall(self.keys.actor(actor_id))
             answers = pipeline.execute()
-        entries = (_actor_entry(actor_id, answer) for actor_id, answer in zip(actor_ids, answers, strict=True))
+        entries = (self._actor_entry(actor_id, answer) for actor_id, answer in zip(actor_ids, answers, strict=True))
         # Between the two questions an actor may have died.
         return [entry for entry in entries if entry is not None and entry.state != DEAD]
+
+    def _actor_entry(self, actor_id: str, answer: dict[bytes, bytes]) -> ActorEntry | None:
+        if not answer:
+            return None
+        prefix = b"field:"
+        with skipped_if_unreadable("actors", actor_id, self.on_unreadable):
+            return ActorEntry(
+                actor_id=actor_id,
+                state=answer[b"state"].decode(),
+                name=answer[b"name"].decode(),
+                namespace=answer[b"namespace"].decode(),
+                record=answer[b"record"],
+                fields={
+                    name.removeprefix(prefix).decode(): value.decode(errors="replace")
+                    for name, value in answer.items()
+                    if name.startswith(prefix)
+                },
+            )
+        return None
 
     def _actor_keys(self, actor_id: str) -> tuple[str, ...]:
         keys = self.keys
@@ -135,7 +157,7 @@ class ActorOperations:
         for actor_id, keeper in keepers.items():
             node_id, _, incarnation = keeper.rpartition(b":")
             if incarnation != b"0" and incarnations.get(node_id) != incarnation:
-                orphans.append(actor_id.decode())
+                orphans.append(actor_id.decode(errors="backslashreplace"))
         return sorted(orphans)
 
     def get_creation(self, actor_id: str) -> bytes:
@@ -163,7 +185,9 @@ class ActorOperations:
     def load_calls(self, actor_id: str) -> CallLog:
         """As in the port."""
         fields = self._run("HMGET", self.keys.actor(actor_id), "checkpoint_calls", "checkpoint_chunks")
-        calls, count = (int(field or 0) for field in fields)
+        calls, count = (number_or_zero(field, "actors", self.on_unreadable) for field in fields)
+        if count > scripts.CHUNKS_MAX:
+            count = 0
         keys = [self.keys.actor_checkpoint_chunk(actor_id, calls, number) for number in range(count)]
         checkpoint = b"".join(self._run("GET", key) or b"" for key in keys)
         return CallLog(checkpoint, calls, self._run("LRANGE", self.keys.actor_log(actor_id), 0, -1))
@@ -179,21 +203,3 @@ def _definition(actor: ActorDefinition) -> tuple[Any, ...]:
 def _name_field(namespace: str, name: str) -> str:
     # JSON, because any separator could be part of a name.
     return msgspec.json.encode([namespace, name]).decode()
-
-
-def _actor_entry(actor_id: str, answer: dict[bytes, bytes]) -> ActorEntry | None:
-    if not answer:
-        return None
-    prefix = b"field:"
-    return ActorEntry(
-        actor_id=actor_id,
-        state=answer[b"state"].decode(),
-        name=answer[b"name"].decode(),
-        namespace=answer[b"namespace"].decode(),
-        record=answer[b"record"],
-        fields={
-            name.removeprefix(prefix).decode(): value.decode(errors="replace")
-            for name, value in answer.items()
-            if name.startswith(prefix)
-        },
-    )

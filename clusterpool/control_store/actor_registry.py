@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from clusterpool.control_store.port import ActorDefinition
+from clusterpool.control_store.port import ActorDefinition, ActorEntry
+from clusterpool.control_store.unreadable import rejection, sendable, skipped_if_unreadable, whole_number
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
 from clusterpool.core.messages import Address
@@ -122,7 +123,7 @@ class ActorRegistry:
 
     def find_actor(self, namespace: str, name: str) -> m.ActorPart | None:
         """The living actor of this name."""
-        actor = _actor_of_entry(self._store.find_actor(namespace, name))
+        actor = self._actor_of_entry(self._store.find_actor(namespace, name))
         if actor is None or actor.address is None or actor.address.node_id == self._node_id or actor.may_return:
             return actor
         living = {node.record.node_id for node in self._store.list_nodes().nodes}
@@ -134,7 +135,18 @@ class ActorRegistry:
 
     def get_actor(self, actor_id: str) -> m.ActorPart | None:
         """An actor that is not dead for longer than an hour."""
-        return _actor_of_entry(self._store.get_actor(actor_id))
+        return self._actor_of_entry(self._store.get_actor(actor_id))
+
+    def _actor_of_entry(self, entry: ActorEntry | None) -> m.ActorPart | None:
+        """None, too, for one that nobody can read."""
+        actor = None
+        if entry is not None:
+            with skipped_if_unreadable("actors", entry.actor_id, self._unreadable):
+                actor = sendable(_actor_of_entry(entry))
+        return actor
+
+    def _unreadable(self, kind: str, text: str) -> None:
+        self._post(rejection(kind, text))
 
 
 def _definition(actor: m.ActorPart, creation: bytes) -> ActorDefinition:
@@ -151,7 +163,7 @@ def _definition(actor: m.ActorPart, creation: bytes) -> ActorDefinition:
 
 def actor_event(fields: dict[str, str]) -> e.ActorEventRead:
     """An event of the change feed, as the machine hears it."""
-    address, life = _address_of(fields.get("address", "")), int(fields.get("life", "-1"))
+    address, life = _address_of(fields.get("address", "")), whole_number(fields["life"]) if "life" in fields else -1
     return e.ActorEventRead(fields.get("actor_id", ""), fields.get("state", ""), address, life)
 
 
@@ -164,9 +176,7 @@ def _address_of(text: str) -> Address | None:
     return Address(node_id, process_id) if process_id else None
 
 
-def _actor_of_entry(entry: Any) -> m.ActorPart | None:
-    if entry is None:
-        return None
+def _actor_of_entry(entry: ActorEntry) -> m.ActorPart:
     actor = msgspec.json.decode(entry.record, type=m.ActorPart)
     fields = entry.fields
     return msgspec.structs.replace(
@@ -174,6 +184,6 @@ def _actor_of_entry(entry: Any) -> m.ActorPart | None:
         state=entry.state,
         address=_address_of(fields.get("address", "")),
         text=fields.get("text", actor.text),
-        life=int(fields.get("life", "0")),
+        life=whole_number(fields.get("life", "0")),
         error=base64.b64decode(fields.get("error", "")),
     )

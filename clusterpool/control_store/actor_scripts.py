@@ -11,6 +11,8 @@ from clusterpool.control_store.scripts import PUBLISH, Script
 
 # Of an actor's history this much is kept: a crash loop must not fill the store.
 HISTORY_BYTES_MAX = 4000
+# Of a checkpoint, at least; a server that counted up to what somebody else wrote there might never end.
+CHUNKS_MAX = 10_000
 
 # Of every script below KEYS[3..9]: actor_names, actors, the actor, actor_keepers, its creation, its log,
 # node_incarnations.
@@ -32,11 +34,12 @@ local function has_keeper(actor_id)
   local keeper = redis.call('HGET', KEEPERS, actor_id)
   if not keeper then return true end
   local node_id, incarnation = string.match(keeper, '^(.*):(%d+)$')
+  if not node_id then return false end  -- written by somebody else
   return incarnation == '0' or redis.call('HGET', INCARNATIONS, node_id) == incarnation
 end
 
 local function drop_checkpoint()
-  local calls, count = field('checkpoint_calls'), tonumber(field('checkpoint_chunks') or '0')
+  local calls, count = field('checkpoint_calls') or '', math.min(number_of(field('checkpoint_chunks')), {CHUNKS_MAX})
   for number = 0, count - 1 do redis.call('DEL', CREATION .. ':' .. calls .. ':' .. number) end
 end
 
@@ -170,14 +173,14 @@ END_LIFE = Script(
     + """
 local state = field('state')
 if not state then return 'none' end
-local life = tonumber(field('field:life'))
+local life = number_of(field('field:life'))
 if field('request') == ARGV[2] and (state == 'dead' or (state == 'restarting' and life == tonumber(ARGV[3]) + 1)) then
   return field('outcome')
 end
 if state == 'dead' or life ~= tonumber(ARGV[3]) then return 'none' end
 if ARGV[8] ~= '' and field('field:address') ~= ARGV[8] then return 'none' end
 local is_detached = field('is_detached') == '1'
-local left = tonumber(field('restarts_left') or '0')
+local left = number_of(field('restarts_left'))
 if ARGV[5] == 'host' and not is_detached and field('restarts') ~= '0' then return 'none' end
 if ARGV[5] == 'orphan' then
   if has_keeper(ARGV[1]) then return 'none' end
@@ -220,7 +223,7 @@ if field('field:life') ~= ARGV[1] then return 'fenced' end
 APPEND_CALLS = Script(
     _OF_LIFE
     + """
-local calls, first = tonumber(field('calls') or '0'), tonumber(ARGV[2])
+local calls, first = number_of(field('calls')), tonumber(ARGV[2])
 if first > calls + 1 then return 'gap' end
 for index = 3, #ARGV do
   if first + index - 3 == calls + 1 then
@@ -238,14 +241,14 @@ STORE_CHECKPOINT = Script(
     _OF_LIFE
     + """
 local covered, count = tonumber(ARGV[2]), tonumber(ARGV[3])
-local before = tonumber(field('checkpoint_calls') or '0')
+local before = number_of(field('checkpoint_calls'))
 if count > 0 and field('checkpoint_calls') == ARGV[2] then return 'ok' end
 for number = 0, count - 1 do
   if redis.call('PERSIST', CREATION .. ':' .. ARGV[2] .. ':' .. number) == 0 then return 'gap' end
 end
 drop_checkpoint()
 redis.call('LTRIM', LOG, covered - before, -1)
-if tonumber(field('calls') or '0') < covered then redis.call('HSET', ACTOR, 'calls', ARGV[2]) end
+if number_of(field('calls')) < covered then redis.call('HSET', ACTOR, 'calls', ARGV[2]) end
 redis.call('HSET', ACTOR, 'checkpoint_calls', ARGV[2], 'checkpoint_chunks', ARGV[3])
 return 'ok'
 """

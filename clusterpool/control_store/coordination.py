@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 from clusterpool.control_store import coordination_scripts as scripts
 from clusterpool.control_store.address import errors_mapped
 from clusterpool.control_store.scripts import Script
-from clusterpool.control_store.store import ControlStore
+from clusterpool.control_store.store import ControlStore, fields_of
+from clusterpool.control_store.unreadable import skipped_if_unreadable, whole_number
 from clusterpool.core.coordination_events import Contents
 from clusterpool.errors import ClusterpoolError, LockLost
 
@@ -201,7 +202,14 @@ class CoordinationStore(ControlStore):
     def read_grants(self, after_id: str, *, block_ms: int = 0) -> list[Grant]:
         block = ("BLOCK", min(block_ms, _BLOCK_MS_MAX)) if block_ms > 0 else ()
         answer = self._run("XREAD", "COUNT", _GRANTS_READ_MAX, *block, "STREAMS", self._grants, after_id)
-        return [_grant(entry_id, fields) for entry_id, fields in (answer[0][1] if answer else ())]
+        grants: list[Grant] = []
+        for entry_id, fields in answer[0][1] if answer else ():
+            count = len(grants)
+            with skipped_if_unreadable("grants", entry_id, self.on_unreadable):
+                grants.append(_grant(entry_id, fields))
+            if len(grants) == count:
+                self.drop_entry(self._grants, entry_id)
+        return grants
 
     def drop_grants(self, until_id: str) -> None:
         milliseconds, _, number = until_id.partition("-")
@@ -235,6 +243,5 @@ def lock_lost(name: str) -> LockLost:
 
 
 def _grant(entry_id: bytes, fields: Any) -> Grant:
-    pairs = fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True))
-    texts = {key.decode(): value.decode() for key, value in pairs.items()}
-    return Grant(entry_id.decode(), texts["waiter"], texts["name"], int(texts["token"]))
+    texts = {key.decode(): value.decode() for key, value in fields_of(fields).items()}
+    return Grant(entry_id.decode(), texts["waiter"], texts["name"], whole_number(texts["token"]))

@@ -50,7 +50,7 @@ local function is_there(name) return redis.call('EXISTS', carrier(name)) == 1 en
 -- Give a token to a waiter, who holds it from then on; but those of kind 'semaphore' are signals, which nobody holds.
 local function grant(name, waiter)
   local token = redis.call('HINCRBY', carrier(name), 'token', 1)
-  local base = tonumber(redis.call('GET', PREFIX .. 'token_base') or '0')
+  local base = tonumber(redis.call('GET', PREFIX .. 'token_base')) or 0
   if token <= base then
     token = base + 1
     redis.call('HSET', carrier(name), 'token', string.format('%.0f', token))

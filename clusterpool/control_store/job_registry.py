@@ -6,14 +6,25 @@ from collections.abc import Collection
 from typing import Any
 
 from clusterpool.control_store.records import JobRecord, decode_record
+from clusterpool.control_store.unreadable import OnUnreadable, log_unreadable, skipped_if_unreadable
 
 
-def reconcile_jobs(store: Any, node_id: str, running: Collection[str], *, is_for_all: bool) -> None:
+def reconcile_jobs(
+    store: Any,
+    node_id: str,
+    running: Collection[str],
+    *,
+    is_for_all: bool,
+    tell: OnUnreadable = log_unreadable,
+) -> None:
     """Take off the list what has ended while the store, or the node, was away.
 
     running: the jobs whose drivers are on this node. is_for_all: also those of nodes that are no more.
     """
-    listed = {job_id: decode_record(record, JobRecord) for job_id, record in store.list_jobs().items()}
+    listed: dict[str, JobRecord] = {}
+    for job_id, record in store.list_jobs().items():
+        with skipped_if_unreadable("jobs", job_id, tell):
+            listed[job_id] = decode_record(record, JobRecord)
     # Read after the jobs: a node that joins meanwhile has none on that list.
     living = {entry.record.node_id for entry in store.list_nodes().nodes} if is_for_all else set()
     for job_id, job in listed.items():

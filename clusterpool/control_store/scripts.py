@@ -31,9 +31,30 @@ def new_request() -> str:
 
 # Of every script KEYS[1] and KEYS[2] are the stream and its counter.
 PUBLISH = f"""
+-- 0 for whatever somebody else has written in the place of a number. (More than that Lua cannot count.)
+local NUMBER_MAX = 9e15
+local function number_of(text)
+  local number = tonumber(text)
+  if number and number > -NUMBER_MAX and number < NUMBER_MAX then return number end
+  return 0
+end
+
+local function add_event(number, ...)
+  return redis.pcall('XADD', KEYS[1], 'MAXLEN', '~', {EVENTS_MAX}, string.format('%.0f-0', number), 'kind', ...)
+end
+
 local function publish(...)
-  local number = redis.call('INCR', KEYS[2])
-  redis.call('XADD', KEYS[1], 'MAXLEN', '~', {EVENTS_MAX}, string.format('%.0f-0', number), 'kind', ...)
+  local number = redis.pcall('INCR', KEYS[2])
+  local added = type(number) == 'number' and number > 0 and number < NUMBER_MAX and add_event(number, ...)
+  if not added or (type(added) == 'table' and added.err) then
+    -- Somebody else has written to the stream or its counter. Both begin anew, above all numbers that readers know:
+    -- they find a gap, and read the snapshots.
+    local time = redis.call('TIME')
+    number = time[1] * 1000000 + time[2]
+    redis.call('DEL', KEYS[1])
+    redis.call('SET', KEYS[2], string.format('%.0f', number))
+    add_event(number, ...)
+  end
   return number
 end
 """
@@ -53,7 +74,21 @@ end
 local function has_forgotten(incarnation, generation)
   local current = redis.call('GET', GENERATION)
   if not current or (generation ~= '' and current ~= generation) then return true end
-  return tonumber(redis.call('GET', COUNTER) or '0') < tonumber(incarnation)
+  return number_of(redis.call('GET', COUNTER)) < tonumber(incarnation)
+end
+
+local function next_incarnation()
+  local incarnation = redis.pcall('INCR', COUNTER)
+  if type(incarnation) ~= 'number' or incarnation <= 0 or incarnation >= NUMBER_MAX then
+    -- Somebody else has written to it: it goes on above those of the living.
+    incarnation = 0
+    for _, known in ipairs(redis.call('HVALS', INCARNATIONS)) do
+      incarnation = math.max(incarnation, number_of(known))
+    end
+    incarnation = incarnation + 1
+    redis.call('SET', COUNTER, string.format('%.0f', incarnation))
+  end
+  return string.format('%.0f', incarnation)
 end
 
 local function enlist(node_id, record, incarnation)
@@ -75,11 +110,11 @@ redis.call('SET', GENERATION, ARGV[3], 'NX')
 local current = redis.call('HGET', INCARNATIONS, ARGV[1])
 if current and ARGV[4] ~= '0' then
   -- Sent again because the answer was lost: a second incarnation would fence the node that has the first.
-  local registration = tonumber(redis.call('HGET', REGISTRATIONS, ARGV[1]) or '0')
+  local registration = number_of(redis.call('HGET', REGISTRATIONS, ARGV[1]))
   if tonumber(ARGV[4]) <= registration then return {current, redis.call('GET', GENERATION)} end
 end
 redis.call('HSET', REGISTRATIONS, ARGV[1], ARGV[4])
-local incarnation = string.format('%.0f', redis.call('INCR', COUNTER))
+local incarnation = next_incarnation()
 enlist(ARGV[1], ARGV[2], incarnation)
 return {incarnation, redis.call('GET', GENERATION)}
 """
@@ -95,7 +130,7 @@ local current = redis.call('HGET', INCARNATIONS, ARGV[1])
 if current ~= ARGV[4] then
   if current or not has_forgotten(ARGV[4], ARGV[5]) then return {0, ''} end
   redis.call('SET', GENERATION, ARGV[3], 'NX')
-  if tonumber(redis.call('GET', COUNTER) or '0') < tonumber(ARGV[4]) then
+  if number_of(redis.call('GET', COUNTER)) < tonumber(ARGV[4]) then
     redis.call('SET', COUNTER, ARGV[4])
   end
   enlist(ARGV[1], ARGV[2], ARGV[4])
@@ -133,6 +168,16 @@ redis.call('HDEL', HEARTBEATS, ARGV[1])
 redis.call('HDEL', LOADS, ARGV[1])
 redis.call('HDEL', REGISTRATIONS, ARGV[1])
 publish(ARGV[3], 'node_id', ARGV[1], 'incarnation', ARGV[2], 'reason', ARGV[4])
+return 1
+"""
+)
+
+# KEYS[1]: a stream. ARGV: the id of an entry that is none of ours. An empty stream goes as a whole: it would remember
+# that id, and take none below it.
+DROP_ENTRY = Script(
+    """
+redis.call('XDEL', KEYS[1], ARGV[1])
+if redis.call('XLEN', KEYS[1]) == 0 then redis.call('DEL', KEYS[1]) end
 return 1
 """
 )

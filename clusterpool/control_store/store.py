@@ -25,9 +25,17 @@ from clusterpool.control_store.address import (
 )
 from clusterpool.control_store.keys import Keys
 from clusterpool.control_store.port import Event, EventsLost, package_digest
-from clusterpool.control_store.records import decode_record, encode_record
+from clusterpool.control_store.records import encode_record
 from clusterpool.control_store.scripts import Script, new_request
-from clusterpool.core.cluster_view import NodeEntry, NodeLoad, NodeRecord, NodesSnapshot
+from clusterpool.control_store.unreadable import (
+    OnUnreadable,
+    log_unreadable,
+    number_or_zero,
+    read_nodes,
+    skipped_if_unreadable,
+    whole_number,
+)
+from clusterpool.core.cluster_view import NodeLoad, NodeRecord, NodesSnapshot
 from clusterpool.core.membership import HeartbeatAnswer
 from clusterpool.errors import NotConnected
 
@@ -59,6 +67,7 @@ class ControlStore(ActorOperations):
         self._server_run = ""  # changes when a server restarts or another takes over
         self._connection_id = 0  # of our connection, as the server counts
         self._is_server_new = False  # since the last read of events
+        self.on_unreadable: OnUnreadable = log_unreadable  # told of what is left out because nobody can read it
 
     @classmethod
     def connect(
@@ -121,14 +130,14 @@ class ControlStore(ActorOperations):
     def register_node(self, record: NodeRecord, registration: int = 0) -> int:
         arguments = (record.node_id, encode_record(record), new_request(), registration)
         answer = self._change(scripts.REGISTER_NODE, self.keys.for_nodes(), *arguments)
-        self._generation = answer[1].decode()
+        self._generation = _text(answer[1])
         return int(answer[0])
 
     def restore_node(self, record: NodeRecord, incarnation: int) -> bool:
         arguments = (record.node_id, encode_record(record), new_request(), incarnation, self._generation)
         is_accepted, generation = self._change(scripts.RESTORE_NODE, self.keys.for_nodes(), *arguments)
         if is_accepted:
-            self._generation = generation.decode()
+            self._generation = _text(generation)
         return bool(is_accepted)
 
     def heartbeat(self, node_id: str, incarnation: int, load: NodeLoad) -> HeartbeatAnswer:
@@ -156,19 +165,9 @@ class ControlStore(ActorOperations):
                 transaction.hgetall(key)
             time_now, number, generation, records, incarnations, heartbeats, loads = transaction.execute()
         now_us = int(time_now[0]) * 1_000_000 + int(time_now[1])
-        nodes = []
-        for node_id in sorted(records):
-            heartbeat_us = int(heartbeats[node_id])
-            nodes.append(
-                NodeEntry(
-                    record=decode_record(records[node_id], NodeRecord),
-                    incarnation=int(incarnations[node_id]),
-                    heartbeat_us=heartbeat_us,
-                    silence_s=(now_us - heartbeat_us) / 1e6,
-                    load=decode_record(loads[node_id], NodeLoad) if node_id in loads else None,
-                )
-            )
-        return NodesSnapshot(nodes=nodes, last_event_id=int(number or 0), generation=(generation or b"").decode())
+        nodes = read_nodes(records, incarnations, heartbeats, loads, now_us=now_us, tell=self.on_unreadable)
+        last_event_id = number_or_zero(number, "event_number", self.on_unreadable)
+        return NodesSnapshot(nodes=nodes, last_event_id=last_event_id, generation=_text(generation or b""))
 
     # Jobs
 
@@ -179,8 +178,12 @@ class ControlStore(ActorOperations):
         return bool(self._change(scripts.FINISH_JOB, self._with_events(self.keys.jobs), job_id, reason))
 
     def list_jobs(self) -> dict[str, bytes]:
-        jobs = self._run("HGETALL", self.keys.jobs)
-        return {job_id.decode(): jobs[job_id] for job_id in sorted(jobs)}
+        records = self._run("HGETALL", self.keys.jobs)
+        jobs = {}
+        for job_id in sorted(records):
+            with skipped_if_unreadable("jobs", job_id, self.on_unreadable):
+                jobs[job_id.decode()] = records[job_id]
+        return jobs
 
     # Packages
 
@@ -197,10 +200,10 @@ class ControlStore(ActorOperations):
         self._write("SET", self.keys.package(digest), f"{len(starts)} {len(content)}", "EX", PACKAGE_TTL_S)
 
     def has_package(self, digest: str) -> bool:
-        head = self._run("GET", self.keys.package(digest))
-        if head is None:
+        count = self._chunks_count(digest)
+        if count is None:
             return False
-        keys = [self.keys.package_chunk(digest, number) for number in range(int(head.split()[0]))]
+        keys = [self.keys.package_chunk(digest, number) for number in range(count)]
         keys.append(self.keys.package(digest))
         with errors_mapped(self.address), self._client.pipeline(transaction=False) as pipeline:
             for key in keys:
@@ -211,11 +214,21 @@ class ControlStore(ActorOperations):
     def get_package(self, digest: str) -> bytes | None:
         if not self.has_package(digest):
             return None
-        head = self._run("GET", self.keys.package(digest))
-        chunks_count = int(head.split()[0]) if head else 0
-        chunks = [self._run("GET", self.keys.package_chunk(digest, number)) for number in range(chunks_count)]
+        count = self._chunks_count(digest) or 0
+        chunks = [self._run("GET", self.keys.package_chunk(digest, number)) for number in range(count)]
         content = b"".join(chunk or b"" for chunk in chunks)
         return content if package_digest(content) == digest else None
+
+    def _chunks_count(self, digest: str) -> int | None:
+        """None if there is no such package, or nobody can tell what it consists of: then it is uploaded again."""
+        head = self._run("GET", self.keys.package(digest))
+        if head is not None:
+            with skipped_if_unreadable("packages", digest, self.on_unreadable):
+                count, size_bytes = map(whole_number, head.split())
+                if count != -(-size_bytes // CHUNK_BYTES):
+                    raise ValueError(f"{count} chunks for {size_bytes} bytes")
+                return count
+        return None
 
     # Values
 
@@ -252,7 +265,9 @@ class ControlStore(ActorOperations):
         if self._is_server_new:
             self._is_server_new = False
             raise EventsLost("another server answers, or the same one restarted: what it holds may be older")
-        events = _events(answer[0][1]) if answer else []
+        events = self._events(answer[0][1]) if answer else []
+        if events and events[0].id != after_id + 1:
+            events = self._without_foreign(events)
         if events and events[0].id != after_id + 1:
             raise EventsLost(f"the events {after_id + 1} to {events[0].id - 1} are no longer kept")
         if not events and (last_id := self.last_event_id()) < after_id:
@@ -260,10 +275,37 @@ class ControlStore(ActorOperations):
         return events
 
     def last_event_id(self) -> int:
-        return int(self._run("GET", self.keys.event_number) or 0)
+        return number_or_zero(self._run("GET", self.keys.event_number), "event_number", self.on_unreadable)
 
     def recent_events(self, count: int = 100) -> list[Event]:
-        return _events(reversed(self._run("XREVRANGE", self.keys.events, "+", "-", "COUNT", count)))
+        return self._events(reversed(self._run("XREVRANGE", self.keys.events, "+", "-", "COUNT", count)))
+
+    def _events(self, entries: Any) -> list[Event]:
+        events: list[Event] = []
+        for entry_id, pairs in entries:
+            count = len(events)
+            with skipped_if_unreadable("events", entry_id, self.on_unreadable):
+                number, _, rest = entry_id.partition(b"-")
+                if rest != b"0":
+                    raise ValueError("its id is none of ours")
+                texts = {name.decode(): value.decode() for name, value in fields_of(pairs).items()}
+                events.append(Event(whole_number(number), texts.pop("kind"), texts))
+            if len(events) == count:
+                self.drop_entry(self.keys.events, entry_id)
+        return events
+
+    def _without_foreign(self, events: list[Event]) -> list[Event]:
+        """Without those above the counter, which nobody of ours has published."""
+        last_id = self.last_event_id()
+        for event in events:
+            if event.id > last_id:
+                self.on_unreadable("events", f"{event.id}: the last one that was counted is {last_id}")
+                self.drop_entry(self.keys.events, f"{event.id}-0".encode())
+        return [event for event in events if event.id <= last_id]
+
+    def drop_entry(self, stream: str, entry_id: bytes) -> None:
+        """Remove from a stream what somebody else has put there: it would be read again and again."""
+        self._eval(scripts.DROP_ENTRY, (stream,), entry_id)
 
     # Below: how commands reach the server
 
@@ -388,14 +430,10 @@ def _milliseconds(ttl_s: float) -> int:
     return max(1, round(ttl_s * 1000))
 
 
-def _events(entries: Any) -> list[Event]:
-    events = []
-    for entry_id, pairs in entries:
-        texts = {name.decode(): value.decode() for name, value in _pairs(pairs)}
-        events.append(Event(int(entry_id.split(b"-")[0]), texts.pop("kind"), texts))
-    return events
+def _text(value: bytes) -> str:
+    return value.decode(errors="backslashreplace")
 
 
-def _pairs(pairs: Any) -> Any:
-    # redis-py makes a dict of the fields where it knows the command.
-    return pairs.items() if isinstance(pairs, dict) else zip(pairs[::2], pairs[1::2], strict=True)
+def fields_of(pairs: Any) -> dict[bytes, bytes]:
+    """Of an entry of a stream: redis-py makes a dict of them where it knows the command."""
+    return pairs if isinstance(pairs, dict) else dict(zip(pairs[::2], pairs[1::2], strict=True))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+
+from clusterpool.core.task_messages import Amount
 
 
 class NodeRecord(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -13,9 +15,9 @@ class NodeRecord(msgspec.Struct, frozen=True, omit_defaults=True):
 
     node_id: str
     host: str  # where its peers reach it
-    port: int
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)]
     public_key: str  # CURVE, Z85 text
-    resources: dict[str, float]
+    resources: dict[str, Amount]
     labels: dict[str, str] = {}
     host_name: str = ""
     pid: int = 0
@@ -27,7 +29,7 @@ class NodeRecord(msgspec.Struct, frozen=True, omit_defaults=True):
 class NodeLoad(msgspec.Struct, frozen=True):
     """What a node says about itself with every heartbeat."""
 
-    available: dict[str, float]
+    available: dict[str, Annotated[float, msgspec.Meta(ge=-1e15, le=1e15)]]  # workers that go on may take it below 0
     queue_length: int = 0
     workers: int = 0
     leases: int = 0

@@ -205,6 +205,14 @@ class NodeMachine:
 
     # --- processes
 
+    def registration_fault(self, address: Address, kind: str) -> str:
+        """Why a process that has greeted cannot belong to this node: empty if it can."""
+        if address.process_id in self.processes:
+            return f"{address.process_id} has registered already"
+        if kind == "worker" and address.process_id not in self.scheduler.workers:
+            return f"the worker {address.process_id} was not started by this node, or has ended"
+        return ""
+
     def _process_joined(self, event: e.ProcessJoined, _now_s: float) -> Commands:
         process_id = event.address.process_id
         self.processes[process_id] = Process(event)

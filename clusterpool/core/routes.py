@@ -25,6 +25,10 @@ from clusterpool.core.messages import Relay
 # senders to a node that will never be there waiting.
 HOLD_S = 5.0
 HELD_MAX = 10_000
+# Of what came early. We hear of a life that another node knows already as soon as the store answers, if it is a real
+# one; whoever has the keys of the cluster must not fill its nodes with lives of its own making.
+EARLY_BYTES_MAX = 256 << 20
+EARLY_HOLD_S = 90.0
 # A node that joins anew after its end may be heard of by way of another that knows it already; we shall within a read
 # or two. What is meant for a node that stays dead comes back that much later; for as long after that, what follows
 # comes back at once. (Else tasks that were queued with arguments in the arena of a dead node would each wait this long,
@@ -53,13 +57,16 @@ class Routes:
         membership: Membership,
         hand_back: Callable[[Relay], None],
         deliver: Callable[[Relay], None],
+        refuse: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._peers = peers
         self._membership = membership
         self._hand_back = hand_back
         self._deliver = deliver
-        self._early: dict[str, list[Relay]] = {}  # by node id, in order
-        self._early_count = 0
+        self._refuse = refuse  # told why a message is dropped
+        self._early: dict[str, list[tuple[float, Relay]]] = {}  # by node id, in order, each with the time it came
+        self._early_count = self._early_bytes = 0
+        self._now_s = 0.0  # at the last tick
         self._held: dict[str, list[tuple[float, Relay]]] = {}  # by node id, each with the time it came
         self._held_count = 0
         self._returned_s: dict[str, float] = {}  # by node id, when what was held for one that had ended was handed back
@@ -88,10 +95,22 @@ class Routes:
         """Whether to let in what a node has sent, now. What is early is delivered later; the rest is dropped."""
         early = self._early.get(node_id)
         is_let_in = None if early else self._is_let_in(node_id, relay)
-        if is_let_in is None and self._early_count < HELD_MAX:
-            self._early.setdefault(node_id, []).append(relay)
+        if is_let_in is None and self._has_room(relay):
+            self._early.setdefault(node_id, []).append((self._now_s, relay))
             self._early_count += 1
+            self._early_bytes += len(relay.body)
+        elif not is_let_in:
+            self._drop(node_id, relay)
         return is_let_in is True
+
+    def _has_room(self, relay: Relay) -> bool:
+        return self._early_count < HELD_MAX and self._early_bytes + len(relay.body) <= EARLY_BYTES_MAX
+
+    def _drop(self, node_id: str, relay: Relay) -> None:
+        self._refuse(
+            f"dropped a message of node {node_id!r}: it goes from its life {relay.from_life} to our life "
+            f"{relay.to_life}, and we are in life {self._membership.incarnation}; one of them is over, or never was"
+        )
 
     def _is_let_in(self, node_id: str, relay: Relay) -> bool | None:
         """None: not yet."""
@@ -108,13 +127,17 @@ class Routes:
 
     def _look_at_early(self) -> None:
         for node_id, early in list(self._early.items()):
-            waiting: list[Relay] = []
-            for relay in early:
+            waiting: list[tuple[float, Relay]] = []
+            for came_s, relay in early:
                 is_let_in = None if waiting else self._is_let_in(node_id, relay)
-                if is_let_in is None:
-                    waiting.append(relay)
-                elif is_let_in:
+                if is_let_in is None and self._now_s - came_s < EARLY_HOLD_S:
+                    waiting.append((came_s, relay))
+                    continue
+                self._early_bytes -= len(relay.body)
+                if is_let_in:
                     self._deliver(relay)
+                else:
+                    self._drop(node_id, relay)
             self._early_count -= len(early) - len(waiting)
             if waiting:
                 self._early[node_id] = waiting
@@ -137,6 +160,7 @@ class Routes:
 
     def time_passed(self, now_s: float) -> None:
         """Hand back what has been held for too long; look whether what was early is due."""
+        self._now_s = now_s
         if self._early:
             self._look_at_early()
         for node_id, held in list(self._held.items()):

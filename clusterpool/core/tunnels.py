@@ -242,7 +242,8 @@ class Tunnels:
     def _message_arrived(self, event: TunnelMessageArrived) -> Commands:
         message = event.message
         if isinstance(message, t.OpenTunnel):
-            if message.tunnel in self._tunnels:
+            # The other node names it: nobody may take the names of another, ours for instance.
+            if message.tunnel in self._tunnels or not message.tunnel.startswith(f"{event.node_id}-"):
                 return []
             self._tunnels[message.tunnel] = _Tunnel(event.node_id, message.name, -1)
             return [OpenEnd(message.tunnel, message.kind, message.name)]

@@ -6,6 +6,7 @@ pair of nodes has one ordered stream each way. A frame without the cluster's key
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import zmq as _zmq
@@ -14,6 +15,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from clusterpool.errors import StartFailed
 from clusterpool.node.cluster_keys import ClusterKeys
 
+logger = logging.getLogger(__name__)
 zmq: Any = _zmq  # its type stubs hide what it takes from C
 
 # What libzmq tells of those who do not get in: other protocols, other keys, no keys.
@@ -105,14 +107,20 @@ class Peers:
         if known is None or known[0] != address:
             self.forget(node_id)  # it may have come back, and listen elsewhere
             known = self._dealers[node_id] = (address, self._connect(address))
-        known[1].send(frame, zmq.NOBLOCK, copy=len(frame) < _COPY_BYTES_MAX)
+        if known[1] is not None:
+            known[1].send(frame, zmq.NOBLOCK, copy=len(frame) < _COPY_BYTES_MAX)
 
     def _connect(self, address: tuple[str, int]) -> Any:
         dealer = self._socket(zmq.DEALER)
         dealer.setsockopt(zmq.IDENTITY, self._node_id.encode())
         dealer.curve_serverkey = self._keys.server_public
         dealer.curve_publickey, dealer.curve_secretkey = self._keys.client_public, self._keys.client_secret
-        dealer.connect(f"tcp://{address[0]}:{address[1]}")
+        try:
+            dealer.connect(f"tcp://{address[0]}:{address[1]}")
+        except zmq.ZMQError as exc:  # whatever somebody else has written into the control store
+            logger.warning("what is for the node at %s:%s is dropped, since that is no address: %s", *address, exc)
+            dealer.close(0)
+            return None
         return dealer
 
     def receive(self) -> list[tuple[str, bytes]]:
@@ -136,7 +144,8 @@ class Peers:
         """Close all sockets, after a short time for what is on its way."""
         self._authenticator.stop()
         for _, dealer in self._dealers.values():
-            dealer.close()
+            if dealer is not None:
+                dealer.close()
         self._dealers.clear()
         self._router.disable_monitor()
         self._monitor.close(0)

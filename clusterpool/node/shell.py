@@ -122,7 +122,10 @@ class NodeShell:
             memory_threshold=config.memory_threshold,
         )
         if self.peers is not None:
-            self.routes = Routes(self.peers, self.machine.membership, self._hand_back, self.post)
+            self.routes = Routes(
+                self.peers, self.machine.membership, self._hand_back, self.post,
+                refuse=lambda text: self.reject("another life", text),
+            )  # fmt: skip
         self._listener = stream.listen(paths.node_socket)
         self.watch(self._listener.fileno(), lambda _: self._accept())
         self.watch(self._post_fd, lambda _: self._read_posted())
@@ -266,8 +269,8 @@ class NodeShell:
                 self.stop(event.text)
             elif callable(event):  # what another thread wants this one to do
                 event()
-            elif isinstance(event, m.Relay):
-                self._relay(event)
+            elif isinstance(event, m.Relay):  # of another node; it had come early
+                self._relay_of_peer(event)
             else:
                 self.handle(event)
         if not self._is_reported and self.machine.membership.is_settled:
@@ -305,6 +308,8 @@ class NodeShell:
             who = connection.peer.address if isinstance(connection.peer, m.Hello) else "a stranger"
             self.reject("a process", f"dropped the connection of {who}, which sent no message of ours: {exc}")
             ended = is_rubbish = True
+        if ended and not is_rubbish and connection.is_mid_frame:
+            self.reject("a message cut short", f"dropped the beginning of a message: {connection.peer} ended in it")
         if ended:
             self._disconnected(connection, is_rubbish)
         return bool(frames) and not ended
@@ -354,6 +359,9 @@ class NodeShell:
     def _registered(self, connection: stream.Connection, message: m.RegisterProcess) -> None:
         hello = connection.peer
         assert isinstance(hello, m.Hello)
+        fault = self.machine.registration_fault(hello.address, hello.kind)
+        if fault:
+            raise ProtocolError(fault)
         total = self.machine.membership.view.total().get("CPU", 0.0)
         answer = m.Registered(
             self.node_id, self.config.cluster_id, self.host, str(self.arena.path), self.arena.capacity_bytes,
@@ -438,9 +446,15 @@ class NodeShell:
                 if not isinstance(message, m.Relay):
                     raise ProtocolError("nodes exchange relays only")
                 if self.routes.arrived(node_id, message):
-                    self._relay(message)
+                    self._relay_of_peer(message)
             except (msgspec.MsgspecError, ProtocolError) as exc:
                 self.reject("another node", f"dropped a frame of node {node_id!r}: {exc}")
+
+    def _relay_of_peer(self, relay: m.Relay) -> None:
+        try:
+            self._relay(relay)
+        except (msgspec.MsgspecError, ProtocolError) as exc:
+            self.reject("another node", f"dropped a frame of node {relay.source.node_id!r}: {exc}")
 
     def _peers_refused(self) -> None:
         for text in self.peers.refusals():

@@ -17,6 +17,7 @@ from typing import Any
 from clusterpool.config import NodeConfig
 from clusterpool.control_store.actor_registry import ActorRegistry, actor_event
 from clusterpool.control_store.membership_calls import MembershipCalls, node_event
+from clusterpool.control_store.unreadable import rejection, skipped_if_unreadable
 from clusterpool.core import membership as ms
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
@@ -236,7 +237,8 @@ class StoreThread:
     def _op_reconcile_jobs(self, running: list[str], is_for_all: bool) -> None:
         from clusterpool.control_store.job_registry import reconcile_jobs
 
-        reconcile_jobs(self._store, self._config.node_id, running, is_for_all=is_for_all)
+        node_id = self._config.node_id
+        reconcile_jobs(self._store, node_id, running, is_for_all=is_for_all, tell=self._unreadable)
 
     # --- the change feed
 
@@ -244,19 +246,22 @@ class StoreThread:
         from clusterpool.control_store.port import EventsLost
 
         last_id: int | None = None
+        begun_s = 0.0
         store: Any = None
         while not self._is_stopping:
             try:
                 if store is None:
                     store = self._connect_feed()
                 if last_id is None:
-                    last_id = store.last_event_id()
+                    last_id, begun_s = store.last_event_id(), time.monotonic()
                     self._post(ms.EventsMissed())
                 for event in store.read_events(last_id, block_ms=1000):
                     last_id = event.id
                     self._feed_event(event)
             except EventsLost:
                 last_id = None
+                if time.monotonic() - begun_s < _RETRY_S:
+                    time.sleep(_RETRY_S)  # lost again at once: somebody else writes to the stream
             except ClusterpoolError:
                 time.sleep(_RETRY_S)
             except Exception:
@@ -270,13 +275,19 @@ class StoreThread:
         config = self._config
         url = config.control_store_url or f"unix://{config.paths.valkey_socket}"
         password = config.control_store_password()
-        return (store_class or ControlStore).connect(
+        store = (store_class or ControlStore).connect(
             url, cluster_id=config.cluster_id, password=password, timeout_s=0, **{"route": self.route, **options}
         )
+        store.on_unreadable = self._unreadable
+        return store
+
+    def _unreadable(self, kind: str, text: str) -> None:
+        self._post(rejection(kind, text))
 
     def _feed_event(self, event: Any) -> None:
-        about_node = node_event(event)
-        if about_node is not None:
-            self._post(about_node)
-        elif event.kind in ("actor_changed", "actor_created"):
-            self._post(actor_event(event.fields))
+        with skipped_if_unreadable("events", event.id, self._unreadable):
+            about_node = node_event(event)
+            if about_node is not None:
+                self._post(about_node)
+            elif event.kind in ("actor_changed", "actor_created"):
+                self._post(actor_event(event.fields))

@@ -167,6 +167,11 @@ class Connection:
         # One that is too long counts as whole, so that `split_frames` refuses it before it is all in memory.
         return length > self.frame_bytes_max or len(waiting) >= 4 + length
 
+    @property
+    def is_mid_frame(self) -> bool:
+        """Whether the other side has begun a message that is not here as a whole yet."""
+        return bool(self._in)
+
     def close(self) -> None:
         """Close the socket; may be called twice."""
         if not self.is_closed:

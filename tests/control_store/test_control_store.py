@@ -129,14 +129,6 @@ def test_foreign_keys_under_our_names_are_a_protocol_error() -> None:
             store.register_node(RECORD)
 
 
-def test_record_of_another_version_is_a_protocol_error() -> None:
-    with embedded_server() as server, connected(server.url) as store:
-        store.register_node(RECORD)
-        store._client.execute_command("HSET", store.keys.nodes, "n1", "{}")
-        with pytest.raises(ProtocolError, match="NodeRecord"):
-            store.list_nodes()
-
-
 def test_full_server_is_told_as_such() -> None:
     with embedded_server() as server, connected(server.url) as store:
         store._client.execute_command("CONFIG", "SET", "maxmemory", "1")

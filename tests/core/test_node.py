@@ -274,3 +274,15 @@ def test_the_actor_of_a_worker_that_ended_is_reported_dead(node: Node) -> None:
     node.join(W1)
     (call,) = [call for call in of_type(node.worker_ends(), e.CallStore) if call.operation == "end_life"]
     assert call.arguments == {"actor_id": "a1", "life": 0, "text": "killed", "teller": "host", "address": W1}
+
+
+def test_only_workers_that_the_node_has_started_belong_to_it_and_each_once(node: Node) -> None:
+    assert "not started by this node" in node.machine.registration_fault(W1, "worker")
+    assert node.machine.registration_fault(Address("n1", "t1"), "tool") == ""
+    demand = m.WorkerDemand(WorkerKind.TASK, {"CPU": 1.0})
+    node.hear(DRIVER, m.RequestWorkers(1, 1, demand, JOB))
+    assert node.machine.registration_fault(W1, "worker") == ""
+    node.join(W1)
+    assert "already" in node.machine.registration_fault(W1, "worker")
+    node.worker_ends("w1")
+    assert "has ended" in node.machine.registration_fault(W1, "worker")

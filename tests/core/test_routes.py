@@ -11,7 +11,7 @@ from clusterpool.core import wire
 from clusterpool.core.cluster_view import NodeEntry, NodeRecord, NodesSnapshot
 from clusterpool.core.membership import Membership
 from clusterpool.core.messages import Address, LeaveNode, Relay
-from clusterpool.core.routes import ENDED_HOLD_S, HELD_MAX, HOLD_S, Routes
+from clusterpool.core.routes import EARLY_BYTES_MAX, EARLY_HOLD_S, ENDED_HOLD_S, HELD_MAX, HOLD_S, Routes
 
 
 class RecordedPeers:
@@ -39,7 +39,8 @@ class Setting:
         self.membership.handle(ms.Registered(1), 0.0)
         self.returned: list[Relay] = []
         self.delivered: list[bytes] = []
-        self.routes = Routes(self.peers, self.membership, self.returned.append, self.deliver)
+        self.refused: list[str] = []
+        self.routes = Routes(self.peers, self.membership, self.returned.append, self.deliver, self.refused.append)
 
     def deliver(self, relay: Relay) -> None:
         self.delivered.append(relay.body)
@@ -179,6 +180,32 @@ def test_what_was_held_before_the_node_itself_was_a_member_goes_then(setting: Se
     setting.membership.handle(ms.Registered(1), 0.0)
     setting.routes.time_passed(0.5)
     assert [body for _, _, body in setting.peers.sent] == [b"1"]
+
+
+@pytest.mark.parametrize(("from_life", "to_life"), [(2, 0), (1, 1), (0, 1), (0, 0)])
+def test_what_comes_from_or_for_a_life_that_is_over_is_refused_and_told(
+    from_life: int, to_life: int, setting: Setting
+) -> None:
+    setting.list_nodes("nb", life=2)
+    setting.end("nb", life=1)
+    assert not setting.routes.arrived("nb", from_there(from_life, to_life, b"again"))
+    (text,) = setting.refused
+    assert f"from its life {from_life} to our life {to_life}" in text
+    assert setting.routes.arrived("nb", from_there(2, 1, b"now")) and len(setting.refused) == 1
+
+
+def test_what_a_life_says_that_never_comes_is_held_for_so_long_and_no_more_of_it_than_fits(setting: Setting) -> None:
+    setting.routes.time_passed(1.0)
+    body = bytes(EARLY_BYTES_MAX // 4)
+    for _ in range(5):
+        assert not setting.routes.arrived("nb", from_there(7, 1, body))
+    assert len(setting.refused) == 1, "the fifth does not fit"
+    setting.routes.time_passed(0.5 + EARLY_HOLD_S)
+    assert len(setting.refused) == 1
+    setting.routes.time_passed(1.0 + EARLY_HOLD_S)
+    assert len(setting.refused) == 5
+    assert not setting.routes.arrived("nb", from_there(7, 1, body))
+    assert len(setting.refused) == 5, "there is room again"
 
 
 def test_what_waits_is_bounded(setting: Setting) -> None:

@@ -232,3 +232,11 @@ def test_any_order_of_events_delivers_a_prefix_and_ends_clean(seed: int) -> None
     for node_id in ("na", "nb"):
         arrived = written[other(node_id)] + waiting[other(node_id)]
         assert sent[node_id].startswith(arrived)
+
+
+def test_nobody_takes_the_name_of_a_tunnel_of_another_node() -> None:
+    pair = Pair()
+    taken = t.OpenTunnel("nb-1", "connect", "j1.x")  # as nb will call its first one
+    assert pair.tell("nb", ct.TunnelMessageArrived("na", taken)) == []
+    pair.tell("nb", ct.TunnelWanted(7, "na", "fetch", "j1-3"))
+    assert pair.counts() == (0, 1)

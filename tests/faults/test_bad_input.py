@@ -17,6 +17,8 @@ import pytest
 import zmq
 
 import clusterpool
+from clusterpool.cli.join_file import read_join_file
+from clusterpool.control_store.store import ControlStore
 from clusterpool.core import messages as m
 from clusterpool.core import wire
 from clusterpool.core.messages import Address
@@ -144,6 +146,8 @@ def test_any_bytes_at_any_socket(hosts: Hosts, work: Callable[[], None], tmp_pat
         assert rejected(hosts, role) > before
         assert logged(hosts, role, "dropped the connection of a stranger") == 1
         assert logged(hosts, role, "dropped a request for descriptors") == 1
+        assert rejected(hosts, role, "a message cut short") >= 1
+        assert logged(hosts, role, "dropped the beginning of a message") == 1
     assert not canary.exists()
     work()
 
@@ -201,6 +205,58 @@ def test_a_message_in_the_name_of_another_is_dropped_with_its_sender(hosts: Host
     for body in (b"", b"\x80\x04\x95", wire.encode(m.RetireWorker())[:-1]):
         mail = m.Relay(Address(node_id, driver), ours, body)
         send_to_socket(folder / "node.sock", framed(wire.encode(hello)) + framed(wire.encode(mail)))
+    work()
+
+
+def test_what_a_worker_once_said_is_worth_nothing_after_its_end(hosts: Hosts, work: Callable[[], None]) -> None:
+    import platform
+
+    node_id, folder = hosts.node_id("home"), hosts.paths("home").folder
+    ended = Address(node_id, "w0123456789ab")
+    hello = m.Hello(m.PROTOCOL_VERSION, ended, "worker", os.getpid(), "", platform.python_version(), __version__)
+    words = [hello, m.RegisterProcess(None), m.CreateObject(1, "d1.1024", 1000), m.SealObject("d1.1024")]
+    before = rejected(hosts, "home", "a process")
+    send_to_socket(folder / "node.sock", b"".join(framed(wire.encode(word)) for word in words))
+    wait_for(lambda: rejected(hosts, "home", "a process") == before + 1, within_s=5, what="it is counted")
+    work()
+
+
+def test_garbage_in_the_control_store_is_left_out(hosts: Hosts, work: Callable[[], None]) -> None:
+    join = read_join_file(Path(hosts.join_file))
+    store = ControlStore.connect(
+        join.control_store_url, cluster_id=join.cluster_id, password=join.control_store_password
+    )
+    keys, node_id = store.keys, hosts.node_id("right")
+    garbage = [
+        ("HSET", keys.nodes, "n9", b"\x80\x04\x95", "n8", b"{}", b"\xff", b"\xff"),
+        ("HSET", keys.node_heartbeats, node_id, b"soon"),
+        ("HSET", keys.node_loads, node_id, b"[" * 10_000),
+        ("HSET", keys.jobs, "j9", b"\xff"),
+        ("HSET", keys.actor("a9"), "state", b"\xff"),
+        ("SADD", keys.actors, "a9", b"\xff"),
+        ("XADD", keys.events, "*", "kind", b"\xff"),
+        ("SET", keys.event_number, b"many"),
+        ("SET", keys.generation, b"\xff"),
+    ]
+    try:
+        for command in garbage:
+            store._client.execute_command(*command)
+        wait_for(
+            lambda: all(rejected(hosts, role, "control store: nodes") >= 3 for role in hosts.parts),
+            within_s=10,
+            what="each node has left them out",
+        )
+        work()
+        store.publish_event("greeting", {})  # the stream is in order again
+        assert store.read_events(store.last_event_id() - 1)[0].kind == "greeting"
+    finally:
+        store._client.execute_command("HDEL", keys.nodes, "n9", "n8", b"\xff")
+        store._client.execute_command("HDEL", keys.jobs, "j9")
+        store._client.execute_command("DEL", keys.actor("a9"))
+        store._client.execute_command("SREM", keys.actors, "a9", b"\xff")
+        store.close()
+    for role in hosts.parts:
+        assert logged(hosts, role, "left out what the control store holds of nodes") == 1
     work()
 
 
@@ -284,9 +340,9 @@ def test_rubbish_with_the_right_keys_is_dropped_too(hosts: Hosts, work: Callable
     canary = tmp_path / "canary"
     frames = rubbish(pickle.dumps(Canary(canary)))
     frames += [wire.encode(m.RetireWorker()), wire.encode(m.StopNode(True))]  # nodes exchange relays only
-    # These are dropped too, but not all as rubbish: they come from a life that nobody has heard of.
+    # As of an earlier life, or of one that nobody has heard of.
     relays = [wire.encode(m.Relay(node, Address("n0", "w1"), frame)) for frame in frames]
-    before = rejected(hosts, "left", "another node")
+    before, before_relays = rejected(hosts, "left", "another node"), rejected(hosts, "left", "another life")
     with dealer(address_of(hosts, "left"), keys.server_public, (keys.client_public, keys.client_secret)) as sock:
         for frame in [*relays, *frames]:
             sock.send(frame)
@@ -296,7 +352,9 @@ def test_rubbish_with_the_right_keys_is_dropped_too(hosts: Hosts, work: Callable
             within_s=10,
             what="all are counted",
         )
+    assert rejected(hosts, "left", "another life") == before_relays + len(relays)
     assert logged(hosts, "left", "dropped a frame of node") == 1
+    assert logged(hosts, "left", "dropped a message of node") == 1
     assert not canary.exists()
     work()
 
