@@ -20,13 +20,15 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from clusterpool.core.actor_messages import ActorCheckpoint, AnsweredCall
-from clusterpool.core.messages import ActorPlan, Address, TaskResult, TaskStatus
+from clusterpool.core.actor_messages import ActorCheckpoint, AnsweredCall, LoggedCall
+from clusterpool.core.messages import ActorPlan, Address, TaskResult, TaskSpec, TaskStatus
 
 # The log since the last checkpoint is read, and run, at a restart: this much forces a checkpoint, whatever the options.
 LOG_BYTES_MAX = 16 * 1024 * 1024
 # The actor waits when so many results wait for the store.
 HELD_MAX = 1000
+# A longer call is not worth logging: the state is saved after it instead.
+ENTRY_BYTES_MAX = 1024 * 1024
 # Results for callers that have died would stay for ever: of each caller the last so many are kept.
 ANSWERS_MAX = 2000
 
@@ -190,6 +192,18 @@ class ActorLog:
             _, owner, result = self.held.popleft()
             released.append((owner, result))
         return [ReleaseResults(released)] if released else []
+
+
+def entry_of(owner: Address, spec: TaskSpec, result: TaskResult) -> bytes | None:
+    """How to run a call again that gave `result`; None if that cannot be written down, or would not do the same."""
+    extras = spec.extras
+    assert extras is not None
+    parts_are_inline = all(part.stored is None and not part.references for part in extras.arguments)
+    is_plain = parts_are_inline and not extras.references and extras.stored is None and extras.returns != -1
+    if not is_plain or result.status == TaskStatus.CANCELLED:
+        return None
+    entry = msgspec.msgpack.encode(LoggedCall(owner, spec))
+    return entry if len(entry) <= ENTRY_BYTES_MAX else None
 
 
 def _keepable(result: TaskResult) -> TaskResult:

@@ -467,7 +467,7 @@ class NodeMachine:
         commands: Commands = []
         for view in list(self.membership.view):
             commands += self._node_lost(view.node_id, reason, now_s)
-        commands += self.coordination.handle(ce.SelfFenced(), now_s) + self.actors.keeper.fenced()
+        commands += self.coordination.handle(ce.SelfFenced(), now_s) + self.actors.fenced()
         commands += self.objects.fenced(set(self.processes))
         self._fencing = set(self.scheduler.workers)
         return commands + self.scheduler.end_all(f"its node was taken for dead: {reason}")

@@ -30,6 +30,9 @@ _UNKNOWN = m.ActorPart("", "", {}, None, "unknown", "no actor of this name is kn
 UNKNOWN_WAIT_S = 5.0
 # Whoever waits asks again after this time, should the change feed have lost the news.
 ASK_AGAIN_S = 2.0
+# Who waits for a next life was told that the last one is over; but a message that came back, because two nodes had lost
+# sight of one another, says so too. Later than any real end is in the registry (5 s for a node), the last one it is.
+NEXT_LIFE_WAIT_S = 10.0
 
 
 class _Waiter:
@@ -54,6 +57,7 @@ class NodeActors:
         self.facts = StoreFacts()
         self._created: dict[str, Address] = {}  # by id of a living actor that is not detached, its creator
         self._again: Commands = []  # calls to make again at the next tick
+        self._taken: list[tuple[str, int]] = []  # lives that we were making when we were taken for dead
         self._asked_s = 0.0
         self._now_s = 0.0
         address = Address(node_id, node_id)
@@ -213,9 +217,11 @@ class NodeActors:
             actor = value if isinstance(value, m.ActorPart) else None
             commands = self._look_at(actor) if actor is not None else []
             for waiter in waiters:
-                if actor is not None and (actor.state == "dead" or _is_there(actor, waiter.life)):
+                waited_s = self._now_s - waiter.since_s
+                life = waiter.life if waited_s < NEXT_LIFE_WAIT_S else waiter.life - 1
+                if actor is not None and (actor.state == "dead" or _is_there(actor, life)):
                     commands.append(Send(waiter.source, m.ActorLocated(waiter.request, actor)))
-                elif actor is None and (kind or self._now_s - waiter.since_s >= UNKNOWN_WAIT_S):
+                elif actor is None and (kind or waited_s >= UNKNOWN_WAIT_S):
                     unknown = msgspec.structs.replace(_UNKNOWN, text=text or _UNKNOWN.text)
                     commands.append(Send(waiter.source, m.ActorLocated(waiter.request, unknown)))
                 else:
@@ -260,6 +266,11 @@ class NodeActors:
         commands: Commands = []
         if isinstance(event, (ms.Registered, ms.EventsMissed)) and not is_alone:
             commands += self.events_missed() + self.reconcile_jobs(is_for_all=False)
+        if isinstance(event, ms.Registered):
+            # Others take over what they know to be ours. What was entered while we were taken for dead they do not.
+            taken, self._taken = self._taken, []
+            for actor_id, life in taken:
+                commands += self._life_ended_here(actor_id, life, f"its node {self.node_id} was taken for dead")
         if isinstance(event, ms.Registered) or (isinstance(event, ms.Restored) and event.is_accepted):
             incarnations = {view.node_id: view.incarnation for view in membership.view}
             commands += self._tell_again({**incarnations, self.node_id: membership.incarnation})
@@ -364,6 +375,11 @@ class NodeActors:
             return [command for value in values or () for command in self._begin_next(value, kind, text)]
 
         return self.call("adopt_orphans", {}, on_adopted, is_stubborn=True)
+
+    def fenced(self) -> Commands:
+        """The others take this node for dead."""
+        self._taken += [(actor_id, creation.actor.life) for actor_id, creation in self.keeper.creations.items()]
+        return self.keeper.fenced()
 
     def node_lost(self, node_id: str, text: str) -> Commands:
         """Another node is gone."""

@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     busy_s = options.busy or (1.5 if is_large else 8.0)
     plan = Plan(
         options.seed, options.nodes, options.drivers, options.faults, busy_s, options.size,
+        programs=tuple(name for name in options.programs.split(",") if name),
         quiet_s=LARGE_QUIET_S if is_large else QUIET_S,
         only=tuple(int(item) for item in options.only.split(",") if item) if options.only is not None else None,
     )  # fmt: skip
@@ -40,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--faults", type=int, default=-1, help="how many faults; -1: as the seed says")
     parser.add_argument("--busy", type=float, default=0.0, help="virtual seconds during which faults strike; 0: 8")
     parser.add_argument("--size", type=float, default=1.0, help="scales what each program does")
+    parser.add_argument("--programs", default="", help="what drivers do, by comma (workloads.PROGRAMS); all")
     parser.add_argument("--only", help="positions of the faults to keep, by comma; the others are left out")
     parser.add_argument("--shrink", action="store_true", help="leave out faults that a failure does not need")
     parser.add_argument("--coverage", action="store_true", help="say what was never reached")
@@ -136,6 +138,8 @@ def command_of(plan: Plan) -> str:
     ):  # fmt: skip
         if getattr(plan, name) != getattr(default, name):
             parts.append(f"--{option} {getattr(plan, name)}")
+    if plan.programs:
+        parts.append(f"--programs {','.join(plan.programs)}")
     if plan.only is not None:
         parts.append(f"--only '{','.join(map(str, plan.only))}'")
     return " ".join(parts)

@@ -24,6 +24,10 @@ class Chance:
         """To write or read one object."""
         return self._random.uniform(0.001, 0.02)
 
+    def last_moments_s(self) -> float:
+        """How long a process still lives that is about to die."""
+        return self._random.choice((0.0, 0.0001, 0.0005, 0.002, 0.005))
+
     def fork_fails(self) -> bool:
         """Whether a worker cannot be started."""
         return self._fork_failure > 0 and self._random.random() < self._fork_failure

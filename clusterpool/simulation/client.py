@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core import wire
+from clusterpool.core.actor_messages import ActorLoaded, ActorSaved, CallsResumed, ResultsTaken
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import Address, Message, Reference, TaskExtras, TaskKind, TaskSpec, ValuePart
 from clusterpool.core.owner import OwnerMachine
@@ -34,9 +35,18 @@ from clusterpool.simulation.threads import Disconnected, Steps, Thread, Wait
 if TYPE_CHECKING:
     from clusterpool.simulation.world import World
 
-_REPLIES = frozenset({m.ObjectCreated, m.ObjectPinned, m.StoreFailed, m.ActorLocated})
+_REPLIES = frozenset({m.ObjectCreated, m.ObjectPinned, m.StoreFailed, m.ActorLocated, ActorLoaded, ActorSaved})
 _WORKER_MESSAGES = frozenset(
-    {m.SetupWorker, m.StartTasks, m.ForgetFunctions, m.TakeBackTasks, m.CancelTasks, m.RetireWorker}
+    {
+        m.SetupWorker,
+        m.StartTasks,
+        m.ForgetFunctions,
+        m.TakeBackTasks,
+        m.CancelTasks,
+        m.RetireWorker,
+        ResultsTaken,
+        CallsResumed,
+    }
 )
 NUMBERS_APART = 1024
 BLOCK_PATIENCE_S = 0.001
@@ -368,6 +378,12 @@ class Client(Party):
     def _wait(self, is_due: Callable[[], bool]) -> Steps:
         yield Wait(lambda: is_due() or self.is_closed)
 
+    def request_nowait(self, make: Callable[[int], Message], on_answer: Callable[[Any], None]) -> None:
+        """Ask the node something; `on_answer` gets what it says."""
+        request = next(self.requests)
+        self._replies[request] = on_answer
+        self.send(self.node, make(request))
+
     def ask(self, make: Callable[[int], Message], give_back: Callable[[], None]) -> Steps:
         """Ask the node; its answer. `give_back` what comes after an interrupt."""
         answers: list[Message] = []
@@ -536,11 +552,13 @@ class Client(Party):
             return None
         return Ref(self, Reference(self.address, number), is_counted=True)
 
-    def call_actor(self, actor_id: str, operation: Operation, arguments: list[Ref] | None = None) -> Ref:
+    def call_actor(
+        self, actor_id: str, operation: Operation, arguments: list[Ref] | None = None, *, retries: int = 0
+    ) -> Ref:
         """Call a method of an actor."""
         number = next(self.numbers)
         extras = TaskExtras(1, "call", 1, method="call")
-        task = Task(TaskSpec(number, 0, TaskKind.ACTOR_CALL, encode_operation(operation), extras), None, 0, 0)
+        task = Task(TaskSpec(number, 0, TaskKind.ACTOR_CALL, encode_operation(operation), extras), None, 0, retries)
         self._submit(task, 0, actor_id, arguments or [], [])
         return Ref(self, Reference(self.address, number), is_counted=True)
 

@@ -203,6 +203,8 @@ class Faults:
 
         def restart() -> None:
             self._say("store restarts", loses)
+            if loses != "nothing":
+                self._world.monitor.happened.add("store_loss")
             store.restart(loses=loses)
 
         self._until(duration_s, restart)

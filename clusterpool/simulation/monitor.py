@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from clusterpool.core.messages import Address, TaskKind, TaskSpec
+from clusterpool.core.messages import Address
 from clusterpool.core.store_invariants import check_store
-from clusterpool.simulation.programs import Outcome, decode_operation
+from clusterpool.simulation.programs import Operation, Outcome
 from clusterpool.simulation.timeline import Violation
 
 if TYPE_CHECKING:
     from clusterpool.simulation.client import Client
     from clusterpool.simulation.node import SimulatedNode
-    from clusterpool.simulation.worker import Worker
     from clusterpool.simulation.world import World
 
 DEAR_EVERY = 50
@@ -29,6 +28,7 @@ EXCUSES: dict[str, frozenset[str]] = {
     "object_lost": _DEATHS | {"disk"},
     "lost": _DEATHS | {"disk"},
     "actor_died": _DEATHS | {"fork", "store_crash", "store_pause"},
+    "actor_unavailable": _DEATHS | {"fork"},
     "start_failed": _DEATHS | {"fork"},
     "store_full": frozenset({"memory"}) | _DEATHS,
     "disk_full": frozenset({"memory", "disk"}),
@@ -48,7 +48,7 @@ class Monitor:
         self.losses: Counter[str] = Counter()
         self.outcomes = 0
         self._steps: Counter[str] = Counter()
-        self._calls: dict[tuple[str, str], int] = {}  # by actor's process and caller, the last call
+        self._deaths: Counter[int] = Counter()  # by salt, how often a task that ends its process has begun
 
     def check(self, condition: bool, text: str) -> None:
         """Raises: Violation."""
@@ -87,17 +87,13 @@ class Monitor:
 
     # --- workers
 
-    def started(self, worker: Worker, owner: Address, spec: TaskSpec) -> None:
-        """A worker runs a task."""
-        if spec.kind != TaskKind.ACTOR_CALL:
-            return
-        operation = decode_operation(spec.payload)
-        key = (worker.name, operation.caller)
-        last = self._calls.get(key, -1)
-        self.check(
-            operation.index > last, f"{worker.name} runs call {operation.index} of {operation.caller} after call {last}"
-        )
-        self._calls[key] = operation.index
+    def dies(self, operation: Operation) -> bool:
+        """Whether a task ends its process this time."""
+        self._deaths[operation.salt] += operation.deaths > 0
+        if not 0 < self._deaths[operation.salt] <= operation.deaths:
+            return False
+        self.happened.add("worker_crash")
+        return True
 
     # --- machines
 

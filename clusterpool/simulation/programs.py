@@ -31,6 +31,9 @@ class Operation(msgspec.Struct, frozen=True, array_like=True):
     peeks: bool = False  # it returns the references in its payload
     caller: str = ""  # of a call of an actor: who calls, and the how manieth of its calls this is
     index: int = 0
+    deaths: int = 0  # so often it ends its process
+    dies_late: bool = False  # when it does: soon after, instead of before it has done anything
+    handle: bytes = b""  # an actor that it calls (see actor_programs.py)
 
 
 class Outcome(NamedTuple):

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
+from clusterpool.core.actor_messages import CallsResumed, ResultsTaken
 from clusterpool.core.messages import Address, Message, Reference, ResultExtras, TaskResult, TaskSpec, TaskStatus
 from clusterpool.core.object_names import object_id
+from clusterpool.simulation.actor_programs import call_from_task
+from clusterpool.simulation.actors import Actor, Journal
 from clusterpool.simulation.client import BLOCK_PATIENCE_S, Client, Ref
 from clusterpool.simulation.party import Host
 from clusterpool.simulation.programs import (
@@ -17,7 +20,6 @@ from clusterpool.simulation.programs import (
     Payload,
     decode_operation,
     encode_payload,
-    mix,
     put_number,
     value_of,
 )
@@ -58,6 +60,9 @@ class Worker(Client):
         self.task_page = 0  # the number of the task that runs
         self.exit_code: int | None = None
         self.actor: Actor | None = None
+        self.early: list[tuple[Address, Message]] = []  # what callers say of an actor that is still being made
+        self._is_made_known = False
+        self._exit_code_wanted: int | None = None
         self._started = 0
         self._lingers = False
         self._results: list[TaskResult] = []
@@ -97,20 +102,31 @@ class Worker(Client):
 
     def _run(self) -> Steps:
         while True:
-            yield Wait(lambda: bool(self.pending or self.setups or self.is_retiring or self.is_closed))
+            yield Wait(lambda: bool(self.pending or self.setups or self._is_ending()))
             if self.is_closed:
                 return 0
+            if self._exit_code_wanted is not None:
+                return self._exit_code_wanted
             if self.setups:
                 owner, setup = self.setups.popleft()
                 yield from self._set_up(owner, setup)
             if self.pending:
                 yield from self._run_pending()
             elif self.is_retiring and not self.setups:
+                if self.actor is not None and self.actor.journal is not None:
+                    yield from self.actor.journal.close()
                 self.flush()
                 if self._lingers:
                     yield Wait(lambda: self.is_closed or not self.machine.is_needed())
                 self.event(e.Retired())
                 return 0
+
+    def _is_ending(self) -> bool:
+        return self.is_retiring or self.is_closed or self._exit_code_wanted is not None
+
+    def ask_to_exit(self, code: int) -> None:
+        """The process shall end when its main thread has nothing to do."""
+        self._exit_code_wanted = code
 
     def _set_up(self, owner: Address, setup: m.SetupWorker) -> Steps:
         if setup.name == "group":
@@ -127,14 +143,16 @@ class Worker(Client):
             if key in self._cancelled:
                 self._cancelled.discard(key)
                 self._current = None
-                self._drop_references(spec)
+                self.drop_references(spec)
                 self._add_result(owner, TaskResult(spec.number, TaskStatus.CANCELLED, b""))
                 continue
-            self.task_page = self._started = spec.number
-            started_s = self.now_s()
-            self.world.monitor.started(self, owner, spec)
             try:
-                result = yield from self._result_of(owner, spec)
+                if spec.kind in _ACTOR_KINDS and (yield from self._is_for_actor(owner, spec)):
+                    self._current = None
+                    continue
+                self.task_page = self._started = spec.number
+                started_s = self.now_s()
+                result = yield from self.result_of(owner, spec)
             except Disconnected:
                 return
             self.task_page = 0
@@ -147,7 +165,53 @@ class Worker(Client):
                 self.flush()
         self.flush()
 
-    def _result_of(self, owner: Address, spec: TaskSpec) -> Steps:
+    def _is_for_actor(self, owner: Address, spec: TaskSpec) -> Steps:
+        """Hand a call to the actor's journal, when it has one; whether nothing is left to do."""
+        if spec.kind != m.TaskKind.ACTOR_CALL:
+            return False
+        if self.actor is None:
+            # The constructor failed: the creator, who hears of it first, fails the calls and ends the process.
+            self.drop_references(spec)
+            return True
+        if not self._is_made_known:
+            # Should this call kill the process, its sender must know that it had started.
+            self._is_made_known = True
+            self.flush()
+        if self.actor.journal is None:
+            self.world.ledger.started(self, spec)
+            return False
+        yield from self.actor.journal.run(self.actor, owner, spec)
+        return True
+
+    def _create_actor(self, owner: Address, spec: TaskSpec) -> Steps:
+        extras = spec.extras
+        assert extras is not None
+        operation = decode_operation(spec.payload)
+        yield from self._work(operation)
+        if operation.fails:
+            raise _Failed(Outcome("error", operation.salt))
+        plan = extras.actor
+        actor_id = operation.caller
+        journal = Journal(self, plan) if plan is not None else None
+        self.actor = Actor(actor_id, plan.life if plan is not None else 0, journal)
+        if journal is not None:
+            yield from journal.restore(self.actor)
+        return TaskResult(spec.number, TaskStatus.OK, encode_payload(Payload("ok", 0)))
+
+    def _work(self, operation: Operation) -> Steps:
+        """Compute for a while, if the process survives it."""
+        if operation.duration_s > TAKE_OVER_S:
+            self.after(TAKE_OVER_S, self._taken_over)
+        yield Pause(operation.duration_s)
+        if not self.world.monitor.dies(operation):
+            return
+        if operation.dies_late:
+            self.after(self.world.chance.last_moments_s(), self.exit, -9)
+            return
+        self.exit(-9)
+        yield Wait(lambda: False)
+
+    def result_of(self, owner: Address, spec: TaskSpec) -> Steps:
         """Run a task; its result."""
         views: list[View] = []
         self._views = views
@@ -155,17 +219,16 @@ class Worker(Client):
             if spec.function and (owner, spec.function) not in self.known_functions:
                 self.world.monitor.fail(f"{self.name} has never got function {spec.function} of {owner}")
             if spec.kind == m.TaskKind.CREATE_ACTOR:
-                self.actor = Actor(self, mix(spec.payload))
-                return TaskResult(spec.number, TaskStatus.OK, encode_payload(Payload("ok", 0)))
+                return (yield from self._create_actor(owner, spec))
             operation = decode_operation(spec.payload)
             arguments, inner = yield from self._inputs_of(owner, spec, operation, views)
-            if operation.duration_s > TAKE_OVER_S:
-                self.after(TAKE_OVER_S, self._taken_over)
-            yield Pause(operation.duration_s)
+            yield from self._work(operation)
             if self.actor is not None:
                 number = self.actor.called(operation, arguments)
                 return (yield from self._returned(owner, spec, operation, number, []))
             children = yield from self._children_of(operation)
+            if operation.handle:
+                yield from call_from_task(self, operation, spec.extras.references if spec.extras is not None else [])
             if operation.fails:
                 raise _Failed(Outcome("error", operation.salt))
             references = yield from self._boxes_of(spec, operation)
@@ -183,7 +246,7 @@ class Worker(Client):
             self._views = []
             for view in views:
                 view.close()
-            self._drop_references(spec)
+            self.drop_references(spec)
 
     def _inputs_of(self, owner: Address, spec: TaskSpec, operation: Operation, views: list[View]) -> Steps:
         arguments: list[int] = []
@@ -284,6 +347,10 @@ class Worker(Client):
         self._results = []
         run_s, self._run_s = self._run_s, 0.0
         self.send(owner, m.TasksFinished(results, round(run_s * 1e9), self._is_blocked))
+        self.let_go_of(results)
+
+    def let_go_of(self, results: list[TaskResult]) -> None:
+        """These results are sent."""
         for result in results:
             if result.extras is not None and result.extras.value is not None:
                 references = result.extras.value.references
@@ -304,6 +371,11 @@ class Worker(Client):
             yield Wait(lambda: is_due() or self.is_closed)
         finally:
             self._unblock()
+
+    def wait_quietly(self, is_due: Any) -> Steps:
+        """Wait, with the CPU kept; ends with the process's cluster, too."""
+        if not is_due():
+            yield Wait(lambda: is_due() or self.is_closed)
 
     def _block(self) -> None:
         if self._current is None:
@@ -333,7 +405,7 @@ class Worker(Client):
                 status = TaskStatus.CANCELLED if key in self._cancelled else TaskStatus.RETURNED
                 self._cancelled.discard(key)
                 returned.append(TaskResult(spec.number, status, b""))
-                self._drop_references(spec)
+                self.drop_references(spec)
             else:
                 kept.append((source, spec))
         self.pending.extend(reversed(kept))
@@ -363,6 +435,11 @@ class Worker(Client):
             if message.references:
                 self.event(e.ReferencesHeld(message.references))
             self.setups.append((source, message))
+        elif isinstance(message, (ResultsTaken, CallsResumed)):
+            if self.actor is None or self.actor.journal is None:
+                self.early.append((source, message))
+            else:
+                self.actor.journal.message(source, message)
         elif isinstance(message, m.RetireWorker):
             self.is_retiring = True
             self._lingers = message.lingers
@@ -373,23 +450,9 @@ class Worker(Client):
         elif any((source, spec.number) == key for source, spec in self.pending):
             self._cancelled.add(key)
 
-    def _drop_references(self, spec: TaskSpec) -> None:
+    def drop_references(self, spec: TaskSpec) -> None:
+        """A task has ended, or will not start."""
         self.released.extend((reference.owner, reference.number) for reference in _references_of(spec))
-
-
-class Actor:
-    """The instance in a worker: counts the calls of each caller, so that one too many or out of order shows."""
-
-    def __init__(self, worker: Worker, salt: int) -> None:
-        self.worker = worker
-        self.salt = salt
-        self.count_by_caller: dict[str, int] = {}
-
-    def called(self, operation: Operation, arguments: list[int]) -> int:
-        """The value of a call."""
-        count = self.count_by_caller.get(operation.caller, 0)
-        self.count_by_caller[operation.caller] = count + 1
-        return mix(operation.salt, operation.caller, count, *arguments)
 
 
 def _references_of(spec: TaskSpec) -> list[Reference]:

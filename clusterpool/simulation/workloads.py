@@ -11,8 +11,10 @@ from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import TaskExtras, TaskKind, TaskSpec
+from clusterpool.simulation.actor_programs import detached_actor, restarting_actor
 from clusterpool.simulation.client import Client, Ref
-from clusterpool.simulation.programs import Operation, Outcome, expected, mix, put_number
+from clusterpool.simulation.ledger import Promise
+from clusterpool.simulation.programs import Operation, Outcome, encode_operation, expected, mix, put_number
 from clusterpool.simulation.threads import Pause, Steps
 
 DURATIONS_S = (0.0, 0.0002, 0.004, 0.03, 0.2)
@@ -32,14 +34,11 @@ class Script:
 
     def run(self) -> Steps:
         """A few rounds of this and that."""
-        rounds = [
-            self.flat_tasks, self.graph, self.nested, self.boxes, self.group, self.actor, self.objects,
-            self.cancelled, self.shared,
-        ]  # fmt: skip
+        names = self.driver.world.plan.programs or tuple(PROGRAMS)
         for _ in range(self.count(2, 5)):
-            step: Callable[[], Steps] = self.random.choice(rounds)
-            self.driver.note("program", step.__name__)
-            yield from step()
+            name = self.random.choice(names)
+            self.driver.note("program", name)
+            yield from PROGRAMS[name](self)
             yield Pause(self.random.choice((0.0, 0.05, 0.5)))
 
     # --- making tasks
@@ -219,8 +218,10 @@ class Script:
         part = m.ActorPart(actor_id, "Counter", {"call": 1}, None, "pending", job_id=driver.job.job_id)
         number = next(driver.numbers)
         extras = TaskExtras(1, "Counter", 1)
+        driver.world.ledger.promised(actor_id, Promise())
+        payload = encode_operation(Operation(0, caller=actor_id))
         creation = Task(
-            TaskSpec(number, driver.function_of(self.operation()), TaskKind.CREATE_ACTOR, b"", extras), None, 0
+            TaskSpec(number, driver.function_of(self.operation()), TaskKind.CREATE_ACTOR, payload, extras), None, 0
         )
         demand = m.WorkerDemand(m.WorkerKind.ACTOR, {}, "Counter", actor_id=actor_id)
         driver.send(driver.node, m.RegisterActor(0, part))
@@ -283,3 +284,18 @@ class Script:
         driver.turn()
         for operation, ref, is_picked in zip(operations, refs, picked, strict=True):
             yield from self.settle(ref, expected(operation), "cancelled task", was_cancelled=is_picked)
+
+
+PROGRAMS: dict[str, Callable[[Script], Steps]] = {
+    "flat": Script.flat_tasks,
+    "graph": Script.graph,
+    "nested": Script.nested,
+    "boxes": Script.boxes,
+    "group": Script.group,
+    "actor": Script.actor,
+    "objects": Script.objects,
+    "cancelled": Script.cancelled,
+    "shared": Script.shared,
+    "restarts": restarting_actor,
+    "detached": detached_actor,
+}

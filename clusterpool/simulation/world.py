@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 from clusterpool.core import messages as m
+from clusterpool.core import node_events as e
 from clusterpool.core import wire
 from clusterpool.core.messages import Address, Message
 from clusterpool.simulation.chance import Chance, Latencies
@@ -18,6 +19,7 @@ from clusterpool.simulation.client import Client
 from clusterpool.simulation.control_store import StoreServer
 from clusterpool.simulation.coverage import Coverage
 from clusterpool.simulation.faults import Fault, Faults, draw_faults
+from clusterpool.simulation.ledger import ActorLedger
 from clusterpool.simulation.monitor import Monitor
 from clusterpool.simulation.node import SimulatedNode
 from clusterpool.simulation.party import Fabric, Host
@@ -42,6 +44,7 @@ class Plan:
     faults: int = -1  # how many; -1: as the seed says
     busy_s: float = 8.0  # for how long faults strike
     size: float = 1.0  # scales what each program does
+    programs: tuple[str, ...] = ()  # what drivers do (workloads.PROGRAMS); none: any of them
     only: tuple[int, ...] | None = None  # positions of the faults that are not left out
     quiet_s: float = QUIET_S  # how long to wait before nothing may be left
     steps_max: int = 50_000_000
@@ -56,6 +59,7 @@ class World:
         self.trace = Trace()
         self.coverage = Coverage()
         self.monitor = Monitor(self)
+        self.ledger = ActorLedger(self)
         random = self.random("world")
         self._numbers = itertools.count(1)
         count = plan.nodes or random.choice((1, 2, 2, 3, 3, 4, 5, 8))
@@ -146,6 +150,9 @@ class World:
         self._run_until(lambda: False, self.plan.busy_s, "")
         self._striker.heal_all()
         self._run_until(self._are_programs_done, END_S, "the programs have not ended")
+        if self.ledger.has_detached:
+            self._run_until(lambda: False, self.plan.quiet_s, "")  # some are only being registered
+            self._end_detached_actors()
         self._run_until(lambda: False, self.plan.quiet_s, "")
         self.check_idle(is_empty=False)
         for driver in self.drivers:
@@ -195,6 +202,13 @@ class World:
         except Disconnected:
             return
         yield Pause(0.0)
+
+    def _end_detached_actors(self) -> None:
+        """Those of drivers that have died."""
+        node = next(node for node in self.nodes if node.is_alive)
+        for actor in self.store.fake.list_actors():
+            if self.ledger.is_detached(actor.actor_id):
+                node.event(e.MessageArrived(node.address, m.KillActor(actor.actor_id, None, True, True)))
 
     def _are_programs_done(self) -> bool:
         return all(thread.is_done or not thread._process.is_alive for thread in self._threads)

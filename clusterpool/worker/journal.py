@@ -21,15 +21,13 @@ from clusterpool.core.actor_messages import (
     ResultsTaken,
     SaveActor,
 )
-from clusterpool.core.messages import ActorPlan, Address, TaskResult, TaskSpec, TaskStatus
+from clusterpool.core.messages import ActorPlan, Address, TaskResult, TaskSpec
 from clusterpool.serialization.packing import dumps_value, loads
 from clusterpool.worker.interrupts import Key
 
 if TYPE_CHECKING:
     from clusterpool.worker.task_runner import TaskRunner
 
-# A longer call is not worth logging: the state is saved after it instead.
-ENTRY_BYTES_MAX = 1024 * 1024
 # The store is one process for the whole cluster; 32 MiB take it some tens of milliseconds.
 CHECKPOINT_BYTES_MAX = 32 * 1024 * 1024
 
@@ -117,7 +115,7 @@ class Journal:
             self.close()
             raise
         runner.interrupts.forget(Key(owner, number))
-        entry = self._entry(owner, spec, result)
+        entry = log.entry_of(owner, spec, result)
         state: bytes | None = None
         if self._log.is_checkpoint_due(entry is not None, monotonic()):
             try:
@@ -127,17 +125,6 @@ class Journal:
         self._handle(log.CallEnded(owner, entry, result, state))
         if len(self._log.held) > log.HELD_MAX:
             self._wait(log.HELD_MAX // 2)
-
-    def _entry(self, owner: Address, spec: TaskSpec, result: TaskResult) -> bytes | None:
-        """How to run the call again; None if that cannot be written down, or would not do the same."""
-        extras = spec.extras
-        assert extras is not None
-        parts_are_inline = all(part.stored is None and not part.references for part in extras.arguments)
-        is_plain = parts_are_inline and not extras.references and extras.stored is None and extras.returns != -1
-        if not is_plain or result.status == TaskStatus.CANCELLED:
-            return None
-        entry = msgspec.msgpack.encode(LoggedCall(owner, spec))
-        return entry if len(entry) <= ENTRY_BYTES_MAX else None
 
     def _save(self) -> bytes:
         """The pickled state. Raises: CheckpointFailed."""

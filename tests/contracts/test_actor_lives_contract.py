@@ -106,6 +106,7 @@ def test_a_checkpoint_takes_the_place_of_the_calls_that_it_covers(store: Control
     assert store.load_calls("a1") == CallLog(b"later", 4, [b"five"])
     assert store.update_actor("a1", [], "dead")
     assert store.load_calls("a1").log == []
+    assert store.load_calls("nobody") == CallLog(b"", 0, [])
     assert store.append_calls("a1", 0, 6, [b"six"]) == "gone"
 
 

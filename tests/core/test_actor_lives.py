@@ -13,7 +13,7 @@ from clusterpool.core import node_events as ne
 from clusterpool.core import owner_events as e
 from clusterpool.core.actor_messages import ActorCreation, encode_creation
 from clusterpool.core.messages import Address, TaskStatus, WorkerKind
-from clusterpool.core.node_actors import UNKNOWN_WAIT_S
+from clusterpool.core.node_actors import NEXT_LIFE_WAIT_S, UNKNOWN_WAIT_S
 from tests.core.machines import DRIVER, JOB, NODE, Owner, T, make_result, make_task, make_worker, of_type
 from tests.core.test_actors import HOME, PENDING, calls, lost, started
 from tests.core.test_node import NOW_S, REMOTE, W1, Node
@@ -245,6 +245,17 @@ def test_who_waits_for_a_life_is_not_told_of_a_former_one(node: Node) -> None:
     assert (located.request, located.actor.life) == (5, 1)
 
 
+def test_who_was_wrongly_told_that_a_life_is_over_hears_that_it_goes_on(node: Node) -> None:
+    # A message to it came back, because two nodes had lost sight of one another.
+    actors = node.machine.actors
+    (read,) = calls_of(node.hear(DRIVER, m.LocateActor(5, "a1", "", "", 1)), "get_actor")
+    assert not sent(answer(node, read, ALIVE), m.ActorLocated)
+    (read,) = calls_of(actors.time_passed(NOW_S + 2), "get_actor")
+    assert not sent(answer(node, read, ALIVE), m.ActorLocated)
+    (read,) = calls_of(actors.time_passed(NOW_S + NEXT_LIFE_WAIT_S), "get_actor")
+    assert [located.actor.life for located in sent(answer(node, read, ALIVE), m.ActorLocated, DRIVER)] == [0]
+
+
 def test_an_actor_that_is_not_known_yet_is_waited_for(node: Node) -> None:
     actors = node.machine.actors
     (read,) = calls_of(node.hear(DRIVER, m.LocateActor(5, "a1", "", "")), "get_actor")
@@ -259,6 +270,19 @@ def test_the_actors_of_a_creator_end_with_it(node: Node) -> None:
     node.hear(DRIVER, m.RegisterActor(0, PENDING))
     (ended,) = calls_of(node.handle(ne.ProcessLeft(DRIVER)), "end_actors")
     assert ended.arguments["actor_ids"] == ["a1"]
+
+
+def test_a_node_that_joins_anew_gives_up_the_lives_that_it_was_making(node: Node) -> None:
+    # The registry may have entered the actor while this node was not a member: then nobody takes it for an orphan.
+    (call,) = calls_of(node.hear(DRIVER, m.RegisterActor(7, DETACHED, False, CREATION)), "create_actor")
+    answer(node, call, None)
+    actors, membership = node.machine.actors, node.machine.membership
+    actors.fenced()
+    (ended,) = calls_of(actors.membership_heard(ms.Registered(2), membership, is_alone=False), "end_life")
+    assert (ended.arguments["life"], ended.arguments["teller"]) == (0, "host")
+    again = msgspec.structs.replace(DETACHED, life=1)
+    assert len(sent(answer(node, ended, ("restart", again, CREATION)), m.RequestWorkers)) == 1
+    assert not calls_of(actors.membership_heard(ms.Registered(3), membership, is_alone=False), "end_life")
 
 
 def test_a_creator_hears_that_its_actor_was_killed(node: Node) -> None:

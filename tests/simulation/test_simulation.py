@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from clusterpool.simulation.__main__ import attempt, main
+from clusterpool.simulation.__main__ import attempt, command_of, main
 from clusterpool.simulation.world import Plan, World
 
 # Each of these found something once; what it was stands beside it.
@@ -25,6 +25,14 @@ FOUND = {
     3399: "a node wrote down the owner of an object that had been let go while it was being fetched",
     114: "an object was freed twice when a task that waited for it failed for its value, nobody else having it",
 }
+# The same, by programs: (seed, programs).
+FOUND_BY = {
+    (44, ("restarts", "detached")): "a caller was told that an actor's life was over, wrongly, and waited for ever",
+    (103, ("restarts", "detached")): "the same, of an actor that its creator starts again",
+    (400, ("restarts", "detached")): "an actor that was entered while its node was taken for dead, nobody made",
+}
+# Programs that end no process themselves.
+HARMLESS = ("flat", "graph", "nested", "boxes", "group", "actor", "objects", "cancelled", "shared")
 BATCHES = 5
 SEEDS_A_BATCH = 12
 
@@ -33,7 +41,7 @@ def run(plan: Plan) -> World:
     world = World(plan)
     error = attempt(world)
     if error is not None:
-        raise AssertionError(f"again: python -m clusterpool.simulation --seed {plan.seed}\n{error!r}") from error
+        raise AssertionError(f"again: {command_of(plan)}\n{error!r}") from error
     return world
 
 
@@ -48,13 +56,26 @@ def test_what_was_found_once_is_gone(seed: int) -> None:
     run(Plan(seed))
 
 
+@pytest.mark.parametrize(("seed", "programs"), FOUND_BY)
+def test_what_some_programs_have_found_is_gone(seed: int, programs: tuple[str, ...]) -> None:
+    run(Plan(seed, programs=programs))
+
+
+def test_a_state_that_is_not_restored_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from clusterpool.simulation.actors import ActorLog
+
+    # A next life that forgets the calls since the last checkpoint.
+    monkeypatch.setattr(ActorLog, "load", lambda self, checkpoint, covered: None)
+    assert main(["--seeds", "0-40", "--faults", "0", "--programs", "restarts"]) == 1
+
+
 def test_what_was_let_go_is_not_fetched_into_what_is_still_read() -> None:
     run(Plan(8171, nodes=3, faults=8))
 
 
 def test_without_faults_nothing_is_lost() -> None:
     for seed in range(1000, 1010):
-        world = run(Plan(seed, nodes=3, faults=0))
+        world = run(Plan(seed, nodes=3, faults=0, programs=HARMLESS))
         assert world.monitor.outcomes > 0
         assert set(world.monitor.losses) <= {"cancelled", "store_full"}
 
