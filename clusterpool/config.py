@@ -362,16 +362,17 @@ def write_cluster_record(record: ClusterRecord) -> Path:
 
 def read_cluster_record() -> ClusterRecord | None:
     """None if there is none, if another version wrote it, or if it is not ours: it names a socket that we
-    would trust.
+    would trust. A cluster whose node in the record has died is reached through another one on this host.
     """
     path = home_folder() / "cluster.json"
     try:
         with path.open(encoding="utf-8") as file:
             if os.fstat(file.fileno()).st_uid != os.getuid():
                 return None
-            return ClusterRecord(**_checked_fields(ClusterRecord, file.read()))
+            record = ClusterRecord(**_checked_fields(ClusterRecord, file.read()))
     except (OSError, RuntimeError, ValueError):  # RuntimeError: no home folder can be found
         return None
+    return record if is_alive(record) else _through_another_node(record)
 
 
 def remove_cluster_record(cluster_id: str | None = None) -> bool:
@@ -388,11 +389,19 @@ def remove_cluster_record(cluster_id: str | None = None) -> bool:
 
 
 def is_alive(record: ClusterRecord) -> bool:
-    """Whether the head node of `record` lives on this host: it holds the flock of its folder as long as it
-    does.
-    """
-    node_socket = Path(record.node_socket)
+    """Whether the node of `record` lives on this host: it holds the flock of its folder as long as it does."""
+    return _is_living(Path(record.node_socket))
+
+
+def _is_living(node_socket: Path) -> bool:
     return is_folder_locked(node_socket.parent) and node_socket.exists()
+
+
+def _through_another_node(record: ClusterRecord) -> ClusterRecord:
+    # Else a program that is started after the head has died would run on a private cluster, and `up` end this one.
+    living = [node.node_socket for node in SessionPaths(Path(record.session_folder)).nodes()]
+    living = [node_socket for node_socket in living if _is_living(node_socket)]
+    return dataclasses.replace(record, node_socket=str(living[0])) if living else record
 
 
 def detect_cpus(*, root: Path = Path("/")) -> int:

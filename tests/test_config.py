@@ -218,6 +218,22 @@ class TestClusterRecord:
         assert remove_cluster_record("c1")
         assert read_cluster_record() is None
 
+    def test_leads_to_another_node_of_this_host_when_its_own_has_died(self, record: ClusterRecord) -> None:
+        write_cluster_record(record)
+        other = SessionPaths(Path(record.session_folder)).node("n9876543210")
+        other.folder.mkdir(parents=True)
+        other.node_socket.touch()
+        assert read_cluster_record() == record  # that one is dead too
+        descriptor = os.open(other.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            found = read_cluster_record()
+            assert found == dataclasses.replace(record, node_socket=str(other.node_socket))
+            assert is_alive(found)
+        finally:
+            os.close(descriptor)
+        assert read_cluster_record() == record
+
     def test_is_alive_while_the_head_holds_its_folder(self, record: ClusterRecord) -> None:
         folder = Path(record.node_socket).parent
         assert not is_alive(record)

@@ -15,21 +15,28 @@ import urllib.parse
 from pathlib import Path
 from typing import IO, Any
 
+from clusterpool.config import SessionPaths
+from clusterpool.node.store_server import LOCK_NAME
+
 psutil: Any = importlib.import_module("psutil")
 
+ROOT = Path(__file__).parents[2]
 NODES = 4
 NODE_CPUS = 2
 STORE_BYTES = 1_500_000_000
-COMMAND_TIMEOUT_S = 90
+COMMAND_TIMEOUT_S = 180
 
 
 class Cluster:
     """Base: a folder of its own, an environment that marks every process, and how to end them all."""
 
     name = ""
+    is_shared = True  # a second program may use it
+    ends_workers_of_dead_drivers = False  # so that nothing of a killed driver goes on
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.address = ""  # for drivers, from `start` on
         self.log: IO[str] = (folder / "cluster.log").open("w")
         self.environment = {
             **os.environ,
@@ -48,16 +55,23 @@ class Cluster:
         for name in ("home", "t", "r"):
             (folder / name).mkdir(mode=0o700)
 
-    def start(self) -> str:
-        """Start the nodes; the address for the driver."""
-        return ""
+    def start(self) -> None:
+        """Start the nodes."""
+
+    def driver_environment(self) -> dict[str, str]:
+        """For programs on the cluster."""
+        return {**self.environment, "PYTHONPATH": f"{ROOT}:{self.environment.get('PYTHONPATH', '')}"}
 
     def workers(self) -> list[int]:
         """Processes that run users' code now, or will."""
         return []
 
     def nodes(self) -> list[int]:
-        """Nodes that may be killed: never the head's, where driver and control store are."""
+        """Nodes that may be killed, but for the head's: never the one where the drivers are."""
+        return []
+
+    def heads(self) -> list[int]:
+        """The head's node, where its cluster is promised to survive that."""
         return []
 
     def stores(self) -> list[int]:
@@ -130,29 +144,45 @@ class ClusterpoolCluster(Cluster):
     """`clusterpool up` with a file, `clusterpool start` for a node that takes the place of a killed one."""
 
     name = "clusterpool"
+    ends_workers_of_dead_drivers = True
 
     def command(self, *arguments: str) -> str:
         """The command line."""
         return self.call(sys.executable, "-m", "clusterpool.cli", *arguments)
 
-    def start(self) -> str:
+    def start(self) -> None:
         node = f"{{num_cpus: {NODE_CPUS}, object_store_memory: {STORE_BYTES}}}"
         file = self.folder / "cluster.yaml"
         file.write_text(f"head: {node}\nnodes:\n" + f"  - {node}\n" * (NODES - 1))
-        self.command("up", str(file), "--json")
-        return ""
+        started = json.loads(self.command("up", str(file), "--json"))
+        self.session = SessionPaths(Path(started["session_folder"]))
+        self.store_port = urllib.parse.urlsplit(started["control_store"]).port
+        self.head = next(int(node["pid"]) for node in started["nodes"] if node["is_head"])
+        keepers = self.keepers()
+        home = next(node for node in started["nodes"] if node["pid"] not in (self.head, *keepers))
+        self.home = int(home["pid"])
+        self.address = str(self.session.node(home["node_id"]).node_socket)
 
     def status(self) -> list[dict[str, Any]]:
         """What the cluster says of its nodes."""
-        nodes: list[dict[str, Any]] = json.loads(self.command("status", "--json"))["nodes"]
+        said = self.command("status", "--json", "--address", self.address)
+        nodes: list[dict[str, Any]] = json.loads(said)["nodes"]
         return nodes
 
     def nodes(self) -> list[int]:
-        return [node["pid"] for node in self.status() if not node["is_head"] and node["alive"]]
+        spared = [self.home, *self.heads()]
+        return [node["pid"] for node in self.status() if node["pid"] not in spared and node["alive"]]
 
-    def head(self) -> int:
-        """The pid of the node that is never killed."""
-        return next(int(node["pid"]) for node in self.status() if node["is_head"])
+    def heads(self) -> list[int]:
+        if psutil.pid_exists(self.head):
+            return [self.head]
+        return [pid for pid in self.keepers() if pid != self.home]
+
+    def keepers(self) -> list[int]:
+        """The node that starts the control store again when that has died: it holds this lock, at first the head."""
+        inode = (self.session.folder / LOCK_NAME).stat().st_ino
+        fields = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        return [int(line[4]) for line in fields if line[1] == "FLOCK" and line[5].endswith(f":{inode}")]
 
     def workers(self) -> list[int]:
         found = []
@@ -167,12 +197,11 @@ class ClusterpoolCluster(Cluster):
 
     def stores(self) -> list[int]:
         # By its port and not by the mark: such a server writes over its environment.
-        url = json.loads(self.command("status", "--json"))["control_store"]
-        port = urllib.parse.urlsplit(url).port
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.name().startswith(("valkey", "redis")) and f":{port}" in " ".join(process.cmdline()):
+                is_server = process.name().startswith(("valkey", "redis"))
+                if is_server and f":{self.store_port}" in " ".join(process.cmdline()):
                     found.append(process.pid)
         return found
 
@@ -191,7 +220,7 @@ class RayCluster(Cluster):
 
     name = "ray"
 
-    def start(self) -> str:
+    def start(self) -> None:
         # Its sockets lie deep, and the path of a UNIX socket has 107 bytes at the most.
         self.environment["RAY_TMPDIR"] = f"/tmp/{self.folder.name}"
         self.port = free_port()
@@ -199,7 +228,6 @@ class RayCluster(Cluster):
         for _ in range(NODES - 1):
             self.add_node()
         self.head_raylet = min(self.named("raylet"))
-        return ""
 
     def ray(self, *arguments: str) -> None:
         """`ray start`."""
@@ -231,12 +259,11 @@ class DaskCluster(Cluster):
 
     name = "dask"
 
-    def start(self) -> str:
+    def start(self) -> None:
         self.address = f"tcp://127.0.0.1:{free_port()}"
         self.spawn(sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", self.address, "--no-dashboard")
         for _ in range(NODES):
             self.add_node()
-        return self.address
 
     def nodes(self) -> list[int]:
         return [process.pid for process in self.living() if self.is_worker_command(process)]
@@ -274,6 +301,7 @@ class LokyCluster(Cluster):
     """No cluster: the workers are the driver's own."""
 
     name = "loky"
+    is_shared = False
 
     def workers(self) -> list[int]:
         return [

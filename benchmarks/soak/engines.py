@@ -13,11 +13,13 @@ from typing import Any, Protocol
 from benchmarks.soak import work
 from benchmarks.work import Counter
 
+OURS = "clusterpool"
 # Unfinished small tasks that the driver keeps up; far more than there are workers.
 WINDOW = 200
 WORKERS = 8
 RETRIES = 50
 CALL_TIMEOUT_S = 120.0
+Task = Callable[[int], tuple[int, int]]
 ACTOR_OPTIONS = {"max_restarts": -1, "max_task_retries": -1, "checkpoint_every": 20}
 
 
@@ -25,7 +27,7 @@ class Engine(Protocol):
     """One contender."""
 
     def small_tasks(self, numbers: Iterator[int], failed: Callable[[str], None]) -> Iterator[tuple[int, int]]:
-        """`work.mixed` of all numbers, as they are done."""
+        """The task for all numbers, as they are done."""
 
     def chain(self, number: int) -> tuple[float, float, int]:
         """`summary(shift(make_big(number)))`, each in a task, the arrays passed from task to task."""
@@ -62,12 +64,13 @@ class _Referenced:
 class Clusterpool(_Referenced):
     """A Pool for the small tasks, remote functions for the arrays, actors with checkpoints."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str, workers: int, task: Task, actor: type) -> None:
         import clusterpool
 
         self.tool = clusterpool
-        clusterpool.init()
-        self.pool = clusterpool.Pool(WORKERS, retries=RETRIES)
+        clusterpool.init(address=address)
+        self.task, self.actor = task, actor
+        self.pool = clusterpool.Pool(workers, retries=RETRIES)
         remote: Any = clusterpool.remote
         self.make, self.shift, self.summary = (
             remote(retries=RETRIES)(function) for function in (work.make_big, work.shift, work.summary)
@@ -75,7 +78,7 @@ class Clusterpool(_Referenced):
         self.actors: list[Any] = []
 
     def small_tasks(self, numbers: Iterator[int], failed: Callable[[str], None]) -> Iterator[tuple[int, int]]:
-        results = self.pool.imap_unordered(work.mixed, numbers)
+        results = self.pool.imap_unordered(self.task, numbers)
         while True:
             try:
                 yield next(results)
@@ -85,7 +88,7 @@ class Clusterpool(_Referenced):
                 failed(f"{type(exc).__name__}: {exc}")
 
     def open_actors(self, count: int) -> bool:
-        counter = self.tool.remote(num_cpus=0, scheduling="spread", **ACTOR_OPTIONS)(Counter)
+        counter = self.tool.remote(num_cpus=0, scheduling="spread", **ACTOR_OPTIONS)(self.actor)
         self.actors = [counter.remote() for _ in range(count)]
         return True
 
@@ -136,17 +139,18 @@ class _Windowed:
 class Ray(_Referenced, _Windowed):
     """Tasks and actors, with their retries and restarts. An actor that is started again has lost what it knew."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str, workers: int, task: Task, actor: type) -> None:
+        self.actor = actor
         self.tool = importlib.import_module("ray")
         self.tool.init(address="auto", log_to_driver=False, logging_level="ERROR")
         options = {"max_retries": RETRIES, "num_cpus": 1}
-        self.mixed, self.make, self.shift, self.summary = (
-            self.tool.remote(**options)(function) for function in (work.mixed, work.make_big, work.shift, work.summary)
+        self.task, self.make, self.shift, self.summary = (
+            self.tool.remote(**options)(function) for function in (task, work.make_big, work.shift, work.summary)
         )
         self.actors: list[Any] = []
 
     def submit(self, number: int) -> Any:
-        return self.mixed.remote(number)
+        return self.task.remote(number)
 
     def wait_any(self, refs: list[Any]) -> list[Any]:
         done: list[Any] = self.tool.wait(refs, num_returns=1, timeout=1.0)[0] if refs else []
@@ -156,7 +160,7 @@ class Ray(_Referenced, _Windowed):
         return self.tool.get(ref, timeout=CALL_TIMEOUT_S)
 
     def open_actors(self, count: int) -> bool:
-        counter = self.tool.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Counter)
+        counter = self.tool.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(self.actor)
         self.actors = [counter.remote() for _ in range(count)]
         return True
 
@@ -167,14 +171,15 @@ class Ray(_Referenced, _Windowed):
 class Dask(_Windowed):
     """Futures with retries, and actors, which Dask does not start again."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, workers: int, task: Task, actor: type) -> None:
+        self.task, self.actor = task, actor
         distributed: Any = importlib.import_module("distributed")
         self.distributed = distributed
         self.client = distributed.Client(address, set_as_default=True)
         self.actors: list[Any] = []
 
     def submit(self, number: int) -> Any:
-        return self.client.submit(work.mixed, number, retries=RETRIES, pure=False)
+        return self.client.submit(self.task, number, retries=RETRIES, pure=False)
 
     def wait_any(self, refs: list[Any]) -> list[Any]:
         if not refs:
@@ -194,7 +199,7 @@ class Dask(_Windowed):
         return result
 
     def open_actors(self, count: int) -> bool:
-        self.actors = [self.client.submit(Counter, actor=True, pure=False).result() for _ in range(count)]
+        self.actors = [self.client.submit(self.actor, actor=True, pure=False).result() for _ in range(count)]
         return True
 
     def call_all(self, amounts: list[int]) -> list[int | Exception]:
@@ -204,7 +209,7 @@ class Dask(_Windowed):
                 lambda position=position, amount=amount: self.actors[position].add(amount).result(timeout=5)  # type: ignore[misc]
             )
             if isinstance(value, Exception):
-                self.actors[position] = self.client.submit(Counter, actor=True, pure=False).result(timeout=60)
+                self.actors[position] = self.client.submit(self.actor, actor=True, pure=False).result(timeout=60)
             values.append(value)
         return values
 
@@ -215,15 +220,17 @@ class Dask(_Windowed):
 class Loky(_Windowed):
     """One host, no actors, no retries: an executor whose worker was killed is broken, and the program makes another."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str, workers: int, task: Task, actor: type) -> None:
+        self.workers = workers
+        self.task, self.actor = task, actor
         self.loky: Any = importlib.import_module("loky")
         self.futures: Any = importlib.import_module("concurrent.futures")
 
     def _executor(self) -> Any:
-        return self.loky.get_reusable_executor(max_workers=WORKERS, timeout=300)
+        return self.loky.get_reusable_executor(max_workers=self.workers, timeout=300)
 
     def submit(self, number: int) -> Any:
-        return self._executor().submit(work.mixed, number)
+        return self._executor().submit(self.task, number)
 
     def wait_any(self, refs: list[Any]) -> list[Any]:
         return list(self.futures.wait(refs, 1.0, "FIRST_COMPLETED").done) if refs else []
@@ -255,9 +262,11 @@ def _value_or_error(ask: Callable[[], Any]) -> Any:
         return exc
 
 
-def make_engine(name: str, address: str) -> Engine:
-    """The contender, connected to its cluster."""
-    if name == "dask":
-        return Dask(address)
-    engines: dict[str, Callable[[], Engine]] = {"clusterpool": Clusterpool, "ray": Ray, "loky": Loky}
-    return engines[name]()
+def make_engine(
+    name: str, address: str, *, workers: int = WORKERS, task: Task = work.mixed, actor: type = Counter
+) -> Engine:
+    """The contender, connected. `task`: what small tasks do, on so many workers where that can be said."""
+    engines: dict[str, Callable[[str, int, Task, type], Engine]] = {
+        OURS: Clusterpool, "ray": Ray, "dask": Dask, "loky": Loky,
+    }  # fmt: skip
+    return engines[name](address, workers, task, actor)

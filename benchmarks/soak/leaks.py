@@ -1,4 +1,4 @@
-"""What the head node holds while the job runs and after it, and what is left on the machine when all has ended."""
+"""What the driver's node holds while the job runs and after it, and what is left on the machine when all has ended."""
 
 from __future__ import annotations
 
@@ -16,24 +16,18 @@ SETTLE_S = 30.0
 
 @dataclass
 class Watch:
-    """Looks at the head of a clusterpool cluster; of others only what is left at the end. Made before the cluster."""
+    """Looks at a clusterpool cluster; of others only what is left at the end. Made before the cluster."""
 
     cluster: Cluster
-    head: int = 0
     samples: list[dict[str, float]] = field(default_factory=list)
-    segments_before: set[str] = field(default_factory=lambda: set(os.listdir("/dev/shm")))
-
-    def start(self) -> None:
-        """When the cluster is there."""
-        if isinstance(self.cluster, ClusterpoolCluster):
-            self.head = self.cluster.head()
+    segments_before: set[str] = field(default_factory=lambda: segments())
 
     def sample(self) -> None:
-        """Take note of the head's descriptors and memory."""
-        if not self.head:
+        """Take note of the descriptors and memory of the one node that is never killed."""
+        if not isinstance(self.cluster, ClusterpoolCluster):
             return
         with contextlib.suppress(psutil.Error):
-            process = psutil.Process(self.head)
+            process = psutil.Process(self.cluster.home)
             own_bytes = process.memory_full_info().uss
             self.samples.append({"fds": process.num_fds(), "own_mb": own_bytes / 1e6, "threads": process.num_threads()})
 
@@ -61,7 +55,7 @@ class Watch:
             folder = Path(self.cluster.environment["CLUSTERPOOL_TMPDIR"])
             found = {
                 "processes": [str(process.pid) for process in self.cluster.living()],
-                "files in /dev/shm": sorted(set(os.listdir("/dev/shm")) - self.segments_before),
+                "files in /dev/shm": sorted(segments() - self.segments_before),
                 "session folders": [path.name for path in folder.glob("*/s-*")],
             }
             left = [f"{len(names)} {what} ({', '.join(names[:3])} ...)" for what, names in found.items() if names]
@@ -75,3 +69,8 @@ class Watch:
             return {}
         first, last = self.samples[len(self.samples) // 10], self.samples[-1]
         return {name: [round(first[name], 1), round(last[name], 1)] for name in first}
+
+
+def segments() -> set[str]:
+    """What clusterpool has in shared memory: arenas, cells and semaphores."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith(("clusterpool-", "sem.clusterpool-"))}

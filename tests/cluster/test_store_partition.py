@@ -146,6 +146,10 @@ def test_a_node_apart_survives_the_death_of_the_peer_that_helps_it(mortal_nodes:
     done = run_at(apart, program)
     assert (done.stdout, done.returncode) == ("5\n", 0), done.stderr
     assert time.monotonic() - killed_s < 40
+    # Who names no node is led to one that lives, though the recorded one was the head.
+    status = json.loads(clusterpool_command("status", "--json").stdout)
+    living = {mortal_nodes.second, mortal_nodes.third, apart.node_id}
+    assert {node["node_id"] for node in status["nodes"]} == living
     assert re.search(f"tried through node ({mortal_nodes.second}|{mortal_nodes.third})", apart.log())
     # The server's keeper died with the head: another node of the host has taken its place.
     record = mortal_nodes.session_folder / "store" / "control-store.json"

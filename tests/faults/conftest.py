@@ -15,3 +15,11 @@ def hosts(run_of_tests: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """Four nodes that the tests of the module share; whoever kills one mends it."""
     with started_hosts(tmp_path_factory.mktemp("hosts"), run_of_tests) as hosts:
         yield hosts
+
+
+@pytest.fixture
+def mended_hosts(hosts: Hosts) -> Iterator[Hosts]:
+    """The same, and whatever became of the test, the next one has four healthy nodes."""
+    yield hosts
+    hosts.mend()
+    hosts.assert_healthy()

@@ -101,20 +101,18 @@ class Hosts:
     def mend(self) -> None:
         """Wait until the dead are known, and start others in their places; nothing of the dead may be left."""
         wait_for(lambda: is_alive(self.store_pid()), within_s=20, what="the control store is started again")
-        dead = [role for role in ROLES if not is_alive(self.node_pid(role))]
-        for role in dead:
-            node_id = self.node_id(role)
-            wait_for(
-                lambda node_id=node_id: all(part.node_id != node_id for part in self.known()),
-                within_s=DEAD_WITHIN_S + SLACK_S,
-                what=f"{role} is known to be dead",
-            )
-        for role in dead:
-            node_id, folder = self.node_id(role), self.paths(role).folder
+        dead = {self.node_id(role): role for role in ROLES if not is_alive(self.node_pid(role))}
+        for node_id, role in dead.items():
+            folder = self.paths(role).folder
             self._start(role)
             assert not folder.exists(), "the next start has not swept the dead node's folder"
             left = [name for name in os.listdir("/dev/shm") if node_id in name]
             assert not left, f"the next start has not swept {left}"
+        wait_for(
+            lambda: dead.keys().isdisjoint(part.node_id for part in self.known()),
+            within_s=DEAD_WITHIN_S + SLACK_S,
+            what=f"{list(dead.values())} are known to be dead",
+        )
 
     def _start(self, role: str) -> None:
         held = self.run_of_tests.look()
@@ -160,14 +158,12 @@ def started_hosts(folder: Path, run_of_tests: Any) -> Iterator[Hosts]:
     done = clusterpool_command("up", str(file), "--json")
     assert done.returncode == 0, done.stderr
     started = json.loads(done.stdout)
+    hosts = Hosts(run_of_tests, SessionPaths(Path(started["session_folder"])), started["join_file"])
+    for part in (NodePart(**fields) for fields in started["nodes"]):
+        hosts.parts["head" if part.is_head else next(role for role in ROLES if role in part.total)] = part
     held_before = list(run_of_tests.held)
     run_of_tests.held.append(run_of_tests.look())
-    hosts = Hosts(run_of_tests, SessionPaths(Path(started["session_folder"])), started["join_file"])
     try:
-        for fields in started["nodes"]:
-            part = NodePart(**fields)
-            role = "head" if part.is_head else next(role for role in ROLES if role in part.total)
-            hosts.parts[role] = part
         yield hosts
     finally:
         end_cluster(run_of_tests, held_before)

@@ -23,6 +23,10 @@ LARGE_BYTES = 80_000_000
 PIECE_BYTES = 16_000_000
 PIECES = 20
 ON_SPOT = {"num_cpus": 0, "resources": {"spot": 1}}
+# Calls of a ledger; those before the moment, unless the call in question is one of them.
+CALLS = 16
+CALLS_BEFORE = 6
+WAITING_CALL = 9
 WORKERS = 6
 WAITING = range(3, 3 + WORKERS)  # the items that wait to be told to go on: one for each worker
 
@@ -95,6 +99,41 @@ def digest(folder: Path, argument: bytes) -> int:
 
 def make(folder: Path, size_bytes: int, seed: int) -> bytes:
     return Worker().make(folder, size_bytes, seed)
+
+
+class Ledger:
+    """Its state survives it. It waits once, at the moment of which the program is told, until that may go on."""
+
+    def __init__(self, folder: Path, moment: str) -> None:
+        self.folder, self.moment = folder, moment
+        self.values: list[int] = []
+
+    def add(self, number: int) -> int:
+        if number == WAITING_CALL:
+            self._come_to("replaying" if (self.folder / "again").exists() else "running")
+        self.values.append(number)
+        return len(self.values)
+
+    def all(self) -> list[int]:
+        return self.values
+
+    def place(self) -> int:
+        note(self.folder, "place")
+        return os.getpid()
+
+    def save(self) -> list[int]:
+        if len(self.values) > CALLS_BEFORE:
+            self._come_to("checkpointing")
+        return self.values
+
+    def load(self, values: list[int]) -> None:
+        self._come_to("restoring")
+        self.values = values
+
+    def _come_to(self, moment: str) -> None:
+        if moment == self.moment and not (self.folder / "go").exists():
+            note(self.folder, moment)
+            wait_for_file(self.folder / "go")
 
 
 class Caller:
@@ -175,9 +214,58 @@ def spilling(folder: Path, kind: str, options: dict[str, Any]) -> bool:
     return True
 
 
+def ledger(folder: Path, kind: str, options: dict[str, Any], moment: str) -> bool:
+    """Calls of an actor with checkpoints, some before and some after the moment."""
+    lasting = {"max_restarts": -1, "max_task_retries": -1, "checkpoint_every": 4, **options}
+    if kind == "detached":
+        lasting |= {"name": "ledger", "lifetime": "detached"}
+    actor = clusterpool.remote(Ledger).options(**ON_SPOT, **lasting).remote(folder, moment)
+    is_again = moment in ("restoring", "replaying")
+    # The last of those before is in the log, and not in a checkpoint: a next life runs it again.
+    before = WAITING_CALL + 1 if is_again else CALLS_BEFORE
+    answers = [acknowledged(folder, actor.add.remote(number)) for number in range(before)]
+    pid = clusterpool.get(actor.place.remote())
+    if is_again:
+        (folder / "again").touch()
+        os.kill(pid, 9)
+    if moment == "idle":
+        (folder / "executions").rename(folder / "before")
+        (folder / "reached").touch()
+        wait_for_file(folder / "go")
+    references = [actor.add.remote(number) for number in range(before, CALLS)]
+    answers += [acknowledged(folder, reference) for reference in references]
+    is_right: bool = clusterpool.get(actor.all.remote()) == list(range(CALLS))
+    if kind == "detached":
+        clusterpool.kill(actor)
+    return is_right and answers == list(range(1, CALLS + 1))
+
+
+def acknowledged(folder: Path, reference: Any) -> Any:
+    """The result, of which note is taken."""
+    answer = clusterpool.get(reference)
+    (folder / "acknowledged.new").write_text(str(answer))
+    (folder / "acknowledged.new").rename(folder / "acknowledged")
+    return answer
+
+
+def check(folder: Path) -> bool:
+    """What a detached ledger has when its driver is dead: all that was acknowledged, each once and in order."""
+    actor = clusterpool.get_actor("ledger")
+    values = clusterpool.get(actor.all.remote())
+    again = clusterpool.get(actor.add.remote(len(values)))
+    clusterpool.kill(actor)
+    read = int((folder / "acknowledged").read_text())
+    return bool(values == list(range(len(values))) and read <= len(values) <= CALLS and again == len(values) + 1)
+
+
 def main(moment: str, kind: str, folder: Path, options: dict[str, Any]) -> None:
     try:
-        outcome: dict[str, Any] = {"right": globals()[moment](folder, kind, options)}
+        if moment == "check":
+            outcome: dict[str, Any] = {"right": check(folder)}
+        elif kind in ("ledger", "detached"):
+            outcome = {"right": ledger(folder, kind, options, moment)}
+        else:
+            outcome = {"right": globals()[moment](folder, kind, options)}
     except Exception as exc:
         outcome = {
             "error": type(exc).__name__,
