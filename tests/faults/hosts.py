@@ -101,6 +101,8 @@ class Hosts:
     def mend(self) -> None:
         """Wait until the dead are known, and start others in their places; nothing of the dead may be left."""
         wait_for(lambda: is_alive(self.store_pid()), within_s=20, what="the control store is started again")
+        # It is a child of the node that started it again, and outlives that.
+        self.run_of_tests.held.append(type(self.run_of_tests.look())(frozenset([self.store_pid()])))
         dead = {self.node_id(role): role for role in ROLES if not is_alive(self.node_pid(role))}
         for node_id, role in dead.items():
             folder = self.paths(role).folder
