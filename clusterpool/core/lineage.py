@@ -126,12 +126,12 @@ class LineageTable:
         return self.settle(record)
 
     def object_settled(self, number: int) -> list[Reference]:
-        """The object has a value that cannot be lost (a small one, or an error): nobody will rebuild it."""
-        record = self.by_object.pop(number, None)
-        if record is None:
-            return []
-        record.numbers.pop(number, None)
+        """The object has a value that cannot be lost (a small one, or an error): nobody rebuilds it for itself."""
+        record = self.by_object[number]
         record.living.pop(number, None)
+        if not record.dependents:  # else it may have been let go by the time that they need it again
+            del self.by_object[number]
+            record.numbers.pop(number, None)
         return self.settle(record)
 
     def revive(self, number: int) -> None:

@@ -56,6 +56,7 @@ class OwnerRecovery:
         self.unread: dict[int, tuple[Task, int]] = {}  # by number, tasks whose stored results go to a sink; their sets
         self._number_by_name: dict[str, int] = {}  # of stored objects
         self._lost_texts: dict[int, str] = {}  # by object that is lost or being rebuilt, what happened
+        self._lost_again: dict[int, None] = {}  # made by a second run, and lost while it went on
 
     def handlers_of_events(self) -> dict[type, Callable[[Any, float], Commands]]:
         """For the owner's table."""
@@ -131,6 +132,7 @@ class OwnerRecovery:
     def freed(self, number: int, value: ValuePart | None) -> list[Reference]:
         """An object of ours is no more; the references that are let go with what was kept to rebuild it."""
         self._lost_texts.pop(number, None)
+        self._lost_again.pop(number, None)
         if value is not None and value.stored is not None:
             self._number_by_name.pop(value.stored.object_id, None)
         return self.lineage.object_freed(number)
@@ -308,10 +310,22 @@ class OwnerRecovery:
         commands: Commands = []
         wanted = deque([number])
         while wanted:
-            record = self.lineage.by_object.get(wanted.popleft())
-            if record is not None and not record.is_running:
-                commands += self._begin(record, wanted)
+            number = wanted.popleft()
+            record = self.lineage.by_object.get(number)
+            if record is None:
+                continue
+            commands += self._await_run(number, record) if record.is_running else self._begin(record, wanted)
         return commands
+
+    def _await_run(self, number: int, record: LineageRecord) -> Commands:
+        """An object is lost whose task runs again already, for another of its objects: its value comes with that."""
+        owned = self._table.owned.get(number)
+        if owned is None or owned.value is None or owned.value.stored is None or not is_lost(owned.value):
+            return []
+        attempt = record.task.spec.extras.attempt if record.task.spec.extras is not None else 1
+        if owned.value.stored.object_id == object_id(self._owner.address.process_id, number, attempt):
+            self._lost_again[number] = None  # an item of a stream, which this run does not make once more
+        return self._reset(owned)
 
     def _begin(self, record: LineageRecord, wanted: deque[int]) -> Commands:
         worker_set = self._owner.sets.get(record.set_number)
@@ -380,7 +394,10 @@ class OwnerRecovery:
         commands: Commands = []
         for item in list(record.living):
             owned = self._table.owned.get(item)
-            if owned is not None and owned.value is None:
+            if item in self._lost_again:
+                del self._lost_again[item]
+                commands += self.rebuild(item)
+            elif owned is not None and owned.value is None and not record.is_running:
                 text = "its task was run again, but did not make it again"
                 commands += self._lost_for_good(item, text)
             else:
@@ -442,6 +459,7 @@ class OwnerRecovery:
         self.lineage.clear()
         self.running.clear()
         self.unread.clear()
+        self._lost_again.clear()
 
 
 def is_lost(value: ValuePart | None) -> bool:

@@ -211,6 +211,36 @@ def test_several_lost_results_need_one_run(owner: Lineages) -> None:
     assert owner.value(2) == stored(2, "n3", attempt=2)
 
 
+def test_what_is_lost_while_its_task_runs_again_for_another_comes_with_that(owner: Lineages) -> None:
+    owner.submit(make_task(1, sink=None, retries=3, returns=2))
+    owner.run(made_several(1, stored(1), stored(2, "n3")))
+    owner.lose()
+    owner.want(1)
+    owner.hear(N3, r.CopyGone("d1.2"))
+    owner.submit_with(3, ref(2))
+    again = made_several(1, stored(1, "n3", attempt=2), stored(2, "n3", attempt=2))
+    commands = owner.run(again, make_result(3), node_id="n3")
+    assert attempts(commands)[-1] == (3, 1)
+    owner.drop(1, 2, 3)
+    assert owner.is_clean()
+
+
+def test_what_was_small_the_second_time_may_be_let_go_before_what_was_made_of_it(owner: Lineages) -> None:
+    owner.submit(make_task(1, sink=None, retries=3))
+    owner.run(made(1))
+    owner.submit_with(2, ref(1))
+    owner.run(made(2))
+    owner.lose()
+    owner.want(1)
+    owner.run(make_result(1), node_id="n3")
+    owner.drop(1)
+    owner.want(2)
+    commands = owner.run(make_result(1), made(2, "n3", attempt=2), node_id="n3")
+    assert attempts(commands)[-1] == (2, 2)
+    owner.drop(2)
+    assert owner.is_clean()
+
+
 # --- who asks
 
 
