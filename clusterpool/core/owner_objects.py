@@ -168,10 +168,11 @@ class OwnerObjects:
 
     def _result_known(self, number: int, value: ValuePart) -> Commands:
         record = self.table.owned.get(number)
+        commands = self.recovery.reset_if_lost(record) if record is not None else []
         if record is not None and record.value is not None:
             # The task was run again for another of its results, and this one was not lost.
             return self._let_go([Dropped(self.address, 0, 0, value, value.references)])
-        return self.set_value(number, value)
+        return commands + self.set_value(number, value)
 
     def task_failed(self, task: Task, failure: e.FailTasks) -> Commands:
         """A task without a sink will never have a result."""
@@ -413,9 +414,9 @@ class OwnerObjects:
     def _item_repeated(self, item: int, value: ValuePart) -> Commands:
         # The stream is closed, or a retry repeats what the first attempt has sent.
         record = self.table.owned.get(item)
+        commands = self.recovery.reset_if_lost(record) if record is not None else []
         if record is not None and record.value is None:
-            return self.set_value(item, value)  # it was lost with the node of the first attempt
-        commands: Commands = []
+            return commands + self.set_value(item, value)  # it was lost with the node of the first attempt
         if value.stored is not None:
             # Under the name of the first one it is a copy more; under that of a later attempt nobody knows it: it goes.
             commands = self.recovery.copies_made(value.stored)

@@ -235,6 +235,10 @@ class OwnerRecovery:
         text = f"object {number}: {self._lost_texts.pop(number, 'its last copy is gone')}; {reason}"
         return commands + self._objects.set_value(number, ValuePart(lost_kind="object_lost", lost=text))
 
+    def reset_if_lost(self, record: OwnedObject) -> Commands:
+        """Make way for the value that comes of another run."""
+        return self._reset(record) if is_lost(record.value) else []
+
     def _reset(self, record: OwnedObject) -> Commands:
         """The object has no value until it gets another one."""
         value, record.value = record.value, None
@@ -341,8 +345,8 @@ class OwnerRecovery:
         commands = self._revive_arguments(arguments, wanted)
         for number in record.numbers:
             owned = self._table.owned.get(number)
-            if owned is not None and is_lost(owned.value):
-                commands += self._reset(owned)
+            if owned is not None:
+                commands += self.reset_if_lost(owned)
         task = _again(record.task)
         record.task, record.is_running = task, True
         self.running[task.spec.number] = record
@@ -368,8 +372,8 @@ class OwnerRecovery:
             owned = self._table.owned.get(reference.number)
             if owned is None:
                 owned = self._revive(reference.number)
-            elif is_lost(owned.value):
-                commands += self._reset(owned)
+            else:
+                commands += self.reset_if_lost(owned)
             if owned.value is None:
                 wanted.append(reference.number)
         return commands

@@ -225,6 +225,18 @@ def test_what_is_lost_while_its_task_runs_again_for_another_comes_with_that(owne
     assert owner.is_clean()
 
 
+def test_what_was_lost_and_not_wanted_is_taken_from_a_run_for_another(owner: Lineages) -> None:
+    owner.submit(make_task(1, sink=None, retries=3, returns=2))
+    owner.run(made_several(1, stored(1, "n3"), stored(2)))
+    owner.lose()
+    owner.want(2)
+    owner.hear(N3, r.CopyGone("d1.1"))
+    owner.run(made_several(1, stored(1, "n3", attempt=2), stored(2, "n3", attempt=2)), node_id="n3")
+    assert owner.value(1) == stored(1, "n3", attempt=2)
+    owner.drop(1, 2)
+    assert owner.is_clean()
+
+
 def test_what_was_small_the_second_time_may_be_let_go_before_what_was_made_of_it(owner: Lineages) -> None:
     owner.submit(make_task(1, sink=None, retries=3))
     owner.run(made(1))

@@ -267,8 +267,9 @@ class World:
             self.check_value(number)
             del self.held[number]
             self.carry_out(self.owner.drop(number))
-        while any(self.lines.values()) or any(self.orders.values()) or any(self.queues.values()):
-            for step in (self.deliver, self.obey, self.run):
+        machine = self.owner.machine
+        while machine.tasks or any(self.lines.values()) or any(self.orders.values()) or any(self.queues.values()):
+            for step in (self.grant, self.run, self.deliver, self.obey, self.pass_time):
                 step()
         assert self.owner.is_clean(), "something is left with the owner"
         assert not any(self.arenas.values()), f"never freed: {self.arenas}"
