@@ -210,6 +210,18 @@ FIGURES = (
         (Metric("pss_mb", "memory of an idle worker, proportional set size", "MB", (Ceiling(20.0),)),),
         CONTENDERS,
     ),
+    Figure(
+        "queued_task",
+        (
+            Metric(
+                "queued_bytes", "memory of each of 1,000,000 queued tasks in their owner", "bytes", (Ceiling(1000.0),)
+            ),
+        ),
+        (OURS, "multiprocessing", "futures", "loky"),
+        amount=1_000_000,
+        quick_amount=50_000,
+        divisors={"futures": 10, "loky": 10},
+    ),
 )
 
 FIGURE_BY_NAME = {figure.name: figure for figure in FIGURES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import platform
@@ -32,6 +33,13 @@ def proportional_set_size_mb(pid: int) -> float:
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024 / 1e6
     raise ValueError(f"the kernel gave no Pss for process {pid}")
+
+
+def own_memory_bytes() -> int:
+    """What this process has for itself, without what is garbage."""
+    gc.collect()
+    used: int = psutil.Process().memory_full_info().uss
+    return used
 
 
 def describe_machine() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -15,6 +16,14 @@ def process_id(_item: object = None) -> int:
     """Which worker ran this; the pause lets the other workers get one of these tasks too."""
     time.sleep(0.02)
     return os.getpid()
+
+
+def hold(folder: str) -> None:
+    """Keeps a worker busy for as long as the folder is there; a file in it tells of that."""
+    mark = Path(folder, f"busy-{os.getpid()}")
+    mark.touch()
+    while mark.exists():
+        time.sleep(0.01)
 
 
 def fill_and_echo(there: Any, here: Any, items: int) -> None:

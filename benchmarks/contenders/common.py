@@ -6,6 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,8 +15,8 @@ import joblib
 
 from benchmarks.array_work import give_back, new_array, touch
 from benchmarks.contenders import Measure, Sample
-from benchmarks.machine import proportional_set_size_mb, tree_cpu_s
-from benchmarks.work import fill_and_echo, noop, process_id
+from benchmarks.machine import own_memory_bytes, proportional_set_size_mb, tree_cpu_s
+from benchmarks.work import fill_and_echo, hold, noop, process_id
 
 WORKERS = 2
 ARRAY_TASKS = 8
@@ -23,6 +24,7 @@ ARRAYS_BACK = 4
 ROUNDS = 3
 # Long enough for a worker to have put away what it did last, short enough for a benchmark.
 IDLE_S = 1.0
+BUSY_WITHIN_S = 30.0
 
 
 def timed(function: Callable[[], Any]) -> float:
@@ -82,6 +84,25 @@ def idle_memory(find_process_ids: Callable[[], Sequence[int]]) -> Sample:
     return {"pss_mb": statistics.median(proportional_set_size_mb(pid) for pid in pids)}
 
 
+def queued_memory(submit: Callable[..., Any], tasks: int, end: Callable[[], Any]) -> Sample:
+    """Bytes that a task which waits takes in its owner, with the future that its user has of it; all workers are busy.
+
+    `end` drops the tasks.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        kept = [submit(hold, folder) for _ in range(WORKERS)]
+        deadline_s = time.monotonic() + BUSY_WITHIN_S
+        while len(os.listdir(folder)) < WORKERS:
+            assert time.monotonic() < deadline_s, "not all workers have begun"
+            time.sleep(0.01)
+        kept += [submit(noop, item) for item in range(1000)]
+        before_bytes = own_memory_bytes()
+        kept += [submit(noop, item) for item in range(tasks)]
+        bytes_each = (own_memory_bytes() - before_bytes) / tasks
+        end()
+    return {"queued_bytes": bytes_each}
+
+
 def default_chunksize(tasks: int) -> int:
     """What the standard Pool chooses: four chunks a worker."""
     return -(-tasks // (WORKERS * 4))
@@ -115,6 +136,11 @@ def pool_measures(make_pool: Callable[[], Any]) -> dict[str, Measure]:
             lambda pool: time_arrays_back(lambda arguments: pool.map(give_back, arguments), size_bytes)
         ),
         "idle_worker": lambda _: with_pool(lambda pool: idle_memory(lambda: pool.map(process_id, range(20), 1))),
+        "queued_task": lambda tasks: with_pool(
+            lambda pool: queued_memory(
+                lambda function, item: pool.apply_async(function, (item,)), tasks, pool.terminate
+            )
+        ),
     }
 
 
@@ -153,6 +179,11 @@ def executor_measures(make_executor: Callable[[], Any]) -> dict[str, Measure]:
         ),
         "idle_worker": lambda _: with_executor(
             lambda executor: idle_memory(lambda: list(executor.map(process_id, range(20))))
+        ),
+        "queued_task": lambda tasks: with_executor(
+            lambda executor: queued_memory(
+                executor.submit, tasks, lambda: executor.shutdown(wait=False, cancel_futures=True)
+            )
         ),
     }
 

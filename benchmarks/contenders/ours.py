@@ -69,10 +69,12 @@ def _make(name: str) -> Callable[[], Any]:
     return lambda: getattr(engine, name)(WORKERS)
 
 
+ON_EXECUTOR = executor_measures(_make("Executor"))
 ON_CLUSTER: dict[str, Measure] = {
     **pool_measures(_make("Pool")),
     # What the bar is about: the Executor's submit, against Pool.apply_async of the others.
-    "submit": executor_measures(_make("Executor"))["submit"],
+    "submit": ON_EXECUTOR["submit"],
+    "queued_task": ON_EXECUTOR["queued_task"],
     **joblib_measures("clusterpool"),
     **primitive_measures(clusterpool.multiprocessing),
     "actor": actor,
