@@ -95,6 +95,8 @@ class Routes:
         """Whether to let in what a node has sent, now. What is early is delivered later; the rest is dropped."""
         early = self._early.get(node_id)
         is_let_in = None if early else self._is_let_in(node_id, relay)
+        if is_let_in is None and relay.from_life > self._membership.ended_incarnation(node_id):
+            self._returned_s.pop(node_id, None)  # it lives again: what is meant for it is held until we know where
         if is_let_in is None and self._has_room(relay):
             self._early.setdefault(node_id, []).append((self._now_s, relay))
             self._early_count += 1

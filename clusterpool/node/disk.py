@@ -44,9 +44,10 @@ class DiskThread:
         if isinstance(command, t.WriteChunk):
             self._arena.write(command.arena_offset, command.chunk)
         elif isinstance(command, t.ReadChunk):
-            chunk = bytes(self._arena.write_view(command.arena_offset, command.size_bytes))
-            data = t.ChunkData(command.transfer, command.offset, chunk)
-            send(Address(command.node_id, command.node_id), data)
+            view: Any = self._arena.write_view(command.arena_offset, command.size_bytes)
+            with view:  # it is encoded at once: no copy before
+                data = t.ChunkData(command.transfer, command.offset, view)
+                send(Address(command.node_id, command.node_id), data)
         elif isinstance(command, s.RestoreObject):
             reserved = self.reserve(e.ReservePages("", 0, command.object_id, command.offset, command.size_bytes))
             if isinstance(reserved, s.ArenaExhausted):

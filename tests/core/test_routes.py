@@ -123,6 +123,21 @@ def test_the_second_message_to_a_dead_node_comes_back_at_once(setting: Setting) 
     assert [body for _, _, body in setting.peers.sent] == [b"3"]
 
 
+def test_a_message_to_a_dead_node_that_was_heard_again_is_held(setting: Setting) -> None:
+    setting.list_nodes("nb", life=1)
+    setting.end("nb", life=1)
+    setting.routes.send(relay("nb", b"1"), 10.0)
+    setting.routes.time_passed(10.0 + ENDED_HOLD_S)
+    assert not setting.routes.arrived("nb", from_there(1, 1, b"old"))
+    setting.routes.send(relay("nb", b"2"), 11.1)
+    assert [each.body for each in setting.returned] == [b"1", b"2"], "only its former life was heard"
+    assert not setting.routes.arrived("nb", from_there(2, 1, b"new"))
+    setting.routes.send(relay("nb", b"3"), 11.2)
+    setting.list_nodes("nb", life=2)
+    setting.routes.joined("nb")
+    assert [body for _, _, body in setting.peers.sent] == [b"3"] and setting.delivered == [b"new"]
+
+
 def test_messages_name_the_lives_of_both_nodes(setting: Setting) -> None:
     setting.list_nodes("nb", life=4)
     setting.routes.send(relay("nb", b"1"), 0.0)
