@@ -46,6 +46,9 @@ from clusterpool.core.node_events import MessageArrived, Send
 Commands = list[Any]
 # The store's answers to `acquire` and `get`.
 REFUSED, GRANTED, WAITING, LIFE_OVER = 0, 1, 2, 3
+# Of what processes held when it moved, the tokens are counted every two seconds: what a dead one held must come free
+# within five, and a count asks all processes of the node, if no single one holds all.
+_TICKS_A_LOOK = 4
 # In the store, the holder of what processes of a carrier's home held when it moved; no process has such an id.
 THIN = "thin"
 
@@ -72,6 +75,7 @@ class CoordinationMachine:
         self._waits: dict[str, Wait] = {}  # by waiter id
         self._users: set[str] = set()  # ids of processes that the store may know of
         self._last_tag = 0
+        self._ticks = 0
         self._calls: dict[int, Callable[[Any, str, str], Commands]] = {}
         self._handlers: dict[type, Callable[[Any], Commands]] = {
             MessageArrived: self._message_arrived,
@@ -88,7 +92,7 @@ class CoordinationMachine:
             e.GrantRead: self._granted,
             e.CarrierDrained: self._drained,
             e.CarrierMissing: self._missing,
-            e.TimeToLook: lambda _: self._look(for_forks=True),
+            e.TimeToLook: self._time_to_look,
             e.ThinTokensRead: lambda event: self._lost(self._census.read(event)),
             e.ThinTokensMissing: self._census.missing,
         }
@@ -408,6 +412,11 @@ class CoordinationMachine:
     def _process_gone(self, event: e.ProcessGone) -> Commands:
         return [*self._census.process_gone(event.address), *self._look(), *self._end_waits(event)]
 
+    def _time_to_look(self, _event: e.TimeToLook) -> Commands:
+        # A holder may have died before the move, when nobody waited who could tell, or a count have come to nothing.
+        self._ticks += 1
+        return self._look(for_forks=self._ticks % _TICKS_A_LOOK != 0)
+
     def _look(self, *, for_forks: bool = False) -> Commands:
         """Who still holds what it had taken before a move? Those who wait for it, in the store, cannot report it."""
         commands: Commands = []
@@ -460,7 +469,9 @@ class CoordinationMachine:
             commands += self._adopted(name, "ObjectLost", text)
         for name in [name for name in self._moves if name.startswith(prefix)]:
             commands += self._tell(name, self._moves.pop(name), "ObjectLost", text)
-        return commands + self._call("delete_job", (event.job_id,), starts=False)
+        if event.is_known:
+            commands += self._call("delete_job", (event.job_id,), starts=False)
+        return commands
 
     def _node_gone(self, event: e.NodeGone) -> Commands:
         for move in self._moves.values():

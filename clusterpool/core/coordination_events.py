@@ -31,9 +31,13 @@ class ProcessGone(CoordinationEvent, frozen=True):
 
 
 class JobGone(CoordinationEvent, frozen=True):
-    """A job is over on this node: its driver and its processes here have ended."""
+    """A job is over on this node: its driver and its processes here have ended.
+
+    is_known: of the driver; else this node only supposes so, and the control store keeps what the job has there.
+    """
 
     job_id: str
+    is_known: bool = True
 
 
 class NodeGone(CoordinationEvent, frozen=True):

@@ -152,9 +152,9 @@ class NodeMachine:
             return self.objects.store_event(event, now_s)
         else:
             commands = self._admitted(self._membership(event, now_s))
-        for job_id in self.jobs.take_over(self.scheduler.has_workers_of):
+        for job_id, is_known in self.jobs.take_over(self.scheduler.has_workers_of):
             commands += [*self.objects.job_ended(job_id, now_s), e.RemoveJob(job_id)]
-            commands += self.coordination.handle(ce.JobGone(job_id), now_s)
+            commands += self.coordination.handle(ce.JobGone(job_id, is_known), now_s)
         return commands + self._tell_load() if self._told else commands
 
     # --- forks that wait for packages
@@ -335,7 +335,7 @@ class NodeMachine:
             node_id = message.address.node_id
             lost = [*self.objects.node_lost(node_id, now_s), *self._expect_no_answer(node_id)]
             return lost + self.coordination.handle(ce.NodeUnreachable(node_id), now_s)
-        self.jobs.process_ended(message.address)
+        self.jobs.process_ended(message.address, is_known=isinstance(message, m.ProcessEnded))
         commands: Commands = list(self.scheduler.owner_ended(message.address))
         if isinstance(message, m.Undeliverable):
             return commands + self.objects.process_left(message.address.process_id, now_s)
@@ -437,7 +437,7 @@ class NodeMachine:
     def _node_lost(self, node_id: str, reason: str, now_s: float) -> Commands:
         commands: Commands = [e.PeerLost(node_id, reason), *self.objects.node_lost(node_id, now_s)]
         self._told.pop(node_id, None)
-        self.jobs.node_lost(node_id)
+        self.jobs.node_lost(node_id, is_known=self._is_member)
         if all(self.node_id <= view.node_id for view in self.membership.view):  # one node is enough for that
             commands += self.actors.reconcile_jobs(is_for_all=True)
         gone = ce.NodeGone(node_id, self.membership.ended_incarnation(node_id))

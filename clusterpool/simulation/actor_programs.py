@@ -11,9 +11,10 @@ from clusterpool.core import owner_events as e
 from clusterpool.core.actor_messages import ActorCreation, encode_creation
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import ActorPart, ActorPlan, Reference, TaskExtras, TaskKind, TaskSpec
-from clusterpool.simulation.client import Client, Ref
+from clusterpool.simulation.client import Client
 from clusterpool.simulation.ledger import CallJudge, Promise
 from clusterpool.simulation.programs import Operation, encode_operation, expected, mix
+from clusterpool.simulation.references import Ref
 from clusterpool.simulation.threads import Pause, Steps
 
 if TYPE_CHECKING:

@@ -11,13 +11,17 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core import wire
 from clusterpool.core.actor_messages import ActorLoaded, ActorSaved, CallsResumed, ResultsTaken
+from clusterpool.core.coordination_messages import CoordinationDone, CoordinationFailed, CountHeld
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import Address, Message, Reference, TaskExtras, TaskKind, TaskSpec, ValuePart
 from clusterpool.core.owner import OwnerMachine
+from clusterpool.simulation.carriers import Carriers
 from clusterpool.simulation.party import End, Host, Party, connect
 from clusterpool.simulation.programs import (
     STORED_BYTES_MIN,
@@ -30,46 +34,23 @@ from clusterpool.simulation.programs import (
     encode_payload,
 )
 from clusterpool.simulation.reading import Unreadable, View
+from clusterpool.simulation.references import Ref
 from clusterpool.simulation.threads import Disconnected, Steps, Thread, Wait
 
 if TYPE_CHECKING:
     from clusterpool.simulation.world import World
 
-_REPLIES = frozenset({m.ObjectCreated, m.ObjectPinned, m.StoreFailed, m.ActorLocated, ActorLoaded, ActorSaved})
-_WORKER_MESSAGES = frozenset(
-    {
-        m.SetupWorker,
-        m.StartTasks,
-        m.ForgetFunctions,
-        m.TakeBackTasks,
-        m.CancelTasks,
-        m.RetireWorker,
-        ResultsTaken,
-        CallsResumed,
-    }
-)
+_REPLIES = frozenset({
+    m.ObjectCreated, m.ObjectPinned, m.StoreFailed, m.ActorLocated, ActorLoaded, ActorSaved, CoordinationDone,
+    CoordinationFailed,
+})  # fmt: skip
+_WORKER_MESSAGES = frozenset({
+    m.SetupWorker, m.StartTasks, m.ForgetFunctions, m.TakeBackTasks, m.CancelTasks, m.RetireWorker, ResultsTaken,
+    CallsResumed,
+})  # fmt: skip
 NUMBERS_APART = 1024
 BLOCK_PATIENCE_S = 0.001
 VAIN_ROUNDS_MAX = 3  # as in client/reading.py
-
-
-class Ref:
-    """A reference that a program holds; it must let go of it, once."""
-
-    __slots__ = ("_client", "is_held", "part")
-
-    def __init__(self, client: Client, part: Reference, *, is_counted: bool) -> None:
-        self._client = client
-        self.part = part
-        self.is_held = True
-        if not is_counted:
-            client.event(e.ReferencesMade([part]))
-
-    def drop(self) -> None:
-        """Let go."""
-        if self.is_held:
-            self.is_held = False
-            self._client.released.append((self.part.owner, self.part.number))
 
 
 class Client(Party):
@@ -102,6 +83,7 @@ class Client(Party):
         self._functions: dict[str, int] = {}
         self._set_numbers = itertools.count(1)
         self.task_sets: dict[tuple[Any, ...], int] = {}
+        self.carriers = Carriers(self)
 
     # --- start and end
 
@@ -265,6 +247,8 @@ class Client(Party):
             self.worker_message(source, message)
         elif kind in _REPLIES and message.request in self._replies:  # type: ignore[attr-defined]
             self._replies.pop(message.request)(message)  # type: ignore[attr-defined]
+        elif kind is CountHeld:
+            self.carriers.count_held(message)  # type: ignore[arg-type]
         elif kind is m.Registered:
             self.is_registered = True
         elif kind is m.LeftNode:
@@ -302,7 +286,7 @@ class Client(Party):
         elif isinstance(command, e.FailTasks):
             for task in command.tasks:
                 if command.error and command.kind != "actor_died":
-                    outcome = _outcome_of_error(command.error)
+                    outcome = _outcome_of_payload(command.error)
                 else:
                     outcome = Outcome(command.kind, 0, text=command.text)
                 self._deliveries.append(lambda task=task, outcome=outcome: task.sink(outcome))  # type: ignore[misc]
@@ -313,10 +297,8 @@ class Client(Party):
 
     def _load_result(self, task: Task, result: m.TaskResult) -> None:
         part = result.extras.value if result.extras is not None else None
-        if result.status == m.TaskStatus.OK:
+        if result.status == m.TaskStatus.OK or result.status in (m.TaskStatus.ERROR, m.TaskStatus.UNLOADABLE):
             task.sink(_outcome_of_payload(result.payload))
-        elif result.status in (m.TaskStatus.ERROR, m.TaskStatus.UNLOADABLE):
-            task.sink(_outcome_of_error(result.payload))
         elif result.status == m.TaskStatus.STORED and part is not None:
             self._load_part(task, part)
         elif result.status == m.TaskStatus.CANCELLED:
@@ -378,11 +360,20 @@ class Client(Party):
     def _wait(self, is_due: Callable[[], bool]) -> Steps:
         yield Wait(lambda: is_due() or self.is_closed)
 
-    def request_nowait(self, make: Callable[[int], Message], on_answer: Callable[[Any], None]) -> None:
-        """Ask the node something; `on_answer` gets what it says."""
+    def wait_for(self, is_due: Callable[[], bool], patience_s: float | None) -> Steps:
+        """Wait for so long at most; a worker's CPU is lent to others meanwhile."""
+        yield Wait(lambda: is_due() or self.is_closed, patience_s)
+
+    def maybe_die(self, operation: Operation) -> Steps:
+        """Drivers do not."""
+        yield from ()
+
+    def request_nowait(self, make: Callable[[int], Message], on_answer: Callable[[Any], None]) -> int:
+        """Ask the node something; `on_answer` gets what it says. The number of the request."""
         request = next(self.requests)
         self._replies[request] = on_answer
         self.send(self.node, make(request))
+        return request
 
     def ask(self, make: Callable[[int], Message], give_back: Callable[[], None]) -> Steps:
         """Ask the node; its answer. `give_back` what comes after an interrupt."""
@@ -441,7 +432,7 @@ class Client(Party):
             result = yield from self.load_stored(part)
             return result
         if part.error:
-            return _outcome_of_error(part.error), None
+            return _outcome_of_payload(part.error), None
         if part.lost_kind:
             return Outcome(part.lost_kind, 0, text=part.lost), None
         return _outcome_of_payload(part.payload)._replace(references=tuple(part.references)), None
@@ -571,20 +562,12 @@ class Client(Party):
             return
         references = [ref.part for ref in inner]
         extras = task.spec.extras or TaskExtras()
-        task.spec = _with_extras(task.spec, extras, references)
+        extras = msgspec.structs.replace(extras, references=references)
+        task.spec = msgspec.structs.replace(task.spec, extras=extras)
         plan = e.TaskArguments([ref.part for ref in arguments], references)
         self.event(e.TaskWithArgumentsSubmitted(set_number, actor_id, task, plan))
-
-
-def _with_extras(spec: TaskSpec, extras: TaskExtras, references: list[Reference]) -> TaskSpec:
-    extras = TaskExtras(extras.attempt, extras.name, extras.returns, [], references, None, extras.method)
-    return TaskSpec(spec.number, spec.function, spec.kind, spec.payload, extras)
 
 
 def _outcome_of_payload(payload: bytes) -> Outcome:
     decoded = decode_payload(payload)
     return Outcome(decoded.kind, decoded.number, text=decoded.text)
-
-
-def _outcome_of_error(payload: bytes) -> Outcome:
-    return _outcome_of_payload(payload)

@@ -24,6 +24,7 @@ from clusterpool.core.cluster_view import NodesSnapshot
 from clusterpool.errors import ClusterpoolError, NotConnected
 from clusterpool.simulation.fake_actors import Made
 from clusterpool.simulation.fake_control_store import FakeControlStore
+from clusterpool.simulation.fake_coordination import FakeCoordination, FakeCoordinationClient
 
 if TYPE_CHECKING:
     from clusterpool.simulation.node import SimulatedNode
@@ -50,12 +51,16 @@ class StoreServer:
     def __init__(self, world: World, *, snapshot_s: float = 0.0) -> None:
         self._world = world
         self.fake = FakeControlStore(lambda: world.timeline.now_s)
+        self.coordination = FakeCoordination()
+        self.coordination.on_write = world.locks.written
         self.is_down = False
         self.is_paused = False
         self.life = 0  # another number is another server: readers of its events have lost some
         self._waiting: deque[Callable[[], None]] = deque()
         self._kept: dict[str, Any] = {}
+        self._kept_coordination = self.coordination.state()
         self._feeds: list[Callable[[], None]] = []
+        self._grant_readers: list[Callable[[], None]] = []
         self._told_event = 0
         self._snapshot_s = snapshot_s
         self._snapshot: tuple[float, NodesSnapshot] | None = None
@@ -91,6 +96,21 @@ class StoreServer:
             known = self._snapshot = (now_s, fake.list_nodes())
         return known[1]
 
+    def coordinated(self, client: FakeCoordinationClient, operation: str, arguments: tuple[Any, ...]) -> Any:
+        """An operation on semaphores, channels and cells; to be called where another operation of the server is."""
+        shared = self.coordination
+        shared.incarnations = {node_id: entry.incarnation for node_id, entry in self.fake._entry_by_node.items()}
+        count = shared.grants_count
+        value = getattr(client, operation)(*arguments)
+        if shared.grants_count != count:
+            for reader in self._grant_readers:
+                reader()
+        return value
+
+    def follow_grants(self, reader: Callable[[], None]) -> None:
+        """Have `reader` called when tokens were handed out to those who waited."""
+        self._grant_readers.append(reader)
+
     def follow(self, feed: Callable[[], None]) -> None:
         """Have `feed` called when there are new events."""
         self._feeds.append(feed)
@@ -98,6 +118,8 @@ class StoreServer:
     def _keep(self) -> None:
         if not self.is_down:
             self._kept = {name: _copied(getattr(self.fake, name)) for name in _STATE}
+            if self._world.has_store_outages:
+                self._kept_coordination = self.coordination.state()
         if self._world.has_store_outages:
             self._world.timeline.after(FSYNC_PERIOD_S, self._keep)
 
@@ -113,11 +135,15 @@ class StoreServer:
         self.is_down = self.is_paused = False
         self.life += 1
         self._snapshot = None
+        state = self.coordination.state()
         if loses == "everything":
             self.fake.lose_everything()
+            state = FakeCoordination().state()
         elif loses == "fsync":
             for name, value in self._kept.items():
                 setattr(self.fake, name, _copied(value))
+            state = self._kept_coordination
+        self.coordination.restarted(state, round(self._world.timeline.now_s * (1 << 20)))
         self._told_event = -1
 
     def pause(self) -> None:
@@ -185,9 +211,9 @@ class StoreClient:
             self._call_membership(command)
 
     def _call_membership(self, command: Any) -> None:
-        self._call(lambda fake: self._membership(fake, command), self._membership_answered)
+        self.call(lambda fake: self._membership(fake, command), self._membership_answered)
 
-    def _call(self, operation: Callable[[FakeControlStore], Any], answer: Answer) -> None:
+    def call(self, operation: Callable[[FakeControlStore], Any], answer: Answer) -> None:
         """One round trip; exactly one answer."""
         node, world = self._node, self._node.world
         is_answered = False
@@ -248,7 +274,7 @@ class StoreClient:
             posted.clear()
             return getattr(ActorRegistry(fake, self._node.node_id, posted.append), call.operation)(**call.arguments)
 
-        self._call(operation, answered)
+        self.call(operation, answered)
 
     def _op_register_job(self, fake: FakeControlStore, job: m.JobPart, pid: int) -> None:
         record = JobRecord(job.job_id, self._node.node_id, job.owner.process_id, pid)
@@ -279,7 +305,7 @@ class StoreClient:
                 raise EventsLost("another server")
             return fake.read_events(last), self._life
 
-        self._call(read, self._feed_read)
+        self.call(read, self._feed_read)
 
     def _feed_read(self, value: Any, error: BaseException | None) -> None:
         self._is_feed_busy = False

@@ -28,6 +28,8 @@ EXCUSES: dict[str, frozenset[str]] = {
     "object_lost": _DEATHS | {"disk"},
     "lost": _DEATHS | {"disk"},
     "actor_died": _DEATHS | {"fork", "store_crash", "store_pause"},
+    "lock_lost": _DEATHS | {"store_loss"},
+    "carrier_lost": _DEATHS | {"store_loss"},
     "actor_unavailable": _DEATHS | {"fork"},
     "start_failed": _DEATHS | {"fork"},
     "store_full": frozenset({"memory"}) | _DEATHS,

@@ -21,6 +21,7 @@ from clusterpool.core.node import TICK_S, NodeMachine
 from clusterpool.core.routes import Routes
 from clusterpool.simulation.arena import SimulatedArena, SimulatedDisk
 from clusterpool.simulation.control_store import StoreClient
+from clusterpool.simulation.coordination import NodeCoordination
 from clusterpool.simulation.party import End, Host, Party
 from clusterpool.simulation.worker import Worker
 
@@ -55,6 +56,7 @@ class SimulatedNode(Party):
         )
         self.routes = Routes(self, self.machine.membership, self._hand_back, self._posted.append)
         self.store = StoreClient(self)
+        self.coordination = NodeCoordination(self)
         world.fabric.parties[node_id] = self
         world.fabric.receivers[node_id] = self._frame_arrived
 
@@ -87,6 +89,10 @@ class SimulatedNode(Party):
         self._handle(event)
         self._read_posted()
 
+    def hear(self, event: Any) -> None:
+        """An event that answers a command while the machine's commands are being carried out."""
+        self._handle(event)
+
     def _handle(self, event: Any) -> None:
         self.world.coverage.event(self.machine, event)
         commands = self.machine.handle(event, self.now_s())
@@ -118,7 +124,9 @@ class SimulatedNode(Party):
             self.routes.joined(command.node_id)
         elif isinstance(command, e.PeerLost):
             self.routes.lost(command.node_id)
-        elif isinstance(command, (CoordinationCommand, e.RemoveJob)):
+        elif isinstance(command, CoordinationCommand):
+            self.coordination.take(command)
+        elif isinstance(command, e.RemoveJob):
             pass
         elif not self._take(command):
             self.store.put(command)

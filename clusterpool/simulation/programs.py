@@ -33,6 +33,7 @@ class Operation(msgspec.Struct, frozen=True, array_like=True):
     index: int = 0
     deaths: int = 0  # so often it ends its process
     dies_late: bool = False  # when it does: soon after, instead of before it has done anything
+    turn: bytes = b""  # what it does with a lock (see lock_programs.py); with `deaths` it dies while it holds it
     handle: bytes = b""  # an actor that it calls (see actor_programs.py)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core.actor_messages import CallsResumed, ResultsTaken
@@ -12,7 +14,8 @@ from clusterpool.core.messages import Address, Message, Reference, ResultExtras,
 from clusterpool.core.object_names import object_id
 from clusterpool.simulation.actor_programs import call_from_task
 from clusterpool.simulation.actors import Actor, Journal
-from clusterpool.simulation.client import BLOCK_PATIENCE_S, Client, Ref
+from clusterpool.simulation.client import BLOCK_PATIENCE_S, Client
+from clusterpool.simulation.lock_programs import Turn, take_turns
 from clusterpool.simulation.party import Host
 from clusterpool.simulation.programs import (
     Operation,
@@ -24,6 +27,7 @@ from clusterpool.simulation.programs import (
     value_of,
 )
 from clusterpool.simulation.reading import Unreadable, View
+from clusterpool.simulation.references import Ref
 from clusterpool.simulation.threads import Disconnected, Interrupted, Pause, Steps, Thread, Wait
 
 if TYPE_CHECKING:
@@ -203,6 +207,11 @@ class Worker(Client):
         if operation.duration_s > TAKE_OVER_S:
             self.after(TAKE_OVER_S, self._taken_over)
         yield Pause(operation.duration_s)
+        if not operation.turn:
+            yield from self.maybe_die(operation)
+
+    def maybe_die(self, operation: Operation) -> Steps:
+        """End the process, if the operation says so, now or soon."""
         if not self.world.monitor.dies(operation):
             return
         if operation.dies_late:
@@ -227,6 +236,11 @@ class Worker(Client):
                 number = self.actor.called(operation, arguments)
                 return (yield from self._returned(owner, spec, operation, number, []))
             children = yield from self._children_of(operation)
+            if operation.turn:
+                turn = msgspec.msgpack.decode(operation.turn, type=Turn)
+                failure = yield from take_turns(self, turn, operation)
+                if failure is not None:
+                    raise _Failed(failure)
             if operation.handle:
                 yield from call_from_task(self, operation, spec.extras.references if spec.extras is not None else [])
             if operation.fails:
@@ -369,6 +383,17 @@ class Worker(Client):
         self._block()
         try:
             yield Wait(lambda: is_due() or self.is_closed)
+        finally:
+            self._unblock()
+
+    def wait_for(self, is_due: Any, patience_s: float | None) -> Steps:
+        """Wait for so long at most; the CPU is lent to others meanwhile."""
+        due = lambda: is_due() or self.is_closed  # noqa: E731
+        if (yield Wait(due, BLOCK_PATIENCE_S if patience_s is None else min(patience_s, BLOCK_PATIENCE_S))):
+            return
+        self._block()
+        try:
+            yield Wait(due, patience_s)
         finally:
             self._unblock()
 

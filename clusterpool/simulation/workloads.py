@@ -12,9 +12,11 @@ from clusterpool.core import owner_events as e
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import TaskExtras, TaskKind, TaskSpec
 from clusterpool.simulation.actor_programs import detached_actor, restarting_actor
-from clusterpool.simulation.client import Client, Ref
+from clusterpool.simulation.client import Client
 from clusterpool.simulation.ledger import Promise
+from clusterpool.simulation.lock_programs import locks
 from clusterpool.simulation.programs import Operation, Outcome, encode_operation, expected, mix, put_number
+from clusterpool.simulation.references import Ref
 from clusterpool.simulation.threads import Pause, Steps
 
 DURATIONS_S = (0.0, 0.0002, 0.004, 0.03, 0.2)
@@ -298,4 +300,5 @@ PROGRAMS: dict[str, Callable[[Script], Steps]] = {
     "shared": Script.shared,
     "restarts": restarting_actor,
     "detached": detached_actor,
+    "locks": locks,
 }

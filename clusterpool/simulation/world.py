@@ -20,6 +20,7 @@ from clusterpool.simulation.control_store import StoreServer
 from clusterpool.simulation.coverage import Coverage
 from clusterpool.simulation.faults import Fault, Faults, draw_faults
 from clusterpool.simulation.ledger import ActorLedger
+from clusterpool.simulation.lock_programs import LockLedger
 from clusterpool.simulation.monitor import Monitor
 from clusterpool.simulation.node import SimulatedNode
 from clusterpool.simulation.party import Fabric, Host
@@ -60,6 +61,7 @@ class World:
         self.coverage = Coverage()
         self.monitor = Monitor(self)
         self.ledger = ActorLedger(self)
+        self.locks = LockLedger(self)
         random = self.random("world")
         self._numbers = itertools.count(1)
         count = plan.nodes or random.choice((1, 2, 2, 3, 3, 4, 5, 8))

@@ -21,7 +21,7 @@ from clusterpool.control_store.coordination import (
 from clusterpool.core.cluster_view import NodeRecord
 from clusterpool.core.coordination_events import Contents
 from clusterpool.errors import LockLost
-from tests.contracts.fake_coordination import FakeCoordination
+from clusterpool.simulation.fake_coordination import FakeCoordination
 
 Connect = Callable[[str], Any]
 A1, A2, B1, B2 = "na/w1/1", "na/w2/1", "nb/w1/1", "nb/w1/2"

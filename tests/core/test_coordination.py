@@ -14,7 +14,7 @@ from clusterpool.core import coordination_messages as c
 from clusterpool.core.coordination import GRANTED, LIFE_OVER, REFUSED, WAITING, CoordinationMachine
 from clusterpool.core.messages import Address, Message
 from clusterpool.core.node_events import MessageArrived, Send
-from tests.contracts.fake_coordination import FakeCoordination
+from clusterpool.simulation.fake_coordination import FakeCoordination
 from tests.core.machines import T, of_type
 
 W1, W2 = Address("na", "w1"), Address("na", "w2")
@@ -380,6 +380,10 @@ def test_the_end_of_a_job_forgets_everything_of_it(node: Node) -> None:
     assert (machine._moves, machine._known, machine._adoptions, len(machine._waits)) == ({}, set(), {}, 1)
 
 
+def test_a_node_that_only_supposes_that_a_job_has_ended_leaves_it_its_carriers(node: Node) -> None:
+    assert node.handle(e.JobGone("j1", is_known=False)) == [e.RemoveJobCarriers("j1")]
+
+
 def test_carriers_that_nobody_knows_are_removed(node: Node) -> None:
     assert node.hear(W1, c.ForgetCarriers([LOCK, CELL])) == [e.RemoveCarriers([LOCK, CELL])]
 
@@ -519,13 +523,27 @@ def test_a_release_names_the_wait_that_brought_the_token(node: Node) -> None:
     assert failed(node.fail(writing, "LockLost")) == [(7, "LockLost")]
 
 
-def test_while_no_fork_has_used_it_nobody_is_asked_only_because_time_passes() -> None:
+def test_while_no_fork_has_used_it_nobody_is_asked_at_each_tick() -> None:
     node = Node(W1)
     moved_while_held(node)
     assert node.handle(e.TimeToLook()) == [e.ReadThinTokens(LOCK)]
     assert node.handle(e.ThinTokensRead(LOCK, 0)) == []
     assert node.handle(e.ProcessGone(W2)) == [e.ReadThinTokens(LOCK)]
     assert sent(node.handle(e.ThinTokensRead(LOCK, 0)), c.CountHeld, W1)
+
+
+def test_what_a_process_held_that_died_before_the_move_goes_to_the_store_within_seconds() -> None:
+    # All who wait for it do so in the store, and cannot tell: found by the simulator.
+    node = Node(W1)
+    moved_while_held(node)
+    for _ in range(3):
+        assert node.handle(e.TimeToLook()) == [e.ReadThinTokens(LOCK)]
+        assert node.handle(e.ThinTokensRead(LOCK, 0)) == []
+    assert node.handle(e.TimeToLook()) == [e.ReadThinTokens(LOCK)]
+    for _ in range(2):
+        (question,) = sent(node.handle(e.ThinTokensRead(LOCK, 0)), c.CountHeld, W1)
+        node.hear(W1, c.HeldCounted(question.request, LOCK, 0, 0))
+    assert calls(node.handle(e.ThinTokensRead(LOCK, 0))) == [("release", LOCK, 1, "na/thin")]
 
 
 @pytest.mark.parametrize("sign", [e.TimeToLook(), e.ProcessGone(W2)])

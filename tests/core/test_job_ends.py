@@ -19,7 +19,7 @@ def test_a_job_is_over_when_its_driver_and_its_last_worker_have_ended() -> None:
     assert jobs.take_over(nobody) == []
     jobs.process_ended(DRIVER)
     assert jobs.take_over(lambda driver: driver == DRIVER) == []
-    assert jobs.take_over(nobody) == ["j1"]
+    assert jobs.take_over(nobody) == [("j1", True)]
     assert jobs.take_over(nobody) == []
 
 
@@ -28,4 +28,14 @@ def test_the_jobs_of_a_lost_node_are_over() -> None:
     jobs.seen(DRIVER, "j1")
     jobs.seen(ELSEWHERE, "j2")
     jobs.node_lost("n2")
-    assert jobs.take_over(nobody) == ["j2"]
+    assert jobs.take_over(nobody) == [("j2", True)]
+
+
+def test_a_job_that_only_seems_to_be_over_is_told_apart() -> None:
+    jobs = JobEnds()
+    jobs.seen(DRIVER, "j1")
+    jobs.seen(ELSEWHERE, "j2")
+    jobs.node_lost("n2", is_known=False)
+    jobs.process_ended(DRIVER, is_known=False)
+    jobs.process_ended(DRIVER)
+    assert jobs.take_over(nobody) == [("j2", False), ("j1", True)]

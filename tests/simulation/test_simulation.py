@@ -29,6 +29,8 @@ FOUND = {
 FOUND_BY = {
     (44, ("restarts", "detached")): "a caller was told that an actor's life was over, wrongly, and waited for ever",
     (103, ("restarts", "detached")): "the same, of an actor that its creator starts again",
+    (18, ("locks",)): "a node that was taken for dead removed the locks of living jobs from the control store",
+    (40, ("locks",)): "a process died with a lock before that moved: nobody who waited could say so, for ever",
     (400, ("restarts", "detached")): "an actor that was entered while its node was taken for dead, nobody made",
 }
 # Programs that end no process themselves.

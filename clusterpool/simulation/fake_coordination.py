@@ -1,7 +1,11 @@
-"""Semaphores, channels and cells in memory: a CoordinationPort for tests, held to the same contract as the real one."""
+"""Semaphores, channels and cells in memory: a CoordinationPort for tests and simulations.
+
+Held to the same contract as the real one.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +23,8 @@ from clusterpool.errors import NotConnected
 
 
 class Carrier:
+    """One of them."""
+
     def __init__(self, kind: str, value: int, contents: Contents) -> None:
         self.kind = kind
         self.value = value
@@ -30,10 +36,12 @@ class Carrier:
 
 
 def node_of(waiter: str) -> str:
+    """The node of a waiter."""
     return life_of(waiter).split("@")[0]
 
 
 def life_of(waiter: str) -> str:
+    """The life of a node in which it waits."""
     return waiter.split("/", maxsplit=1)[0]
 
 
@@ -47,9 +55,23 @@ class FakeCoordination:
         self.incarnations: dict[str, int] = {}  # of living nodes
         self.grants: dict[str, list[Grant]] = {}
         self.grants_count = 0
+        self.token_base = 0
+        self.last_by_node: dict[str, tuple[int, Any]] = {}  # number and answer of its last operation
+        self.on_write: Callable[[str, bytes, bytes], None] = lambda *_: None  # of a guarded cell, before and after
         self.is_away = False
 
+    def state(self) -> dict[str, Any]:
+        """What a server would find in its file, as it is now."""
+        names = ("carriers", "holds", "ended_jobs", "grants", "grants_count", "token_base", "last_by_node")
+        return copy.deepcopy({name: getattr(self, name) for name in names})
+
+    def restarted(self, state: dict[str, Any], token_base: int) -> None:
+        """Another run of the server, which knows this; tokens are above `token_base` from now on, if it knows any."""
+        vars(self).update(copy.deepcopy(state))
+        self.token_base = token_base
+
     def client(self, node_id: str) -> FakeCoordinationClient:
+        """The port of one node."""
         return FakeCoordinationClient(self, node_id)
 
     def is_registered(self, life: str) -> bool:
@@ -66,7 +88,7 @@ class FakeCoordination:
 
     def grant(self, name: str, waiter: str) -> int:
         carrier = self.carriers[name]
-        carrier.token += 1
+        carrier.token = max(carrier.token, self.token_base) + 1
         if carrier.kind != "semaphore":
             self.holds[waiter] = name
         return carrier.token
@@ -106,14 +128,14 @@ class FakeCoordinationClient:
     def __init__(self, shared: FakeCoordination, node_id: str) -> None:
         self._shared = shared
         self.node_id = node_id
-        self._last: tuple[int, Any] = (0, None)
 
     def _once(self, number: int, do: Callable[[], Any]) -> Any:
         if self._shared.is_away:
             raise NotConnected("the fake store is away")
-        if number != self._last[0]:
-            self._last = (number, do())
-        return self._last[1]
+        last = self._shared.last_by_node
+        if number != last.get(self.node_id, (0, None))[0]:
+            last[self.node_id] = (number, do())
+        return last[self.node_id][1]
 
     def create(self, number: int, name: str, kind: str, maximum: int, contents: Contents) -> bool:
         def do() -> bool:
@@ -247,6 +269,8 @@ class FakeCoordinationClient:
             if guard and holder and self._shared.carrier(guard).kind != "semaphore":
                 self._holder_of(guard, holder)
             carrier = self._shared.carrier(name)
+            if guard:
+                self._shared.on_write(name, carrier.content, content)
             carrier.content = content
             carrier.version += 1
             return carrier.version
