@@ -7,6 +7,7 @@ import gc
 import io
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import signal
 import socket
@@ -335,7 +336,9 @@ def test_processes_hold_no_cpu(tmp_path: Path) -> None:
         process.join(WAIT_S)
 
 
-def test_log_settings_go_along(tmp_path: Path) -> None:
+def test_log_settings_go_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # loky's processes, in tests after this one, stumble over a logger that pytest has given its handlers.
+    monkeypatch.setattr(multiprocessing.util, "_logger", None)
     logger = mp.get_logger()
     level = logger.level
     logger.setLevel(37)

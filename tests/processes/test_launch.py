@@ -18,6 +18,7 @@ from clusterpool.errors import StartFailed
 from clusterpool.ids import new_node_id, new_session_id
 from clusterpool.processes.launch import NodeProcess, describe_exit, launch_node, log_tail
 from clusterpool.processes.sweep import sweep_stale_sessions
+from tests.waiting import HANGS_AFTER_S, wait_for
 
 HERE = Path(__file__).parent
 
@@ -115,8 +116,10 @@ def test_a_node_cannot_be_launched_twice(session: SessionPaths, launched: list[N
 )
 def test_a_failed_start_says_why_and_leaves_nothing(session: SessionPaths, do: str, patterns: list[str]) -> None:
     process = launch(config_of(session, do))
+    if do == "hang":
+        wait_for(lambda: "hanging" in log_tail(process.paths.node_log), "the node runs")
     with pytest.raises(StartFailed) as raised:
-        process.wait_ready(timeout_s=1)
+        process.wait_ready(timeout_s=1 if do == "hang" else HANGS_AFTER_S)
     for pattern in patterns:
         assert pattern in str(raised.value)
     assert process.poll() is not None

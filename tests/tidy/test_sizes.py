@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,23 +25,24 @@ def lines_max(path: Path) -> int:
     return 1000 if relative.startswith(("tests/", "compat_tests/")) else 600
 
 
-def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield node
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def long_functions(source: str) -> list[str]:
+def functions(source: str) -> list[Function]:
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def long_functions(parsed: list[Function]) -> list[str]:
     return [
         f"line {node.lineno}: {node.name} has {length} lines, {FUNCTION_LINES_MAX} are allowed"
-        for node in functions(ast.parse(source))
+        for node in parsed
         if (length := (node.end_lineno or node.lineno) - node.lineno + 1) > FUNCTION_LINES_MAX
     ]
 
 
-def wide_functions(source: str) -> list[str]:
+def wide_functions(parsed: list[Function]) -> list[str]:
     found = []
-    for node in functions(ast.parse(source)):
+    for node in parsed:
         # pytest passes its parameters and fixtures by keyword.
         if node.name.startswith("test_"):
             continue
@@ -60,7 +60,8 @@ def wide_functions(source: str) -> list[str]:
 def complaints_about(path: Path) -> list[str]:
     source = path.read_text()
     relative = path.relative_to(ROOT)
-    found = long_functions(source) + wide_functions(source)
+    parsed = functions(source)
+    found = long_functions(parsed) + wide_functions(parsed)
     length = source.count("\n")
     if length > lines_max(path):
         found.append(f"{length} lines, {lines_max(path)} are allowed")
@@ -79,7 +80,7 @@ def test_the_package_was_looked_at() -> None:
 @pytest.mark.parametrize(("lines", "complaints"), [(60, 0), (61, 1)])
 def test_a_function_of_sixty_one_lines_is_too_long(lines: int, complaints: int) -> None:
     source = "def function():\n" + "    pass\n" * (lines - 1)
-    assert len(long_functions(source)) == complaints
+    assert len(long_functions(functions(source))) == complaints
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_a_function_of_sixty_one_lines_is_too_long(lines: int, complaints: int) 
     ],
 )
 def test_a_seventh_positional_parameter_is_one_too_many(signature: str, complaints: int) -> None:
-    assert len(wide_functions(f"def function({signature}): ...\n")) == complaints
+    assert len(wide_functions(functions(f"def function({signature}): ...\n"))) == complaints
 
 
 @pytest.mark.parametrize(
