@@ -30,7 +30,6 @@ SHARED_MEMORY = Path("/dev/shm")
 # Arenas and cells; POSIX semaphores.
 SEGMENT_PREFIXES = ("clusterpool-", "sem.clusterpool-")
 NODE_ID = re.compile(r"\bn[0-9a-f]{10}\b")
-ARENA = re.compile(rf"clusterpool-\d+-.*{NODE_ID.pattern}")
 # A node must notice within 5 s that its driver is gone: what runs after that is a leak, not a straggler.
 LEAVE_WITHIN_S = 5.0
 # Helpers of the standard library and of joblib that live until their program ends, whoever first needed them.
@@ -70,7 +69,7 @@ class Run:
     held: list[Leftovers] = field(default_factory=list)
     # Processes that were seen once and are not ours: their environments are never read again.
     _foreign_pids: set[int] = field(default_factory=set)
-    # Nodes of other runs, likewise.
+    # Nodes of other runs, by their folders.
     _foreign_nodes: set[str] = field(default_factory=set)
 
     def look(self) -> Leftovers:
@@ -160,11 +159,13 @@ class Run:
         return frozenset(found)
 
     def _new_segments(self) -> set[str]:
-        names = {name for name in segment_names() if name not in self.segments_before}
-        new = {name for name in names if self._foreign_nodes.isdisjoint(NODE_ID.findall(name))}
-        for arena in filter(ARENA.fullmatch, new):
-            if is_used_by(arena, self._foreign_pids):
-                self._foreign_nodes.add(arena[-11:])
+        new = {name for name in segment_names() if name not in self.segments_before}
+        if not new:
+            return new
+        # Of a node of theirs that was killed nothing is left but its files, until its cluster removes them.
+        for folder in self.tmpdir.parent.glob("cpt-*/clusterpool-*/s-*/n-*"):
+            if self.tmpdir not in folder.parents:
+                self._foreign_nodes.add(folder.name.replace("-", ""))
         return {name for name in new if self._foreign_nodes.isdisjoint(NODE_ID.findall(name))}
 
 
@@ -215,7 +216,7 @@ def ancestors(pid: int) -> list[int]:
 def nodes_of_legitimate_processes(segments: set[str], leaked_pids: set[int]) -> set[str]:
     """The nodes of these segments whose arena another run is using: nobody need map their semaphores and cells."""
     nodes = set(NODE_ID.findall(" ".join(segments)))
-    arenas = filter(ARENA.fullmatch, segment_names())
+    arenas = [name for name in segment_names() if re.fullmatch(rf"clusterpool-\d+-.*{NODE_ID.pattern}", name)]
     return {
         name[-11:] for name in arenas if name[-11:] in nodes and is_mapped_by_a_legitimate_process(name, leaked_pids)
     }
@@ -223,19 +224,15 @@ def nodes_of_legitimate_processes(segments: set[str], leaked_pids: set[int]) -> 
 
 def is_mapped_by_a_legitimate_process(segment: str, leaked_pids: set[int]) -> bool:
     """Whether a living process outside this test has the segment: a held cluster, or another run of tests."""
-    pids = {int(name) for name in os.listdir("/proc") if name.isdigit()}
-    return is_used_by(segment, pids - leaked_pids - {os.getpid()})
-
-
-def is_used_by(segment: str, pids: set[int]) -> bool:
-    """Whether one of these processes has the segment."""
     path = str(SHARED_MEMORY / segment)
-    for pid in pids:
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) == os.getpid() or int(name) in leaked_pids:
+            continue
         with contextlib.suppress(OSError):
-            if path in Path(f"/proc/{pid}/maps").read_text():
+            if path in Path(f"/proc/{name}/maps").read_text():
                 return True
             # A node may have the file open without having mapped it.
-            for link in Path(f"/proc/{pid}/fd").iterdir():
+            for link in Path(f"/proc/{name}/fd").iterdir():
                 with contextlib.suppress(OSError):  # closed meanwhile; the others still count
                     if os.readlink(link) == path:
                         return True
@@ -250,6 +247,11 @@ def end_helpers_of_others() -> None:
     if executor is not None:
         executor.shutdown(wait=True, kill_workers=True)
         vars(reusable)["_executor"] = None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that must be alone come last: amid the others each would have to wait for those that run."""
+    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # outermost: who waits here does not use up the test's time
