@@ -359,7 +359,7 @@ class WatchCapacity(Message, frozen=True):
 class CapacityChanged(Message, frozen=True):
     """Answer to WatchCapacity, again and again. Of a node that is lost, NodeLost tells first."""
 
-    cpus_by_node: dict[str, float]
+    cpus_by_node: dict[str, Amount]
 
 
 class DescribeCluster(Message, frozen=True):
