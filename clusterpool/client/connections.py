@@ -119,9 +119,11 @@ class Connections:
         Raises: ProtocolError if it cannot be.
         """
         known = connection.peer if isinstance(connection.peer, Address) else None
+        # A worker may be leased to a task that ran in itself: then it has called itself, and this is the other end.
+        is_own_call = peer == self.address and peer.process_id in self.by_process
         # Two processes may call each other at the same time: a second connection of the same name is none the worse.
         fault = greeting_fault(self.address, peer, known, is_taken=False)
-        if fault:
+        if fault and not is_own_call:
             raise ProtocolError(fault)
         connection.peer = peer
         connection.frame_bytes_max = stream.FRAME_BYTES_MAX

@@ -246,6 +246,19 @@ def test_an_interrupted_program_ends() -> None:
 
 
 @pytest.mark.usefixtures("fresh")
+def test_the_tasks_that_a_task_leaves_behind_may_run_in_its_own_worker() -> None:
+    clusterpool.init(num_cpus=1)
+    pid_of_task = clusterpool.remote(os.getpid)
+
+    @clusterpool.remote
+    def leave_tasks() -> tuple[int, list[Any]]:
+        return os.getpid(), [pid_of_task.remote() for _ in range(3)]
+
+    pid, refs = clusterpool.get(leave_tasks.remote(), timeout=20)
+    assert clusterpool.get(refs, timeout=20) == [pid] * 3
+
+
+@pytest.mark.usefixtures("fresh")
 def test_ctrl_c_just_before_a_wait_goes_to_sleep_is_not_lost() -> None:
     for _ in range(2):  # a second cluster of the same program is no worse off
         clusterpool.shutdown()
