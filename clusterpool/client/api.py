@@ -20,7 +20,8 @@ from clusterpool.client import future as lean_future
 from clusterpool.client.client import NUMBERS_APART
 from clusterpool.client.future import LeanFuture
 from clusterpool.client.object_ref import ObjectRef
-from clusterpool.client.reading import Rounds, is_there, read_values
+from clusterpool.client.readiness import Readiness, are_own_and_distinct, check_distinct
+from clusterpool.client.reading import Rounds, read_values
 from clusterpool.client.runtime import Runtime
 from clusterpool.client.submission import put_value
 from clusterpool.client.values import ObjectUnreadable
@@ -322,32 +323,16 @@ def wait(
     Raises: ValueError for duplicates or a `num_returns` that is not in 1 .. len(refs).
     """
     wanted = list(refs)
-    if any(not isinstance(ref, ObjectRef) for ref in wanted):
-        raise TypeError("wait() takes a sequence of ObjectRefs")
-    if len(set(wanted)) != len(wanted):
-        raise ValueError("wait() got the same ObjectRef twice")
+    here = current.get_if_any()
+    is_own = here is not None and are_own_and_distinct(wanted, here.client.address)
+    if not is_own:
+        check_distinct(wanted)
     if not 1 <= num_returns <= len(wanted):
         raise ValueError(f"num_returns must be between 1 and the number of refs ({len(wanted)}): {num_returns}")
-    client = _runtime_of(wanted).client
-    table = client.machine.objects.table
-    client.settle()
-    for ref in wanted:
-        if ref.part.owner != client.address:
-            client.handle_event(e.ValueWanted(ref.part))
-    unknown = dict.fromkeys(wanted)
-
-    def are_enough() -> bool:
-        for ref in list(unknown):
-            if is_there(client, table.value_of(ref.part), ref.part):
-                unknown.pop(ref, None)  # another thread, which turns the loop for us, may look as well
-                if len(wanted) - len(unknown) >= num_returns:
-                    return True
-        return len(wanted) - len(unknown) >= num_returns
-
-    client.wait_until(are_enough, timeout)
-    ready = [ref for ref in wanted if ref not in unknown][:num_returns]
-    chosen = set(ready)
-    return ready, [ref for ref in wanted if ref not in chosen]
+    client = _runtime_of([] if is_own else wanted).client
+    with Readiness(client, wanted, count_max=num_returns, is_own=is_own) as readiness:
+        client.wait_until(readiness.are_enough, timeout)
+        return readiness.parted()
 
 
 def future_of(ref: ObjectRef) -> concurrent.futures.Future[Any]:

@@ -29,6 +29,7 @@ class Deliveries:
         self.failure_loader: Callable[[Task, e.FailTasks], None] = _no_loader
         self.chunk_loader: Callable[[e.DeliverChunk, Any], None] = _no_loader
         self.watchers: dict[tuple[Address, int], list[Delivery]] = {}
+        self.listeners: list[Callable[[list[tuple[Address, int]]], None]] = []  # to all that becomes known
         self.set_sinks: dict[int, Any] = {}  # WorkerGroups, by set number
         self._worker_facts: dict[str, GroupWorker | None] = {}
 
@@ -47,6 +48,8 @@ class Deliveries:
             if self.watchers:
                 for key in command.keys:  # type: ignore[attr-defined]
                     self.queue.extend(self.watchers.pop(key, ()))
+            for listener in self.listeners:
+                listener(command.keys)  # type: ignore[attr-defined]
         elif kind is e.FailTasks:
             fail = self.failure_loader
             for task in command.tasks:  # type: ignore[attr-defined]

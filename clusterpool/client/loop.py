@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 # How long the role stays vacant after a wait: shorter wakes the I/O thread between the calls of a sequential program,
 # longer delays results nobody waits for.
 HAND_BACK_S = 0.002
+# A timer that was armed less than this ago is left as it is.
+REARM_S = HAND_BACK_S / 4
 # Waking a CPU that sleeps costs the sender 5 to 10 us in a virtual machine, and the message as much again.
 AWAKE_S = 0.0001
 # One poll or sleep lasts at most so long: epoll and locks refuse times that programs do give (`get(9999999)`), and
@@ -78,6 +80,7 @@ class Loop:
         self._after_turn = after_turn
         self._next_wakeup_s = next_wakeup_s
         self._on_taken = on_taken  # called with True when it is the I/O thread that takes the role
+        self._armed_s = 0.0  # when the timer was, monotonic
         self._kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._timer_fd = _libc.timerfd_create(1, _TFD_CLOEXEC)
         if self._timer_fd < 0:
@@ -159,28 +162,42 @@ class Loop:
         For threads that are busy for long with tiny things: while they look now and then, the I/O thread sleeps. Woken,
         it would wait up to sys.getswitchinterval() (5 ms) for the GIL at each message.
         """
-        self._lead(lambda: self._turn(0.0))
+        if self._take_lead():
+            try:
+                self._turn(0.0)
+            finally:
+                self._leave()
 
     def turn_for(self, predicate: Callable[[], bool], timeout_s: float) -> None:
         """Turn the loop until `predicate()`, for at most `timeout_s` seconds and until another thread wants to.
 
         For threads that expect something to do any moment, and would else be woken by the thread that turns it.
         """
-        deadline_s = monotonic() + timeout_s
-        self._lead(lambda: self._turn_until(lambda: predicate() or bool(self._waiters), deadline_s))
-
-    def _lead(self, turn: Callable[[], object]) -> None:
-        """Call `turn` with the role, unless another thread than the I/O thread has it, which does as well."""
-        if self._is_stopped or self.is_mine:
+        if not self._take_lead():
             return
-        if not self._role.acquire(blocking=False) and not self._take_from_thread():
-            return
-        self._role_ident = threading.get_ident()
         try:
-            self._on_taken(False)
-            turn()
+            deadline_s = monotonic() + timeout_s
+            left_s = timeout_s
+            while left_s > 0 and not (predicate() or self._waiters or self._is_stopped):
+                self._turn(left_s)
+                left_s = deadline_s - monotonic()
         finally:
             self._leave()
+
+    def _take_lead(self) -> bool:
+        """Take the role, unless another thread than the I/O thread has it, which does as well."""
+        ident = threading.get_ident()
+        if self._is_stopped or self._role_ident == ident:
+            return False
+        if not self._role.acquire(blocking=False) and not self._take_from_thread():
+            return False
+        self._role_ident = ident
+        try:
+            self._on_taken(False)
+        except BaseException:
+            self._leave()
+            raise
+        return True
 
     def _take_from_thread(self) -> bool:
         """Get the role from the I/O thread, if it has it."""
@@ -253,7 +270,11 @@ class Loop:
             self.arm()
 
     def arm(self) -> None:
-        """Let the I/O thread take the role in HAND_BACK_S, if it is vacant then."""
+        """Let the I/O thread take the role in HAND_BACK_S or a little earlier, if it is vacant then."""
+        now_s = monotonic()
+        if now_s - self._armed_s < REARM_S:
+            return  # it is still to expire, and a system call for each tiny callback is not worth the difference
+        self._armed_s = now_s
         _libc.timerfd_settime(self._timer_fd, 0, self._arm_value, None)
 
     def _turn(self, timeout_s: float | None) -> None:

@@ -121,7 +121,8 @@ class WorkerGroup:
 
         Raises: RuntimeError when the group is closed.
         """
-        self._check_open()
+        if self._is_closed or self._client.is_closed:
+            self._check_open()
         runtime = self._runtime
         extras = self._extras if timeout is None else extras_with(self._limits, timeout)
         try:

@@ -12,7 +12,7 @@ is as fast as chunking by hand and still balances. Source: shared design, sectio
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -210,25 +210,42 @@ class Dispatcher:
         # Without workers too: what is cancelled must not make a closed set wait, or an idle one ask for workers.
         if not self._drop_cancelled() or not self.slots:
             return batches
-        # Emptiest first, so that every worker has something before any has a backlog.
         open_slots = [slot for slot in self.slots.values() if slot.is_open]
-        if len(open_slots) > 1:
-            open_slots.sort(key=_backlog)
-            if open_slots[-1].outstanding and self._is_too_little_to_split():
-                # One that has just reported is awake, and has done it before another has woken. (One that has not may
-                # be busy for long.)
-                open_slots.sort(key=lambda slot: not slot.outstanding or now_s - slot.finished_s > BACKLOG_S)
-        for slot in open_slots:
-            if not self._drop_cancelled():
-                break
-            count = self._room(slot, len(open_slots))
+        workers = len(open_slots)
+        if workers > 1 and self._is_too_little_to_split():
+            awake = self._awake_slot(open_slots, now_s)
+            if awake is not None:
+                count = self._room(awake, workers)
+                if count > 0:
+                    batches.append(self._take(awake, count, now_s))
+                    if not self._drop_cancelled():
+                        return batches
+        # Emptiest first, so that every worker has something before any has a backlog.
+        for slot in sorted(open_slots, key=_backlog) if workers > 1 else open_slots:
+            count = self._room(slot, workers)
             if count > 0:
                 batches.append(self._take(slot, count, now_s))
+                if not self._drop_cancelled():
+                    break
         return batches
+
+    def _awake_slot(self, slots: list[WorkerSlot], now_s: float) -> WorkerSlot | None:
+        """One that has just reported is awake, and has done little work before another has woken.
+
+        (One that has not may be busy for long.) The fullest of these, so that the others fall asleep: messages become
+        fewer and larger, and the owner has a CPU for itself.
+        """
+        awake = [slot for slot in slots if now_s - slot.finished_s <= BACKLOG_S]
+        return max(awake, key=_wakefulness) if len(awake) > 1 else awake[0] if awake else None
 
     def _is_too_little_to_split(self) -> bool:
         mean_s = self._mean_s.get(self.queue[0].spec.function)
         return mean_s is not None and (len(self.queue) + self.outstanding_count) * mean_s <= SPLIT_MIN_S
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no task waits, and none is at a worker."""
+        return not (self.outstanding_count or self.queue)
 
     def idle_slot(self) -> WorkerSlot | None:
         """A worker with nothing to do, which may have a task."""
@@ -316,17 +333,18 @@ class Dispatcher:
         """Whom to ask for how many unstarted tasks, because another worker has nothing to do."""
         if self.outstanding_count < 2 or self.queue or len(self.slots) < 2:
             return []
-        idle = len([slot for slot in self.slots.values() if not slot.outstanding and slot.is_open])
-        if not idle:
+        late = [
+            slot
+            for slot in self.slots.values()
+            if now_s - slot.sent_s >= TAKE_BACK_AFTER_S and len(slot.outstanding) > 1 and not slot.is_taking_back
+        ]
+        if not late:
             return []
-        asked: list[tuple[WorkerSlot, int]] = []
-        for slot in sorted(self.slots.values(), key=_backlog, reverse=True):
-            unstarted = len(slot.outstanding) - 1
-            if len(asked) >= idle or unstarted < 1:
-                break
-            if not slot.is_taking_back and now_s - slot.sent_s >= TAKE_BACK_AFTER_S:
-                slot.is_taking_back = True
-                asked.append((slot, (unstarted + 1) // 2))
+        idle = len([slot for slot in self.slots.values() if not slot.outstanding and slot.is_open])
+        late.sort(key=_backlog, reverse=True)
+        asked = [(slot, len(slot.outstanding) // 2) for slot in late[:idle]]
+        for slot, _ in asked:
+            slot.is_taking_back = True
         return asked
 
     def next_look_s(self, now_s: float) -> float | None:
@@ -371,6 +389,14 @@ class Dispatcher:
             slot.is_retiring = True
         return due
 
+    def take_out(self, is_meant: Callable[[Task], bool]) -> list[Task]:
+        """Take these tasks out of the queue."""
+        taken = [task for task in self.queue if is_meant(task)]
+        if taken:
+            numbers = {task.spec.number for task in taken}
+            self.queue = deque(task for task in self.queue if task.spec.number not in numbers)
+        return taken
+
     def clear(self) -> list[Task]:
         """Take everything out of the queue."""
         tasks = [task for task in self.queue if not task.is_cancelled]
@@ -380,3 +406,7 @@ class Dispatcher:
 
 def _backlog(slot: WorkerSlot) -> int:
     return len(slot.outstanding)
+
+
+def _wakefulness(slot: WorkerSlot) -> tuple[int, float]:
+    return len(slot.outstanding), slot.finished_s

@@ -407,6 +407,8 @@ class OwnerMachine:
         commands = self.following.node_lost(message.node_id) + self.objects.node_gone(message.node_id, message.text)
         for worker_set in list(self.sets.values()):
             commands += self._checked(worker_set.node_lost(message.node_id, message.text, now_s))
+            commands += self.arguments.node_lost(worker_set, message.node_id, message.text, now_s)
+            commands += self._checked(worker_set.advance(now_s))
         commands += self.children.node_gone(message.node_id)
         return commands + self.actors.node_gone(message.node_id, message.text)
 

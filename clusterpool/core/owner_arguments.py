@@ -64,6 +64,23 @@ class OwnerArguments:
         commands, is_known = self._objects.await_values(task, self._owner.requests)
         return commands + self.known(task, now_s) if is_known else commands
 
+    def node_lost(self, target: WorkerSet, node_id: str, text: str, now_s: float) -> Commands:
+        """A node is gone. Queued tasks that would look for an argument there wait for another copy, or a rebuilt one.
+
+        (A worker would notice, too, but only after it has tried, which takes a second.)
+        """
+        commands: Commands = []
+        for task in target.dispatcher.take_out(lambda task: bool(_stored_only_on(task, node_id))):
+            names = _stored_only_on(task, node_id)
+            for reference in self._objects.arguments_of(task).dependencies:
+                value = self._objects.table.value_of(reference)
+                if value is not None and value.stored is not None and value.stored.object_id in names:
+                    # Of what is our own this is known already.
+                    gone = m.UnreadablePart(value.stored.object_id, [], f"its node is gone: {text}", [node_id])
+                    commands += self._owner.recovery.unreadable(reference, gone)[0]
+            commands += self.await_again(task, target, now_s)
+        return commands
+
     def known(self, task: Task, now_s: float) -> Commands:
         """The last of a task's arguments has a value."""
         target = self.targets.pop(task.spec.number, None)
@@ -109,3 +126,9 @@ class OwnerArguments:
             target.waiting.discard(task.spec.number)
             return target
         return None
+
+
+def _stored_only_on(task: Task, node_id: str) -> list[str]:
+    """The names of those of a task's arguments that no other node has, as far as was known when it was queued."""
+    values = task.spec.extras.arguments if task.spec.extras is not None else []
+    return [v.stored.object_id for v in values if v.stored is not None and v.stored.node_ids == [node_id]]

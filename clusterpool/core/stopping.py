@@ -35,8 +35,8 @@ class Stopping:
     # --- limits of time
 
     def sent(self, batch: Batch) -> None:
-        """A batch goes out."""
-        if batch.slot.is_long and is_alone(batch.tasks[0].spec):
+        """A batch goes out that holds a task which may take long."""
+        if is_alone(batch.tasks[0].spec):
             limits = limits_of(batch.tasks[0].spec)
             if limits is not None and limits.timeout_s > 0:
                 deadline_s = batch.slot.sent_s + limits.timeout_s + LOADING_S

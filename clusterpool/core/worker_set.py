@@ -127,7 +127,7 @@ class WorkerSet:
             return [FailTasks(tasks, "cancelled", "the pool was terminated before the task was started")]
         if self.failed_text:
             return [FailTasks(tasks, self.failed_kind, self.failed_text)]
-        if len(tasks) == 1 and self.size is not None and not self.dispatcher.queue:
+        if len(tasks) == 1 and self.size is not None and self.dispatcher.is_idle:
             slot = self.dispatcher.idle_slot()
             if slot is not None:  # the rule for programs that wait for each result
                 self.dispatcher.submit(tasks)
@@ -149,10 +149,12 @@ class WorkerSet:
         """Send tasks, move them between workers, ask for workers or let them go."""
         dispatcher = self.dispatcher
         # This runs twice for each call that waits for its result: nothing is asked that cannot matter.
-        overdue = self.stopping.stop_overdue(now_s) if self.stopping.deadlines else []
+        commands = self.stopping.stop_overdue(now_s) if self.stopping.deadlines else []
         if self.rescue.resting:
             dispatcher.requeue(self.rescue.due(now_s))
-        commands = overdue + self._send_batches(now_s) if dispatcher.queue else overdue
+        if dispatcher.queue:
+            for batch in dispatcher.fill(now_s):
+                commands += self._sent(batch)
         if dispatcher.outstanding_count > 1 and not dispatcher.queue:
             for slot, count in dispatcher.take_back(now_s):
                 commands.append(Send(slot.address, TakeBackTasks(count)))
@@ -246,13 +248,13 @@ class WorkerSet:
         return self._lose(process_id, exit_code, text, now_s, task) + self.advance(now_s)
 
     def node_lost(self, node_id: str, text: str, now_s: float) -> list[Command]:
-        """A node is gone with its workers, and perhaps with requests that had been passed on to it."""
+        """A node is gone with its workers, and perhaps with requests passed on to it. Call `advance` afterwards."""
         commands = self.cancel_requests()
         text = f"its node {node_id} is gone: {text}"
         # Nothing is sent before all of them are taken out: a task would go from one to the next, each time an attempt.
         for process_id in [name for name, worker in self.held.items() if worker.address.node_id == node_id]:
             commands += self._lose(process_id, -SIGKILL, text, now_s, _UNKNOWN)
-        return commands + self.advance(now_s)
+        return commands
 
     def _lose(self, process_id: str, exit_code: int, text: str, now_s: float, task: LastTask) -> list[Command]:
         worker = self.held.pop(process_id)
@@ -382,19 +384,15 @@ class WorkerSet:
 
     # --- parts of `advance`
 
-    def _send_batches(self, now_s: float) -> list[Command]:
-        commands: list[Command] = []
-        for batch in self.dispatcher.fill(now_s):
-            commands += self._sent(batch)
-        return commands
-
     def _sent(self, batch: Batch) -> list[Command]:
         commands: list[Command] = []
-        self.stopping.sent(batch)
+        if batch.slot.is_long:
+            self.stopping.sent(batch)
         if self._on_sent is not None:
             commands += self._on_sent(batch.slot.address, batch.tasks)
         # Missing only when the shell dropped it while another thread was about to submit: then the task fails.
-        functions = [FunctionPart(number, self._functions.get(number, b"")) for number in batch.functions]
+        known = self._functions
+        functions = [FunctionPart(n, known.get(n, b"")) for n in batch.functions] if batch.functions else []
         commands.append(Send(batch.slot.address, StartTasks(functions, [task.spec for task in batch.tasks])))
         return commands
 

@@ -265,7 +265,7 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
             return Job(Callbacks(), None)
         job = Job(warm.callbacks, callback)
         items = getattr(func, "items", ())
-        function = uniform_function(items) if items else None
+        function = uniform_function(items)
         if function is None:
             warm.group.submit(run_batch, (func,), {}, job)
             return job

@@ -68,7 +68,7 @@ def uniform_function(items: Sequence[tuple[Any, Any, Any]]) -> Callable[..., Any
     Only functions: an object with `__call__`, or a bound method's, may have changed since the last batch, and
     must be sent as it is now.
     """
-    function: Any = items[0][0]
-    if not isinstance(function, FunctionType):
+    function: Any = items[0][0] if items else None
+    if type(function) is not FunctionType:  # which has no subclasses
         return None
     return function if len(items) == 1 or all(item[0] is function for item in items) else None

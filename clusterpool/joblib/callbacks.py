@@ -18,12 +18,10 @@ class Callbacks:
 
     def __init__(self) -> None:
         self._thread = CallbackThread("clusterpool-joblib")
+        # Have a call called soon; it asks `has_ended` first.
+        self.run: Callable[[Callable[[], object]], None] = self._thread.run
         self._ident = 0
         self._is_ended = False
-
-    def run(self, call: Callable[[], object]) -> None:
-        """Have `call` called soon; it asks `has_ended` first."""
-        self._thread.run(call)
 
     def has_ended(self) -> bool:
         """Whether the calls have ended meanwhile; asked by each callback before it does anything."""

@@ -155,9 +155,21 @@ class CallRunner:
         values = list(value) if returns else []
         if len(values) != returns:
             raise ValueError(f"the task has num_returns={returns}, but returned {len(values)} values")
-        parts = [
-            self._runner.part_of(owner, item, _object_id(owner, spec, offset)) for offset, item in enumerate(values)
-        ]
+        runner = self._runner
+        parts: list[ValuePart] = []
+        try:
+            for offset, item in enumerate(values):
+                parts.append(runner.unsent_part_of(owner, item, _object_id(owner, spec, offset)))
+        except BaseException:
+            # The task has an error instead of results: nobody will ask for those that are stored already.
+            names = [part.stored.object_id for part in parts if part.stored is not None]
+            runner.client.send(runner.client.node, m.FreeObjects(names))
+            for part in parts:
+                runner.let_go_of_part(part)
+            raise
+        references = [reference for part in parts for reference in part.references]
+        if references:
+            runner.client.hand_over(owner, references)
         return TaskResult(spec.number, TaskStatus.MULTIPLE, b"", ResultExtras(None, parts))
 
     def _stream(self, owner: Address, spec: TaskSpec, iterable: Any) -> TaskResult:

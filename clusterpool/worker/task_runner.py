@@ -404,6 +404,16 @@ class TaskRunner:
 
         Raises: SerializationFailed; StoreFull, ObjectTooLarge.
         """
+        part = self.unsent_part_of(owner, value, object_id)
+        if part.references:
+            self.client.hand_over(owner, part.references)
+        return part
+
+    def unsent_part_of(self, owner: Address, value: Any, object_id: str) -> ValuePart:
+        """The same, of which `owner` has not been told yet; its references are held, as by `hand_over`.
+
+        Raises: SerializationFailed; StoreFull, ObjectTooLarge.
+        """
         try:
             serialized = dumps_value(value)
         except Exception as exc:
@@ -411,5 +421,5 @@ class TaskRunner:
         references = [reference.part for reference in serialized.references]
         part = self.runtime.values.part_of(serialized, object_id, references, owner)
         if references:
-            self.hand_over(owner, references)  # not before: what could not be stored is never sent
+            self.client.handle_event(e.ReferencesMade(references))
         return part

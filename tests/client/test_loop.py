@@ -379,3 +379,11 @@ def test_a_loop_that_stays_awake_handles_the_same_messages(harness: Harness, thr
         assert harness.wait_for(number)
     assert harness.known[1:200] == [1] * 199
     assert not harness.wait_for(200, 0.01)  # with nothing to come it sleeps until the time is over
+
+
+def test_one_who_leaves_often_does_not_keep_the_io_thread_from_its_turn_for_ever(harness: Harness) -> None:
+    # Each leaves a timer, or one that another has armed a moment ago: whichever it was must still expire.
+    for _ in range(50):
+        harness.loop.turn_nowait()
+    harness.send(7)
+    assert eventually(lambda: harness.known[7] == 1), "nobody polls any more"

@@ -22,6 +22,31 @@ def total(values: Any) -> float:
     return float(np.sum(values))
 
 
+def test_what_was_stored_of_several_results_goes_when_a_later_one_cannot_be(nothing_left: None) -> None:
+    @clusterpool.remote(num_returns=3, retries=0)
+    def several() -> tuple[Any, ...]:
+        return np.zeros(1_000_000), [clusterpool.put("inner")], (number for number in range(3))
+
+    for ref in several.remote():
+        with pytest.raises(clusterpool.errors.SerializationFailed):
+            clusterpool.get(ref, timeout=20)
+
+
+def test_results_are_taken_one_by_one_as_they_come(nothing_left: None) -> None:
+    def theirs() -> list[Any]:
+        return [total.remote([number]) for number in range(10)]
+
+    refs = [total.remote([number]) for number in range(300)]
+    rest = refs[::-1] + clusterpool.get(clusterpool.remote(num_cpus=0)(theirs).remote(), timeout=20)
+    taken: list[float] = []
+    while rest:
+        order = rest
+        ready, rest = clusterpool.wait(order, num_returns=min(2, len(order)), timeout=20)
+        assert [ref for ref in order if ref in ready] == ready and [ref for ref in order if ref in rest] == rest
+        taken += clusterpool.get(ready)
+    assert sorted(taken) == sorted([*range(300), *range(10)])
+
+
 # --- put and get ----------------------------------------------------------------------------------------------------
 
 

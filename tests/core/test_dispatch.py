@@ -76,6 +76,25 @@ def test_tiny_work_goes_to_a_worker_that_has_just_reported(mean_s: float, silent
     assert numbers(dispatcher.fill(NOW_S + silent_s)) == {worker: [2]}
 
 
+def test_tiny_work_goes_to_the_fullest_of_those_awake_so_that_the_others_sleep() -> None:
+    dispatcher = dispatcher_with("w1", "w2", "w3", mean_s=SPLIT_MIN_S / 10)
+    for name, held in (("w1", (1,)), ("w2", (2, 3)), ("w3", ())):
+        slot = dispatcher.slots[name]
+        slot.finished_s = NOW_S
+        for task in tasks_of(*held):
+            slot.outstanding[task.spec.number] = task
+    dispatcher.outstanding_count = 3
+    dispatcher.submit(tasks_of(4, 5))
+    assert numbers(dispatcher.fill(NOW_S)) == {"w2": [4, 5]}
+
+
+def test_among_idle_ones_tiny_work_goes_to_the_one_that_reported_last() -> None:
+    dispatcher = dispatcher_with("w1", "w2", mean_s=SPLIT_MIN_S / 10)
+    dispatcher.slots["w1"].finished_s, dispatcher.slots["w2"].finished_s = NOW_S - BACKLOG_S / 2, NOW_S
+    dispatcher.submit(tasks_of(1, 2))
+    assert numbers(dispatcher.fill(NOW_S)) == {"w2": [1, 2]}
+
+
 def test_tiny_tasks_are_refilled_in_halves() -> None:
     dispatcher = dispatcher_with("w1", mean_s=BACKLOG_S / 10)
     dispatcher.submit(tasks_of(*range(40)))

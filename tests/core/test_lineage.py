@@ -343,6 +343,33 @@ def test_a_task_whose_argument_nobody_can_reach_fails_at_last(owner: Lineages) -
     assert owner.is_clean()
 
 
+def test_a_queued_task_is_not_sent_with_an_argument_that_went_with_its_node(owner: Lineages) -> None:
+    owner.submit_with(1024)
+    owner.run(made(1024))
+    owner.submit_with(2048)  # its worker is busy with this one
+    owner.submit_with(3072, ref(1024))
+    owner.lose()
+    again = owner.grant(next(iter(owner.machine.sets[1].requested)), "w9", lease=9, node_id="n3")
+    again += owner.finish("w9", make_result(2048), node_id="n3")
+    assert attempts(again) == [(2048, 2), (1024, 2)]
+    sent_last = owner.finish("w9", made(1024, "n3", attempt=2), node_id="n3")
+    (spec,) = specs(sent_last)
+    assert spec.extras is not None and [v.stored and v.stored.node_ids for v in spec.extras.arguments] == [["n3"]]
+
+
+def test_a_queued_task_asks_the_owner_of_an_argument_that_went_with_its_node(owner: Lineages) -> None:
+    theirs = Reference(OTHER, 5)
+    owner.handle(e.ReferencesMade([theirs]))
+    owner.submit_with(1024)
+    owner.run(make_result(1024))
+    owner.submit_with(2048)
+    (question,) = sent(owner.submit_with(3072, theirs), m.ResolveObject, OTHER)
+    value = ValuePart(stored=StoredValue("w9.5", 10**6, ["n2"], OTHER))
+    owner.hear(OTHER, m.ObjectResolved(question.request, value))
+    (again,) = sent(owner.lose(), m.ResolveObject, OTHER)
+    assert again.unreadable is not None and again.unreadable.dead == ["n2"]
+
+
 def test_a_task_submitted_with_a_lost_argument_waits_for_it(owner: Lineages) -> None:
     owner.submit(make_task(1, sink=None, retries=3))
     owner.run(made(1))
