@@ -150,16 +150,32 @@ class ActorChannel:
         self.outstanding.clear()
         self._outstanding_bytes = 0
         self.queue.extendleft(reversed(again))
-        return [FailTasks(failed, "actor_unavailable", text)] if failed else []
+        text = f"{text}; max_task_retries= would send the call to the actor's next life"
+        return [FailTasks([task], "actor_unavailable", self._why(task, text)) for task in failed]
 
     def died(self, text: str, error: bytes = b"") -> list[Command]:
         """The actor is no more: its calls fail, and so will all later ones."""
         self.actor = msgspec.structs.replace(self.actor, state="dead", text=text, address=None)
         self.error = error
-        tasks = [task for task in [*self.outstanding.values(), *self.queue] if task is not self.creation]
+        begun = [task for task in self.outstanding.values() if task is not self.creation]
+        waiting = list(self.queue)
         self.outstanding.clear()
         self.queue.clear()
-        return [FailTasks(tasks, "actor_died", text, None, error)] if tasks else []
+        commands: list[Command] = [
+            FailTasks([task], "actor_died", self._why(task, text), None, error) for task in begun
+        ]
+        if waiting:
+            commands.append(FailTasks(waiting, "actor_died", text, None, error))
+        return commands
+
+    def label(self, task: Task) -> str:
+        """A call as errors name it."""
+        extras = task.spec.extras
+        method = f".{extras.method}" if extras is not None and extras.method else ""
+        return f"task {task.spec.number} ({self.actor.class_name}{method})"
+
+    def _why(self, task: Task, text: str) -> str:
+        return f"{self.label(task)}, ended with its actor: {text}"
 
     def interrupt(self, task: Task) -> list[Command]:
         """Ask the actor to drop or interrupt one call."""

@@ -12,6 +12,7 @@ from clusterpool.core.actor_messages import CallsResumed, ResultsTaken
 from clusterpool.core.actors import ActorChannel
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import Address, TaskStatus
+from clusterpool.core.rescue import lost_text
 from clusterpool.core.stream_pace import NO_BOUND
 
 if TYPE_CHECKING:
@@ -307,7 +308,7 @@ class OwnerActors:
         commands = self.ask_again()
         for channel in list(self.channel_of_process.values()):
             if channel.actor.address is not None and channel.actor.address.node_id == node_id:
-                gone = f"its node {node_id} is gone: {text}"
+                gone = lost_text(channel.actor.address.process_id, node_id, text)
                 commands += self.process_gone(channel.actor.address, gone, is_node_lost=True)
         return commands
 

@@ -345,8 +345,9 @@ class OwnerObjects:
                 continue
             borrowed.handed = 0  # should it live, on a node that was taken for dead, it does not count us any more
             if borrowed.value is None:
-                lost = ValuePart(lost_kind="owner_died", lost=f"the process that owned the object has ended: {text}")
-                commands += self._borrowed_known(key, lost)
+                who = f"process {address.process_id} on node {address.node_id}"
+                lost = f"object {key[1]} of {who} ended with that, which owned it: {text}"
+                commands += self._borrowed_known(key, ValuePart(lost_kind="owner_died", lost=lost))
         return commands
 
     def lose_unknown(self, kind: str, text: str) -> Commands:

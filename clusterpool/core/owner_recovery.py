@@ -232,7 +232,10 @@ class OwnerRecovery:
         record = self._table.owned[number]
         commands = self._reset(record)
         self.lineage.evicted.pop(number, None)
-        text = f"object {number}: {self._lost_texts.pop(number, 'its last copy is gone')}; {reason}"
+        lineage = self.lineage.by_object.get(number)
+        name = self._owner.functions.names.get(lineage.task.spec.function, "") if lineage is not None else ""
+        made_by = f" (made by {name})" if name else ""
+        text = f"object {number}{made_by}: {self._lost_texts.pop(number, 'its last copy is gone')}; {reason}"
         return commands + self._objects.set_value(number, ValuePart(lost_kind="object_lost", lost=text))
 
     def reset_if_lost(self, record: OwnedObject) -> Commands:
@@ -302,7 +305,8 @@ class OwnerRecovery:
             # Nobody says that it is gone, yet it cannot be read: two nodes may not reach each other.
             task.retries_left -= 1
         if task.retries_left < 0:
-            text = f"an argument of the task could not be read: {unreadable.text}"
+            label = target.label(task) if isinstance(target, ActorChannel) else target.rescue.label(task)
+            text = f"{label}, was not run, because an argument of it could not be read: {unreadable.text}"
             return commands + self._owner.checked([e.FailTasks([task], "object_lost", text)])
         task.worker = ""
         return commands + self._owner.arguments.await_again(task, target, self._objects.now_s)

@@ -35,6 +35,14 @@ def back_off_s(attempts: int) -> float:
     return 0.0 if attempts <= 1 else min(BACK_OFF_MAX_S, BACK_OFF_FIRST_S * 2.0 ** min(attempts - 2, 30))
 
 
+def lost_text(process_id: str, node_id: str, text: str) -> str:
+    """What became of a process whose node is gone: nobody is left there who could say."""
+    return (
+        f"worker {process_id} was on node {node_id}, which is gone: {text}; the machine, its network or the node's "
+        "process failed, or somebody ended it"
+    )
+
+
 class GoneWorker(NamedTuple):
     """A worker that is no more. `target`: the number of the task for whose sake we ended it, 0 for none."""
 

@@ -41,7 +41,7 @@ from clusterpool.core.owner_events import (
     SetWorkerJoined,
     SetWorkerLeft,
 )
-from clusterpool.core.rescue import GoneWorker, Rescue
+from clusterpool.core.rescue import GoneWorker, Rescue, lost_text
 from clusterpool.core.stopping import Stopping
 from clusterpool.core.stragglers import Stragglers
 from clusterpool.core.worker_requests import WorkerRequests
@@ -250,10 +250,9 @@ class WorkerSet:
     def node_lost(self, node_id: str, text: str, now_s: float) -> list[Command]:
         """A node is gone with its workers, and perhaps with requests passed on to it. Call `advance` afterwards."""
         commands = self.cancel_requests()
-        text = f"its node {node_id} is gone: {text}"
         # Nothing is sent before all of them are taken out: a task would go from one to the next, each time an attempt.
         for process_id in [name for name, worker in self.held.items() if worker.address.node_id == node_id]:
-            commands += self._lose(process_id, -SIGKILL, text, now_s, _UNKNOWN)
+            commands += self._lose(process_id, -SIGKILL, lost_text(process_id, node_id, text), now_s, _UNKNOWN)
         return commands
 
     def _lose(self, process_id: str, exit_code: int, text: str, now_s: float, task: LastTask) -> list[Command]:
@@ -261,7 +260,7 @@ class WorkerSet:
         was_expected = process_id in self._expected
         target = self.stopping.gone(process_id)
         self._forget(process_id)
-        commands: list[Command] = [SetWorkerLeft(self.number, worker, exit_code, text, was_expected)]
+        commands: list[Command] = []
         tasks = self.dispatcher.remove_worker(process_id)
         if self.stragglers and not self.is_terminated:
             tasks, task = self.stragglers.lost(tasks, task)
@@ -271,7 +270,8 @@ class WorkerSet:
             again, others = self.rescue.save(tasks, GoneWorker(worker, text, task, target), now_s)
             self.dispatcher.requeue(again)
             commands += others
-        return commands
+        # After those of its tasks that fail: their errors say more, and an executor breaks at the first.
+        return [*commands, SetWorkerLeft(self.number, worker, exit_code, text, was_expected)]
 
     def request_failed(self, request: int, count: int, kind: str, text: str, now_s: float) -> list[Command]:
         """Workers that were asked for will never come."""

@@ -87,9 +87,12 @@ def test_the_death_of_an_actor_fails_the_sent_and_the_queued() -> None:
     channel.waiting.add(2)
     channel.submit(calls(1, 2))
     batches(channel)
-    (failure,) = channel.died("killed")
-    assert isinstance(failure, e.FailTasks)
-    assert ([task.spec.number for task in failure.tasks], failure.kind) == ([1, 2], "actor_died")
+    failures = of_type(channel.died("killed"), e.FailTasks)
+    assert [([task.spec.number for task in failure.tasks], failure.kind) for failure in failures] == [
+        ([1], "actor_died"),
+        ([2], "actor_died"),
+    ]
+    assert failures[0].text == "task 1 (Counter), ended with its actor: killed" and failures[1].text == "killed"
     assert channel.died("again") == []
 
 
@@ -224,7 +227,7 @@ def test_calls_of_an_actor_whose_worker_exits_fail_with_the_cause() -> None:
     owner.hear(NODE, m.WorkerExited(1, HOME, -9, "killed by signal 9"))
     value = owner.value_of(Reference(DRIVER, 1))
     assert value is not None
-    assert (value.lost_kind, value.lost) == ("actor_died", "killed by signal 9")
+    assert (value.lost_kind, value.lost) == ("actor_died", "task 1 (Counter.add), ended with its actor: killed by signal 9")
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,20 @@ def test_a_node_that_dies_with_several_workers_is_one_attempt() -> None:
     assert (task.retries_left, task.worker) == (0, "")
 
 
+def test_the_error_of_a_task_that_went_with_its_node_names_task_attempt_worker_and_node() -> None:
+    owner = Owner()
+    (request,) = sent(owner.open_set(size=1), m.RequestWorkers)
+    owner.handle(e.FunctionAdded(1, b"function", "work"))
+    owner.grant(request.request, "w2", lease=2, node_id="n2")
+    owner.submit(make_task(1))
+    commands = owner.hear(NODE, LOST)
+    (failed,) = of_type(commands, e.FailTasks)
+    for words in ("task 1 (work), attempt 1 of 1", "worker w2", "node n2", "silent"):
+        assert words in failed.text
+    # Before the news of the worker, at which an executor breaks with less to say.
+    assert commands.index(failed) < commands.index(of_type(commands, e.SetWorkerLeft)[0])
+
+
 def test_tasks_ask_again_for_their_leases() -> None:
     owner = Owner()
     owner.open_set()
