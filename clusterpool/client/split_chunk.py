@@ -79,8 +79,20 @@ class ChunkGatherer:
         self._next += 1
         self.start()
 
+    def chunk_done(self, index: int, values: list[Any], worker: GroupWorker | None) -> None:
+        """A part that had been lost was run again, and some of its items failed."""
+        self._error = self._error or next(value.error for value in values if type(value) is ItemFailure)
+        self.task_done(index, values, None, worker)
+
+    def item_index(self, index: int, position: int) -> int:
+        """Of a part that is run again; positions are the whole chunk's there, too."""
+        task = self._chunk.task
+        return task.sink.item_index(task.index, position) if hasattr(task.sink, "item_index") else position
+
     def _end(self) -> None:
         task = self._chunk.task
+        if self._chunk.has_stored:
+            self._runtime.client.handle_event(e.ChunkRead(task.spec.number))
         error = self._failure or self._error
         if error is None:
             task.sink.task_done(task.index, self._values, None, self._worker)

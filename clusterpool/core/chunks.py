@@ -107,13 +107,19 @@ class ChunkTable:
         self._aim(task, progress)
         return bool(progress.spans), []
 
-    def end_if_done(self, task: Task, worker: WorkerPart | None) -> DeliverChunk | None:
+    def resume(self, task: Task, low: int, high: int) -> None:
+        """Of a chunk that had ended, the result of these items is lost: the task is to run them again."""
+        progress = self._progress[task.spec.number] = _Progress(high, task.retries_left)
+        progress.spans = [(low, high)]
+        self._aim(task, progress)
+
+    def end_if_done(self, task: Task, worker: WorkerPart | None, set_number: int = 0) -> DeliverChunk | None:
         """What to hand out once nothing of the chunk is left to run."""
         progress = self._progress.get(task.spec.number)
         if progress is None or progress.spans:
             return None
         del self._progress[task.spec.number]
-        return DeliverChunk(task, sorted(progress.parts, key=lambda part: part.low), worker)
+        return DeliverChunk(task, sorted(progress.parts, key=lambda part: part.low), worker, set_number)
 
     def drop(self, number: int) -> list[Command]:
         """The chunk has ended as a whole, in another way: free what is there of it."""

@@ -173,7 +173,7 @@ class OwnerMachine:
             requests=self.requests,
             functions=self.functions.payloads,
             set_by_process=self._set_by_process,
-            rescue=Rescue(self.functions.names, self.chunks),
+            rescue=Rescue(self.functions.names, self.chunks, event.set_number),
         )
         if event.safe_to_repeat:
             worker_set.allow_repeats(self.tasks, self._numbers)
@@ -306,7 +306,7 @@ class OwnerMachine:
                 self.sets.pop(command.set_number, None)
             elif isinstance(command, e.DeliverChunk):
                 self.tasks.pop(command.task.spec.number, None)
-                checked += self.objects.release_arguments(command.task)
+                checked += self.recovery.unread.chunk_ended(command)
             checked.append(command)
         return checked
 

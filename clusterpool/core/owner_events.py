@@ -252,6 +252,12 @@ class ResultRead(Event, frozen=True):
     number: int
 
 
+class ChunkRead(Event, frozen=True):
+    """All parts of a split chunk, some of which had been stored, have been read."""
+
+    number: int
+
+
 class ResultUnreadable(Event, frozen=True):
     """The stored result of a task with a sink is lost."""
 
@@ -306,6 +312,12 @@ class ChunkPart(msgspec.Struct, frozen=True, gc=False):
     result: TaskResult | None
     text: str
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether its result lies in a store."""
+        value = self.result.extras.value if self.result is not None and self.result.extras is not None else None
+        return value is not None and value.stored is not None
+
 
 class DeliverChunk(Command, frozen=True):
     """A chunk that was run in parts has ended; `parts` in order, all items in exactly one."""
@@ -313,6 +325,12 @@ class DeliverChunk(Command, frozen=True):
     task: Task
     parts: list[ChunkPart]
     worker: Any
+    set_number: int = 0
+
+    @property
+    def has_stored(self) -> bool:
+        """Whether any part lies in a store: then ChunkRead is to follow."""
+        return any(part.is_stored for part in self.parts)
 
 
 class FailTasks(Command, frozen=True):

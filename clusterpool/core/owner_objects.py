@@ -87,6 +87,10 @@ class OwnerObjects:
         """The references of a task that has not ended."""
         return self._arguments.get(task.spec.number, _NO_ARGUMENTS)
 
+    def has_arguments(self, number: int) -> bool:
+        """Whether the task has any references, which are held for it."""
+        return number in self._arguments
+
     def has_values(self, task: Task) -> bool:
         """Whether all of a task's arguments can be read, as far as is known."""
         for reference in self.arguments_of(task).dependencies:

@@ -6,7 +6,7 @@
 
 A lost object keeps its value part, with no node in it; whoever tries to read that reports it here, so nobody needs to
 know beforehand. Objects that nobody asks for are not rebuilt (docs/decisions/0013-lazy-rebuilding.md).
-Results that go to a sink are no objects: their tasks stay with us until the shell has read them.
+Results that go to a sink are no objects: see unread_results.py.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from clusterpool.core.lineage import LineageRecord, LineageTable
 from clusterpool.core.messages import Address, Reference, StoredValue, TaskStatus, ValuePart
 from clusterpool.core.object_names import object_id
 from clusterpool.core.ownership import OwnedObject
+from clusterpool.core.unread_results import UnreadResults, task_again
 from clusterpool.core.worker_set import WorkerSet
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class OwnerRecovery:
         self.lineage = LineageTable(self._table, owner.functions.dropped)
         owner.functions.take_over = self.lineage.take_over_functions
         self.running: dict[int, LineageRecord] = {}  # by task number, those that are run again
-        self.unread: dict[int, tuple[Task, int]] = {}  # by number, tasks whose stored results go to a sink; their sets
+        self.unread = UnreadResults(owner)
         self._number_by_name: dict[str, int] = {}  # of stored objects
         self._lost_texts: dict[int, str] = {}  # by object that is lost or being rebuilt, what happened
         self._lost_again: dict[int, None] = {}  # made by a second run, and lost while it went on
@@ -62,8 +63,9 @@ class OwnerRecovery:
         """For the owner's table."""
         return {
             e.ValueUnreadable: lambda event, _: self.unreadable(event.reference, event.unreadable)[0],
-            e.ResultRead: self._result_read,
-            e.ResultUnreadable: self._result_unreadable,
+            e.ResultRead: self.unread.read,
+            e.ChunkRead: self.unread.chunk_read,
+            e.ResultUnreadable: self.unread.unreadable,
         }
 
     def handlers_of_messages(self) -> dict[type, Callable[[Address, Any, float], Commands]]:
@@ -85,9 +87,7 @@ class OwnerRecovery:
             return self._keep(task, result, worker_set)
         value = result.extras.value if result.extras is not None else None
         if value is not None and value.stored is not None and worker_set is not None:
-            # Until the shell has read it, the task may have to run again; and a closed set stays.
-            self.unread[task.spec.number] = task, worker_set.number
-            worker_set.awaiting.add(task.spec.number)
+            self.unread.task_ended(task, worker_set)
         return []
 
     def _keep(self, task: Task, result: m.TaskResult, worker_set: WorkerSet | None) -> Commands:
@@ -351,7 +351,7 @@ class OwnerRecovery:
             owned = self._table.owned.get(number)
             if owned is not None:
                 commands += self.reset_if_lost(owned)
-        task = _again(record.task)
+        task = task_again(record.task)
         record.task, record.is_running = task, True
         self.running[task.spec.number] = record
         return commands + self._owner.arguments.run_again(task, arguments, worker_set, self._objects.now_s)
@@ -431,37 +431,6 @@ class OwnerRecovery:
             return None
         return next((item for item, place in record.numbers.items() if place == index), 0)
 
-    # --- results for sinks
-
-    def _result_read(self, event: e.ResultRead, now_s: float) -> Commands:
-        task, set_number = self.unread.pop(event.number, (None, 0))
-        if task is None:
-            return []
-        commands = self._objects.release_arguments(task)
-        worker_set = self._owner.sets.get(set_number)
-        if worker_set is None:
-            return commands
-        worker_set.awaiting.discard(event.number)
-        return commands + (self._owner.checked(worker_set.advance(now_s)) if worker_set.is_closing else [])
-
-    def _result_unreadable(self, event: e.ResultUnreadable, now_s: float) -> Commands:
-        """The result went with its node before it was read: as if the worker had died while it ran the task."""
-        number = event.task.spec.number
-        text = f"the result of task {number} was lost before it could be read: {event.text}"
-        task, set_number = self.unread.pop(number, (None, 0))
-        if task is None:  # a part of a chunk, or of an actor
-            return [e.FailTasks([event.task], "worker_died", text)]
-        worker_set = self._owner.sets.get(set_number)
-        is_over = worker_set is None or worker_set.is_terminated
-        if worker_set is not None:
-            worker_set.awaiting.discard(number)
-        if worker_set is None or is_over or task.retries_left <= 0:
-            kind = "cancelled" if is_over else "worker_died"
-            commands = self._owner.checked([e.FailTasks([task], kind, text)])
-            return commands + (self._owner.checked(worker_set.advance(now_s)) if worker_set is not None else [])
-        again = self._owner.tasks[number] = _again(task)
-        return self._owner.arguments.await_again(again, worker_set, now_s)
-
     def clear(self) -> None:
         """There is no cluster any more."""
         self.lineage.clear()
@@ -492,11 +461,3 @@ def _without_values(spec: m.TaskSpec) -> m.TaskSpec:
     if spec.extras is None or not spec.extras.arguments:
         return spec
     return msgspec.structs.replace(spec, extras=msgspec.structs.replace(spec.extras, arguments=[]))
-
-
-def _again(task: Task) -> Task:
-    """The task, to be run once more; what it stores gets names of its own."""
-    extras = task.spec.extras or m.TaskExtras()
-    extras = msgspec.structs.replace(extras, attempt=extras.attempt + 1)
-    spec = msgspec.structs.replace(task.spec, extras=extras)
-    return Task(spec, task.sink, task.index, task.retries_left - 1)

@@ -55,8 +55,9 @@ class GoneWorker(NamedTuple):
 class Rescue:
     """The tasks of one worker set that are between two attempts. `names`: of functions, by number."""
 
-    def __init__(self, names: Mapping[int, str], chunks: ChunkTable) -> None:
+    def __init__(self, names: Mapping[int, str], chunks: ChunkTable, set_number: int = 0) -> None:
         self.chunks = chunks
+        self._set_number = set_number
         self._names = names
         self.resting: list[tuple[float, int, Task]] = []  # a heap: when due, in which order they came, what
         self._count = 0
@@ -102,7 +103,7 @@ class Rescue:
                 continue
             goes_on, discarded = self.chunks.finished(task, result)
             commands += discarded
-            ended = None if goes_on else self.chunks.end_if_done(task, worker)
+            ended = None if goes_on else self.chunks.end_if_done(task, worker, self._set_number)
             if goes_on:
                 again.append(task)
             elif ended is not None:
@@ -114,7 +115,7 @@ class Rescue:
     def _continue_chunk(self, task: Task, gone: GoneWorker, now_s: float, again: list[Task]) -> list[Command]:
         text = f"{self.label(task)}, ended with its worker: {gone.text}"
         attempts = self.chunks.died(task, gone.last, text)
-        ended = self.chunks.end_if_done(task, gone.worker)
+        ended = self.chunks.end_if_done(task, gone.worker, self._set_number)
         if ended is not None:
             return [ended]
         self._rest(task, now_s + back_off_s(attempts), now_s, again)

@@ -8,7 +8,7 @@ from clusterpool.core import owner_events as e
 from clusterpool.core.actors import BATCH_MAX, OUTSTANDING_BYTES_MAX, OUTSTANDING_MAX, ActorChannel
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import Address, Reference, TaskStatus, WorkerKind
-from tests.core.machines import DRIVER, NODE, Owner, make_result, make_task, make_worker, sent
+from tests.core.machines import DRIVER, NODE, Owner, make_result, make_task, make_worker, of_type, sent
 
 HOME = Address("n1", "w1")
 PENDING = m.ActorPart("a1", "Counter", {"add": 1}, None, "pending")
@@ -92,7 +92,7 @@ def test_the_death_of_an_actor_fails_the_sent_and_the_queued() -> None:
         ([1], "actor_died"),
         ([2], "actor_died"),
     ]
-    assert failures[0].text == "task 1 (Counter), ended with its actor: killed" and failures[1].text == "killed"
+    assert failures[0].text == "task 1 (Counter.add), ended with its actor: killed" and failures[1].text == "killed"
     assert channel.died("again") == []
 
 
@@ -227,7 +227,10 @@ def test_calls_of_an_actor_whose_worker_exits_fail_with_the_cause() -> None:
     owner.hear(NODE, m.WorkerExited(1, HOME, -9, "killed by signal 9"))
     value = owner.value_of(Reference(DRIVER, 1))
     assert value is not None
-    assert (value.lost_kind, value.lost) == ("actor_died", "task 1 (Counter.add), ended with its actor: killed by signal 9")
+    assert (value.lost_kind, value.lost) == (
+        "actor_died",
+        "task 1 (Counter.add), ended with its actor: killed by signal 9",
+    )
 
 
 @pytest.mark.parametrize(

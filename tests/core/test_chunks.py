@@ -227,3 +227,88 @@ def test_a_chunk_that_is_cancelled_between_its_parts_frees_what_was_stored() -> 
     commands = exit_worker(owner, "w2", died_at(3))
     assert ["d1.1025"] in [message.object_ids for message in sent(commands, m.FreeObjects)]
     assert [command.kind for command in of_type(commands, e.FailTasks)] == ["cancelled"]
+
+
+# --- parts whose results are lost before they are read
+
+
+def stored_part(part: int, node_id: str, attempt: int = 1) -> m.TaskResult:
+    name = f"d1.{NUMBER + part}" + ("" if attempt == 1 else f"~{attempt}")
+    value = ValuePart(stored=m.StoredValue(name, 10**6, [node_id]))
+    return m.TaskResult(NUMBER, TaskStatus.STORED, b"", m.ResultExtras(value))
+
+
+def owner_with_parts(retries: int = 1) -> tuple[Owner, e.DeliverChunk]:
+    """A chunk of ten items in a closed set, whose fourth has killed a worker once; all three parts lie on n2."""
+    owner = owner_with_chunk(retries)
+    exit_worker(owner, "w1", died_at(3))
+    owner.grant(2, "w2", node_id="n2")
+    commands: list[Any] = []
+    for part in (1, 2, 3):
+        commands = owner.finish("w2", stored_part(part, "n2"), node_id="n2")
+    (ended,) = of_type(commands, e.DeliverChunk)
+    owner.handle(e.SetClosed(1))
+    assert 1 in owner.machine.sets, "it may have to run something again"
+    return owner, ended
+
+
+def lose_part(owner: Owner, chunk: e.DeliverChunk, position: int) -> list[Any]:
+    return owner.handle(e.ResultUnreadable(Task(chunk.task.spec, "gatherer", position), "its node is gone"))
+
+
+def spans_of(commands: list[Any]) -> list[tuple[int, int, int]]:
+    extras = [spec.extras for message in sent(commands, m.StartTasks) for spec in message.tasks]
+    return [(each.span.low, each.span.high, each.attempt) for each in extras if each is not None and each.span]
+
+
+def test_a_lost_part_runs_again_and_goes_to_whoever_gathers_the_parts() -> None:
+    owner, chunk = owner_with_parts()
+    assert spans_of(lose_part(owner, chunk, 2)) == [(4, 10, 2)]
+    (again,) = of_type(owner.finish("w2", stored_part(1, "n2", 2), node_id="n2"), e.DeliverChunk)
+    assert (again.task.sink, again.task.index) == ("gatherer", 2)
+    assert [(part.low, part.high) for part in again.parts] == [(4, 10)]
+    owner.handle(e.ChunkRead(NUMBER))
+    assert 1 in owner.machine.sets
+    retired = owner.handle(e.ChunkRead(NUMBER))
+    assert sent(retired, m.RetireWorker)
+    assert not owner.machine.recovery.unread and not owner.machine.tasks and not owner.machine.chunks
+
+
+def test_a_lost_part_that_kills_its_worker_is_split_in_its_turn() -> None:
+    owner, chunk = owner_with_parts(retries=2)
+    lose_part(owner, chunk, 2)
+    owner.hear(NODE, m.WorkerExited(1, Address("n2", "w2"), -11, "it crashed", died_at(6)))
+    (request,) = owner.machine.sets[1].requested
+    assert spans_of(owner.grant(request, "w3")) == [(4, 6, 2)]
+    assert spans_of(owner.finish("w3", make_result(NUMBER))) == [(6, 7, 2)]
+    assert spans_of(owner.finish("w3", make_result(NUMBER))) == [(7, 10, 2)]
+    (again,) = of_type(owner.finish("w3", make_result(NUMBER)), e.DeliverChunk)
+    assert [(part.low, part.high) for part in again.parts] == [(4, 6), (6, 7), (7, 10)]
+    owner.handle(e.ChunkRead(NUMBER))
+    assert not owner.machine.recovery.unread
+
+
+def test_each_lost_part_costs_the_chunk_a_retry() -> None:
+    owner, chunk = owner_with_parts()
+    lose_part(owner, chunk, 0)
+    owner.finish("w2", make_result(NUMBER), node_id="n2")
+    (failed,) = of_type(lose_part(owner, chunk, 1), e.FailTasks)
+    assert (failed.kind, failed.tasks[0].sink) == ("worker_died", "gatherer")
+
+
+def test_the_arguments_of_a_chunk_stay_until_its_parts_are_read() -> None:
+    owner = owner_with_chunk()
+    reference = owner.put(5000)
+    task = Task(TaskSpec(2048, 1, TaskKind.MAP, b"items", m.TaskExtras(references=[reference])), "sink", 0, 1)
+    owner.finish("w1", make_result(NUMBER))
+    owner.handle(e.TaskWithArgumentsSubmitted(1, "", task, e.TaskArguments([], [reference])))
+    owner.handle(e.ReferencesDropped([(reference.owner, reference.number)]))
+    exit_worker(owner, "w1", LastTask(2048, 2048, 0, 2))
+    owner.grant(2, "w2", node_id="n2")
+    value = ValuePart(stored=m.StoredValue("d1.2049", 10**6, ["n2"]))
+    owner.finish("w2", m.TaskResult(2048, TaskStatus.STORED, b"", m.ResultExtras(value)), node_id="n2")
+    owner.finish("w2", make_result(2048), node_id="n2")
+    owner.hear(NODE, m.WorkerExited(1, Address("n2", "w2"), 0, "it has ended"))  # it had borrowed the reference
+    assert owner.value_of(reference).lost_kind == ""  # type: ignore[union-attr]
+    owner.handle(e.ChunkRead(2048))
+    assert owner.value_of(reference).lost_kind == "object_lost"  # type: ignore[union-attr]
