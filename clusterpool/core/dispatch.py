@@ -390,8 +390,8 @@ class Dispatcher:
         return due
 
     def take_out(self, is_meant: Callable[[Task], bool]) -> list[Task]:
-        """Take these tasks out of the queue."""
-        taken = [task for task in self.queue if is_meant(task)]
+        """Take these tasks out of the queue; not those that are cancelled, which have ended, and go at their turn."""
+        taken = [task for task in self.queue if not task.is_cancelled and is_meant(task)]
         if taken:
             numbers = {task.spec.number for task in taken}
             self.queue = deque(task for task in self.queue if task.spec.number not in numbers)

@@ -357,6 +357,19 @@ def test_a_queued_task_is_not_sent_with_an_argument_that_went_with_its_node(owne
     assert spec.extras is not None and [v.stored and v.stored.node_ids for v in spec.extras.arguments] == [["n3"]]
 
 
+def test_a_cancelled_task_whose_argument_went_with_its_node_does_not_hold_up_the_closing(owner: Lineages) -> None:
+    owner.submit_with(1024)
+    owner.run(made(1024))
+    owner.submit_with(2048)
+    owner.submit_with(3072, ref(1024))
+    owner.handle(e.TaskCancelAsked(3072, False))
+    owner.handle(e.SetClosed(1))
+    owner.lose()
+    (request,) = owner.machine.sets[1].requested
+    owner.grant(request, "w9", lease=9, node_id="n3")
+    assert of_type(owner.finish("w9", make_result(2048), node_id="n3"), e.SetEnded)
+
+
 def test_a_queued_task_asks_the_owner_of_an_argument_that_went_with_its_node(owner: Lineages) -> None:
     theirs = Reference(OTHER, 5)
     owner.handle(e.ReferencesMade([theirs]))
