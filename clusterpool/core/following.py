@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Commands = list[e.Command]
 
+# No message asks for more workers (WorkerCount); a node may say that it has any number of CPUs.
+WORKERS_MAX = 100_000
+
 
 class Following:
     """The groups of one owner that follow the cluster, and the CPUs that this has."""
@@ -57,7 +60,7 @@ class Following:
         return commands
 
     def _set_sizes(self) -> Commands:
-        size = max(1, int(sum(self._cpus_by_node.values())))
+        size = min(max(1, int(sum(self._cpus_by_node.values()))), WORKERS_MAX)
         commands: Commands = []
         for number in list(self._numbers):
             worker_set = self._owner.sets.get(number)
