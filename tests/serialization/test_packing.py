@@ -208,11 +208,14 @@ class Reference:
 
 @pytest.fixture
 def restored() -> Any:
+    hooks = references._Hooks
+    before = hooks.restore, hooks.escape, hooks.resolve  # the client's, if an earlier test has had one in this process
     references.set_restore_hook(Reference)
     yield None
-    references.set_restore_hook(None)
-    references.set_escape_hook(None)
-    references.set_resolve_hook(None)
+    for put_back, hook in zip(
+        (references.set_restore_hook, references.set_escape_hook, references.set_resolve_hook), before, strict=True
+    ):
+        put_back(hook)
 
 
 def test_references_anywhere_in_a_value_are_captured(restored: None) -> None:
