@@ -217,10 +217,10 @@ FIGURES = (
                 "queued_bytes", "memory of each of 1,000,000 queued tasks in their owner", "bytes", (Ceiling(1000.0),)
             ),
         ),
-        (OURS, "multiprocessing", "futures", "loky"),
+        (OURS, "multiprocessing", "futures"),
         amount=1_000_000,
         quick_amount=50_000,
-        divisors={"futures": 10, "loky": 10},
+        divisors={"futures": 10},
     ),
 )
 
