@@ -162,7 +162,7 @@ def start(head: bool, join_file: Path | None, host: str | None, store_port: int,
     if join_file is not None:
         if store_port:
             raise click.UsageError("--store-port goes with --head: a node that joins starts no control store")
-        _show_started(join_cluster(read_join_file(join_file), plan, host), as_json=as_json)
+        _show_started(join_cluster(read_join_file(join_file), plan, host), as_json=as_json, has_joined=True)
         return
     store = ControlStorePlan(port=store_port)
     started = start_cluster(ClusterPlan(listen_host=host or "127.0.0.1", control_store=store, head=plan))
@@ -248,7 +248,7 @@ def _console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_OF_PIPES)
 
 
-def _show_started(started: StartedCluster, *, as_json: bool) -> None:
+def _show_started(started: StartedCluster, *, as_json: bool, has_joined: bool = False) -> None:
     from clusterpool.cli.status import node_to_json
 
     if as_json:
@@ -261,7 +261,13 @@ def _show_started(started: StartedCluster, *, as_json: bool) -> None:
         return
     cpus = sum(node.total.get("CPU", 0) for node in started.nodes)
     count = f"{len(started.nodes)} node{'s' if len(started.nodes) != 1 else ''}"
-    click.secho(f"Cluster {started.cluster_id} is up: {count}, {cpus:g} CPUs.", fg="green")
+    if has_joined:
+        from clusterpool.config import NodePaths
+
+        node_id = NodePaths(Path(started.node_socket).parent).node_id
+        click.secho(f"Node {node_id} is part of cluster {started.cluster_id}: {count}, {cpus:g} CPUs.", fg="green")
+    else:
+        click.secho(f"Cluster {started.cluster_id} is up: {count}, {cpus:g} CPUs.", fg="green")
     click.echo(f"  control store  {started.control_store}")
     click.echo(f"  join file      {started.join_file} (secret: it holds the cluster's keys)")
     click.echo("\nPrograms of yours on this machine that use clusterpool now run on it.")

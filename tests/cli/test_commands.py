@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -154,7 +155,8 @@ def test_a_second_node_joins_and_stops(one_node: dict[str, Any]) -> None:
 
 
 def test_stop_without_a_name_ends_the_cluster_that_is_only_here(one_node: dict[str, Any]) -> None:
-    clusterpool_command("start", "--address", one_node["join_file"], *SMALL)
+    done = clusterpool_command("start", "--address", one_node["join_file"], *SMALL)
+    assert re.match(f"Node n[0-9a-f]+ is part of cluster {one_node['cluster_id']}: 2 nodes, ", done.stdout)
     stopped = answer_of("stop")
     assert len(stopped[0]["ended"]) == 2
     assert stopped[0]["control_store_ended"] is True
