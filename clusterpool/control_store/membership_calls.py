@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from clusterpool.control_store.actor_registry import actor_event
 from clusterpool.control_store.port import ControlStorePort, Event
+from clusterpool.control_store.records import decode_record
+from clusterpool.control_store.unreadable import OnUnreadable, log_unreadable, sendable, skipped_if_unreadable
 from clusterpool.core import membership as ms
+from clusterpool.core import node_events as e
+from clusterpool.core.cluster_view import NodeRecord
 
 
 class MembershipCalls:
@@ -29,6 +35,8 @@ class MembershipCalls:
             return ms.HeartbeatAnswered(answer, command.incarnation)
         if isinstance(command, ms.ReadNodes):
             return ms.NodesRead(store.list_nodes())
+        if isinstance(command, ms.ReadSilent):
+            return ms.SilentRead(store.silent_nodes(command.silence_s))
         if isinstance(command, ms.DeclareNodeDead):
             store.declare_node_dead(command.node_id, command.incarnation, command.reason)
             return None
@@ -43,10 +51,41 @@ class MembershipCalls:
             self._registration += 1
 
 
-def node_event(event: Event) -> ms.NodeEventRead | None:
-    """What an event of the change feed says of a node, if it is about one."""
-    if event.kind not in ("node_joined", "node_left", "node_died"):
-        return None
+def node_event(event: Event) -> ms.NodeEventRead:
+    """What an event about a node means to the membership."""
     fields = event.fields
     incarnation = int(fields.get("incarnation", "0"))
-    return ms.NodeEventRead(event.kind, fields.get("node_id", ""), incarnation, fields.get("reason", ""))
+    node_id, record = fields.get("node_id", ""), None
+    if "record" in fields:
+        record = sendable(decode_record(fields["record"], NodeRecord))
+        if record.node_id != node_id:
+            raise ValueError(f"the record of {record.node_id!r} comes with the join of {node_id!r}")
+    return ms.NodeEventRead(event.kind, node_id, incarnation, fields.get("reason", ""), record)
+
+
+def feed_events(
+    events: Iterable[Event],
+    tell: OnUnreadable = log_unreadable,
+    read: Callable[[Event], ms.NodeEventRead] = node_event,
+) -> Iterator[ms.NodeEventsRead | e.ActorEventRead]:
+    """What events of the change feed mean to a node's machine, in their order; those about nodes in one piece.
+
+    read: `node_event`, or what gives the same.
+    """
+    about_nodes: list[ms.NodeEventRead] = []
+    for event in events:
+        if event.kind in ("node_joined", "node_left", "node_died"):
+            with skipped_if_unreadable("events", event.id, tell):
+                about_nodes.append(read(event))
+            continue
+        if about_nodes:
+            yield ms.NodeEventsRead(about_nodes)
+            about_nodes = []
+        if event.kind in ("actor_changed", "actor_created"):
+            about_actor = None
+            with skipped_if_unreadable("events", event.id, tell):
+                about_actor = actor_event(event.fields)
+            if about_actor is not None:
+                yield about_actor
+    if about_nodes:
+        yield ms.NodeEventsRead(about_nodes)

@@ -94,7 +94,7 @@ end
 local function enlist(node_id, record, incarnation)
   redis.call('HSET', RECORDS, node_id, record)
   redis.call('HSET', INCARNATIONS, node_id, incarnation)
-  redis.call('HSET', HEARTBEATS, node_id, now_us())
+  redis.call('ZADD', HEARTBEATS, now_us(), node_id)
   redis.call('HDEL', LOADS, node_id)
   publish('node_joined', 'node_id', node_id, 'incarnation', incarnation, 'record', record)
 end
@@ -147,12 +147,31 @@ HEARTBEAT = Script(
     + """
 local current = redis.call('HGET', INCARNATIONS, ARGV[1])
 if current == ARGV[2] then
-  redis.call('HSET', HEARTBEATS, ARGV[1], now_us())
+  redis.call('ZADD', HEARTBEATS, now_us(), ARGV[1])
   redis.call('HSET', LOADS, ARGV[1], ARGV[3])
   return 1
 end
 if not current and has_forgotten(ARGV[2], ARGV[4]) then return 2 end
 return 0
+"""
+)
+
+# ARGV: microseconds. Returns {now, how many nodes, highest incarnation, node_id, incarnation, heartbeat, node_id, ...}
+# of the nodes that have been silent for longer.
+SILENT_NODES = Script(
+    PUBLISH
+    + _NODES
+    + """
+local now = now_us()
+local before = string.format('(%.0f', tonumber(now) - tonumber(ARGV[1]))
+local answer = {now, redis.call('ZCARD', HEARTBEATS), redis.call('GET', COUNTER) or '0'}
+local silent = redis.call('ZRANGEBYSCORE', HEARTBEATS, '-inf', before, 'WITHSCORES')
+for i = 1, #silent, 2 do
+  answer[#answer + 1] = silent[i]
+  answer[#answer + 1] = redis.call('HGET', INCARNATIONS, silent[i])
+  answer[#answer + 1] = silent[i + 1]
+end
+return answer
 """
 )
 
@@ -164,7 +183,7 @@ END_NODE = Script(
 if redis.call('HGET', INCARNATIONS, ARGV[1]) ~= ARGV[2] then return 0 end
 redis.call('HDEL', RECORDS, ARGV[1])
 redis.call('HDEL', INCARNATIONS, ARGV[1])
-redis.call('HDEL', HEARTBEATS, ARGV[1])
+redis.call('ZREM', HEARTBEATS, ARGV[1])
 redis.call('HDEL', LOADS, ARGV[1])
 redis.call('HDEL', REGISTRATIONS, ARGV[1])
 publish(ARGV[3], 'node_id', ARGV[1], 'incarnation', ARGV[2], 'reason', ARGV[4])

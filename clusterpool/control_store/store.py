@@ -35,7 +35,7 @@ from clusterpool.control_store.unreadable import (
     skipped_if_unreadable,
     whole_number,
 )
-from clusterpool.core.cluster_view import NodeLoad, NodeRecord, NodesSnapshot
+from clusterpool.core.cluster_view import NodeLoad, NodeRecord, NodesSnapshot, SilenceReport, SilentNode
 from clusterpool.core.membership import HeartbeatAnswer
 from clusterpool.errors import NotConnected
 
@@ -161,13 +161,25 @@ class ControlStore(ActorOperations):
             transaction.execute_command("TIME")
             transaction.get(keys.event_number)
             transaction.get(keys.generation)
-            for key in (keys.nodes, keys.node_incarnations, keys.node_heartbeats, keys.node_loads):
+            for key in (keys.nodes, keys.node_incarnations, keys.node_loads):
                 transaction.hgetall(key)
-            time_now, number, generation, records, incarnations, heartbeats, loads = transaction.execute()
+            transaction.zrange(keys.node_heartbeats, 0, -1, withscores=True)
+            time_now, number, generation, records, incarnations, loads, beats = transaction.execute()
+        heartbeats = dict(beats)
         now_us = int(time_now[0]) * 1_000_000 + int(time_now[1])
         nodes = read_nodes(records, incarnations, heartbeats, loads, now_us=now_us, tell=self.on_unreadable)
         last_event_id = number_or_zero(number, "event_number", self.on_unreadable)
         return NodesSnapshot(nodes=nodes, last_event_id=last_event_id, generation=_text(generation or b""))
+
+    def silent_nodes(self, silence_s: float) -> SilenceReport:
+        answer = self._eval(scripts.SILENT_NODES, self.keys.for_nodes(), round(silence_s * 1e6))
+        now_us, silent = int(answer[0]), []
+        for key, incarnation, beat in zip(answer[3::3], answer[4::3], answer[5::3], strict=True):
+            with skipped_if_unreadable("node_heartbeats", key, self.on_unreadable):
+                heartbeat_us = whole_number(beat)
+                silence_s = (now_us - heartbeat_us) / 1e6
+                silent.append(SilentNode(key.decode(), whole_number(incarnation), heartbeat_us, silence_s))
+        return SilenceReport(silent, int(answer[1]), number_or_zero(answer[2], "incarnation", self.on_unreadable))
 
     # Jobs
 

@@ -70,7 +70,7 @@ def number_or_zero(value: bytes | None, kind: str, tell: OnUnreadable) -> int:
 def read_nodes(
     records: dict[bytes, bytes],
     incarnations: dict[bytes, bytes],
-    heartbeats: dict[bytes, bytes],
+    heartbeats: dict[bytes, float],
     loads: dict[bytes, bytes],
     *,
     now_us: int,
@@ -86,7 +86,7 @@ def read_nodes(
             incarnation = whole_number(incarnations[key])
             heartbeat_us, silence_s, load = 0, 0.0, None
             with skipped_if_unreadable("node_heartbeats", key, tell):
-                heartbeat_us = whole_number(heartbeats[key])
+                heartbeat_us = whole_number(f"{heartbeats[key]:.0f}")
                 silence_s = (now_us - heartbeat_us) / 1e6
             if key in loads:
                 with skipped_if_unreadable("node_loads", key, tell):

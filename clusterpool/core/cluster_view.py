@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
@@ -39,7 +39,7 @@ class NodeLoad(msgspec.Struct, frozen=True):
     spilled_bytes: int = 0
 
 
-class NodeEntry(msgspec.Struct, frozen=True):
+class NodeEntry(msgspec.Struct, frozen=True, gc=False):
     """One living node as the control store has it."""
 
     record: NodeRecord
@@ -57,26 +57,93 @@ class NodesSnapshot(msgspec.Struct, frozen=True):
     generation: str = ""  # changes when the store lost what it held; empty when nobody has registered yet
 
 
-class NodeView(msgspec.Struct, frozen=True):
-    """One living node as the scheduler sees it, half a second old at most while the store answers."""
+class SilentNode(msgspec.Struct, frozen=True):
+    """A node that the control store has not heard for a while; fields as in NodeEntry."""
 
     node_id: str
     incarnation: int
-    address: tuple[str, int]
-    public_key: str
-    total: dict[str, float]
-    available: dict[str, float]
-    queue_length: int
-    workers: int
-    arena_used_bytes: int
-    arena_size_bytes: int
-    labels: dict[str, str]
+    heartbeat_us: int
+    silence_s: float
+
+
+class SilenceReport(msgspec.Struct, frozen=True):
+    """Who is silent, at one instant. The rest shows a reader whether it has missed a change."""
+
+    silent: list[SilentNode]
+    nodes: int  # how many are listed
+    incarnation: int  # the highest ever given
+
+
+class NodeView(msgspec.Struct, frozen=True, gc=False):
+    """One living node as the scheduler sees it.
+
+    While the store answers, its load is half a second old at most; in a large cluster older (core/membership.py).
+    """
+
+    record: NodeRecord
+    incarnation: int
+    load: NodeLoad
     is_suspect: bool
-    host_name: str = ""
-    pid: int = 0
-    spilled_bytes: int = 0
-    leases: int = 0
-    load_number: int = 0
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return self.record.host, self.record.port
+
+    @property
+    def node_id(self) -> str:
+        return self.record.node_id
+
+    @property
+    def public_key(self) -> str:
+        return self.record.public_key
+
+    @property
+    def total(self) -> dict[str, float]:
+        return self.record.resources
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return self.record.labels
+
+    @property
+    def host_name(self) -> str:
+        return self.record.host_name
+
+    @property
+    def pid(self) -> int:
+        return self.record.pid
+
+    @property
+    def available(self) -> dict[str, float]:
+        return self.load.available
+
+    @property
+    def queue_length(self) -> int:
+        return self.load.queue_length
+
+    @property
+    def workers(self) -> int:
+        return self.load.workers
+
+    @property
+    def leases(self) -> int:
+        return self.load.leases
+
+    @property
+    def load_number(self) -> int:
+        return self.load.number
+
+    @property
+    def arena_used_bytes(self) -> int:
+        return self.load.arena_used_bytes
+
+    @property
+    def arena_size_bytes(self) -> int:
+        return self.load.arena_size_bytes
+
+    @property
+    def spilled_bytes(self) -> int:
+        return self.load.spilled_bytes
 
 
 class ClusterView:
@@ -100,11 +167,11 @@ class ClusterView:
     def get(self, node_id: str) -> NodeView | None:
         return self._view_by_node.get(node_id)
 
-    def trusted_peers(self) -> list[NodeView]:
-        """The other nodes to which work may be sent."""
-        return [
-            view for view in self._view_by_node.values() if view.node_id != self.own_node_id and not view.is_suspect
-        ]
+    def trusted_peers(self) -> Iterator[NodeView]:
+        """The other nodes to which work may be sent, as they are when one asks."""
+        for view in self._view_by_node.values():
+            if not view.is_suspect and view.node_id != self.own_node_id:
+                yield view
 
     def total(self) -> dict[str, float]:
         return self._sum(lambda view: view.total)
@@ -124,9 +191,15 @@ class ClusterView:
         known = self._view_by_node.get(node_id)
         if known is None or known.load_number >= load.number:
             return False
-        self._view_by_node[node_id] = msgspec.structs.replace(known, **_load_fields(load))
+        self._view_by_node[node_id] = msgspec.structs.replace(known, load=load)
         self.version += 1
         return True
+
+    def suspect(self, node_id: str, is_suspect: bool) -> None:
+        known = self._view_by_node.get(node_id)
+        if known is not None and known.is_suspect is not is_suspect:
+            self._view_by_node[node_id] = msgspec.structs.replace(known, is_suspect=is_suspect)
+            self.version += 1
 
     def drop(self, node_id: str) -> None:
         if self._view_by_node.pop(node_id, None) is not None:
@@ -142,29 +215,5 @@ class ClusterView:
 
 def view_of_entry(entry: NodeEntry, *, is_suspect: bool) -> NodeView:
     """A node that has sent no heartbeat yet counts as wholly free."""
-    record, load = entry.record, entry.load or NodeLoad(available=entry.record.resources)
-    return NodeView(
-        node_id=record.node_id,
-        incarnation=entry.incarnation,
-        address=(record.host, record.port),
-        public_key=record.public_key,
-        total=record.resources,
-        labels=record.labels,
-        is_suspect=is_suspect,
-        host_name=record.host_name,
-        pid=record.pid,
-        **_load_fields(load),
-    )
-
-
-def _load_fields(load: NodeLoad) -> dict[str, Any]:
-    return {
-        "available": load.available,
-        "queue_length": load.queue_length,
-        "workers": load.workers,
-        "leases": load.leases,
-        "load_number": load.number,
-        "arena_used_bytes": load.arena_used_bytes,
-        "arena_size_bytes": load.arena_size_bytes,
-        "spilled_bytes": load.spilled_bytes,
-    }
+    load = entry.load or NodeLoad(available=entry.record.resources)
+    return NodeView(entry.record, entry.incarnation, load, is_suspect)

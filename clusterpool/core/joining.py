@@ -29,7 +29,8 @@ def mismatch(ours: Hello, theirs: Hello) -> str:
 
 def node_mismatch(ours: NodeRecord, theirs: NodeRecord) -> str:
     """Why a node that joins cannot work with one that is there, naming both; empty if it can."""
-    if _node_numbers(ours) == _node_numbers(theirs):
+    is_same = (ours.python_version, ours.clusterpool_version) == (theirs.python_version, theirs.clusterpool_version)
+    if is_same or _node_numbers(ours) == _node_numbers(theirs):
         return ""
     return (
         f"{_describe_node(theirs)} cannot join: {_describe_node(ours)}; the nodes of a cluster exchange functions and "

@@ -4,19 +4,32 @@
                                   ^                      |  (refused by the store, or declared dead)
                                   +----WorkEnded---- FENCED
 
-Every node sends a heartbeat to the control store and reads all nodes' heartbeats there, twice a second.
+Every node sends a heartbeat to the control store twice a second, and reads there who is silent: in a small cluster from
+the list of all nodes with their loads, in a large one from a short report, and the list only now and then (silence.py).
 Silence is counted here, between two reads that both succeeded, and never taken from the server's clock
-alone: while the store is away nobody can be heard, and nobody may be declared dead for it. Any member may
-declare a silent node dead; the store accepts the first (compare and set on the incarnation) and refuses
-that incarnation's heartbeats from then on. Before, it asks the node itself: one that only the store
-does not hear is not dead.
+alone: while the store is away nobody can be heard, and nobody may be declared dead for it. Any member (of a large
+cluster, one of its oldest) may declare a silent node dead; the store accepts the first (compare and set on the
+incarnation) and refuses that incarnation's heartbeats from then on. Before, it asks the node itself: one that only
+the store does not hear is not dead.
+
+Who joins, leaves and dies is told by the event stream. The report says how many nodes are listed, so that a reader from
+whom an event was lost finds out, and reads the list.
 """
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 
-from clusterpool.core.cluster_view import ClusterView, NodeEntry, NodeLoad, NodeRecord, NodesSnapshot, view_of_entry
+from clusterpool.core.cluster_view import (
+    ClusterView,
+    NodeEntry,
+    NodeLoad,
+    NodeRecord,
+    NodesSnapshot,
+    SilenceReport,
+    view_of_entry,
+)
 from clusterpool.core.joining import node_mismatch
 from clusterpool.core.membership_events import *  # noqa: F403
 from clusterpool.core.membership_events import (
@@ -32,6 +45,7 @@ from clusterpool.core.membership_events import (
     LeaveRequested,
     NodeDied,
     NodeEventRead,
+    NodeEventsRead,
     NodeHeard,
     NodeJoined,
     NodeLeft,
@@ -40,6 +54,7 @@ from clusterpool.core.membership_events import (
     NodeTrusted,
     ProbeNode,
     ReadNodes,
+    ReadSilent,
     RefuseSelf,
     Registered,
     RegisterNode,
@@ -47,17 +62,16 @@ from clusterpool.core.membership_events import (
     Restored,
     RestoreNode,
     SendHeartbeat,
+    SilentRead,
     StoreFailed,
     WorkEnded,
 )
+from clusterpool.core.silence import PROBE_AFTER_S, Silences, Watch
 from clusterpool.errors import InvalidTransition
 
 HEARTBEAT_PERIOD_S = 0.5
 # Shorter suspects nodes whose host is only busy; longer sends work to a node that will not answer.
 SUSPECT_AFTER_S = 2.0
-# Before suspicion, so that a node which answers is never suspected, only because it cannot reach the store. Sooner asks
-# nodes whose heartbeat is merely late.
-PROBE_AFTER_S = 1.0
 # With one period to notice the last heartbeat and one to notice the limit, death is known within 4.75 s:
 # the promise is 5 s. Shorter kills nodes that a long pause of the host (swap, a suspended virtual machine)
 # would have given back.
@@ -65,8 +79,18 @@ DEAD_AFTER_S = 3.75
 # After the store was away each node has at least this long to reconnect. It must exceed the store client's
 # backoff.
 GRACE_S = 2.0
-# Two reads further apart than this do not prove that the store answered in between.
-READ_GAP_MAX_S = 2.0
+# The largest cluster in which every node reads the whole list twice a second. All of them together read n * n entries
+# each time: 2,000 a second here, which is nothing; two million with a thousand nodes, which no server gives.
+SMALL_MAX = 32
+# In a larger one, how many entries of the list a node reads a second when it has work that waits for a place, and when
+# it has none. With a thousand nodes the loads of the others are 8 s old at most, or 31 s; more would be a burden on the
+# server, which gives some half a million a second. (Nodes to which one sends requests tell it their loads themselves.)
+LISTED_S_BUSY, LISTED_S_IDLE = 128, 32
+# A report that says for so long, unchanged, that there are others than we know means that we have missed an event.
+DIFFERS_MAX_S = 3.0
+# After a break of the event stream, all nodes of a large cluster would read the list at once.
+MISSED_S_PER_NODE = 0.002
+_GOLDEN = 0.6180339887498949  # multiples of it, less their whole part, are spread evenly
 # Ended incarnations that are remembered, so that a late snapshot cannot bring one back.
 ENDED_MAX = 4096
 
@@ -103,33 +127,43 @@ class Membership:
         self._dead_after_s = dead_after_s
         self._grace_s = grace_s
         self._record: NodeRecord | None = None
-        self._watch_by_node: dict[str, _Watch] = {}
+        self.small_max = SMALL_MAX
+        self._silences = Silences()
+        self._watch_by_node = self._silences.watch_by_node
         self._ended_by_node: dict[str, int] = {}  # newest incarnation of each node that is known to be over
-        self._last_read_s: float | None = None  # None: the store was away since
-        # At most one heartbeat (or registration) and one read are under way: a slow store must not grow a
+        # At most one heartbeat (or registration) and one read of each kind are under way: a slow store must not grow a
         # queue.
         self._is_beat_pending = False
         self._is_read_pending = False
+        self._is_report_pending = False
+        self._listed_s = 0.0  # when the list was read last, and when it must be again; by the clock of the silences
+        self._list_due_s = math.inf
+        self._differing: tuple[int, int] | None = None  # what reports say of the cluster while we know another one
+        self._differs_since_s = 0.0
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
         """`now_s`: monotonic seconds of this node."""
         match event:
             case NodesRead(snapshot):
                 return self._read(snapshot, now_s)
+            case SilentRead(report):
+                return self._report_read(report, now_s)
             case HeartbeatDue(load):
                 return self._tick(load)
             case HeartbeatAnswered(answer, incarnation):
                 return self._answered(answer, incarnation)
             case NodeEventRead():
                 return self._event_read(event)
+            case NodeEventsRead(events):
+                return [command for each in events for command in self._event_read(each)]
             case EventsMissed():
-                return self._ask_for_nodes()
+                return self._events_missed()
             case NodeHeard(node_id, incarnation):
                 self._heard(node_id, incarnation)
                 return []
             case StoreFailed():
-                self._is_beat_pending = self._is_read_pending = False
-                self._last_read_s = None
+                self._is_beat_pending = self._is_read_pending = self._is_report_pending = False
+                self._silences.failed()
                 return []
             case _:
                 return self._change_state(event)
@@ -192,7 +226,27 @@ class Membership:
                 return self._register()
             self._is_beat_pending = True
             commands.append(SendHeartbeat(self.incarnation, load))
-        return commands + self._ask_for_nodes()
+        return commands + self._look_around(is_busy=load.queue_length > 0)
+
+    def _look_around(self, *, is_busy: bool) -> list[Command]:
+        count = len(self._watch_by_node)
+        if count <= self.small_max:
+            self._silences.forget_report()
+            return self._ask_for_nodes()
+        commands: list[Command] = []
+        if not self._is_report_pending:
+            self._is_report_pending = True
+            commands.append(ReadSilent(PROBE_AFTER_S))
+        # Not all at the same time, though many may have joined together.
+        period_s = count / (LISTED_S_BUSY if is_busy else LISTED_S_IDLE) * (0.5 + self._phase / 2)
+        if self._silences.clock_s >= min(self._list_due_s, self._listed_s + period_s):
+            commands += self._ask_for_nodes()
+        return commands
+
+    @property
+    def _phase(self) -> float:
+        """Between 0 and 1, another for each node."""
+        return self.incarnation * _GOLDEN % 1.0
 
     def _answered(self, answer: HeartbeatAnswer, incarnation: int) -> list[Command]:
         if self.state is not State.MEMBER or incarnation != self.incarnation:
@@ -212,6 +266,16 @@ class Membership:
         self._is_read_pending = True
         return [ReadNodes()]
 
+    def _events_missed(self) -> list[Command]:
+        count = len(self._watch_by_node)
+        if count <= self.small_max:
+            return self._ask_for_nodes()
+        self._list_in(count * MISSED_S_PER_NODE * self._phase)
+        return []
+
+    def _list_in(self, delay_s: float) -> None:
+        self._list_due_s = min(self._list_due_s, self._silences.clock_s + delay_s)
+
     def _fence(self, reason: str) -> list[Command]:
         self.state = State.FENCED
         self._is_beat_pending = False
@@ -220,14 +284,17 @@ class Membership:
 
     def _forget_self(self) -> None:
         self._remember_end(self.node_id, self.incarnation)
-        self._watch_by_node.pop(self.node_id, None)
+        self._silences.drop(self.node_id)
         self.view.drop(self.node_id)
 
     def _event_read(self, event: NodeEventRead) -> list[Command]:
         if event.kind == "node_joined":
             watch = self._watch_by_node.get(event.node_id)
-            is_known = watch is not None and watch.incarnation >= event.incarnation
-            return [] if is_known else self._ask_for_nodes()
+            if watch is not None and watch.incarnation >= event.incarnation:
+                return []
+            if event.record is None or event.node_id == self.node_id:
+                return self._ask_for_nodes()
+            return self._seen(NodeEntry(event.record, event.incarnation, -1, 0.0), 0.0)
         if event.node_id == self.node_id:
             is_about_us = self.state is State.MEMBER and event.incarnation == self.incarnation
             return self._fence(f"it was declared dead: {event.reason}") if is_about_us else []
@@ -242,7 +309,8 @@ class Membership:
                 self._forget_self()
                 return [RemoveNode(self.incarnation), RefuseSelf(refusal)]
             self.is_settled = True
-        elapsed_s = self._elapsed(now_s)
+        elapsed_s = self._answered_at(now_s)
+        self._listed_s, self._list_due_s = self._silences.clock_s, math.inf
         commands: list[Command] = []
         listed = set()
         for entry in snapshot.nodes:
@@ -262,14 +330,31 @@ class Membership:
                     return reason
         return ""
 
-    def _elapsed(self, now_s: float) -> float:
+    def _answered_at(self, now_s: float) -> float:
         """The time for which silence counts: none if the store, or we, were away since the last read."""
-        last_s, self._last_read_s = self._last_read_s, now_s
-        if last_s is not None and now_s - last_s <= READ_GAP_MAX_S:
-            return now_s - last_s
-        for watch in self._watch_by_node.values():
-            watch.silence_s = min(watch.silence_s, max(0.0, self._dead_after_s - self._grace_s))
-        return 0.0
+        return self._silences.answered(now_s, max(0.0, self._dead_after_s - self._grace_s))
+
+    def _report_read(self, report: SilenceReport, now_s: float) -> list[Command]:
+        self._is_report_pending = False
+        self._answered_at(now_s)
+        self._compare(report)
+        commands: list[Command] = []
+        for watch in self._silences.report(report):
+            commands += self._judge(watch)
+            self.view.suspect(watch.node_id, watch.is_suspect)
+        return commands
+
+    def _compare(self, report: SilenceReport) -> None:
+        """Read the list if the store has others than we know, and not only because our events are late."""
+        said = (report.nodes, report.incarnation)
+        clock_s = self._silences.clock_s
+        if said != self._differing:
+            self._differing, self._differs_since_s = said, clock_s
+        elif report.nodes == len(self._watch_by_node):
+            self._differs_since_s = clock_s
+        elif clock_s - self._differs_since_s >= DIFFERS_MAX_S:
+            self._differs_since_s = clock_s
+            self._list_in(0.0)
 
     def _seen(self, entry: NodeEntry, elapsed_s: float) -> list[Command]:
         node_id = entry.record.node_id
@@ -282,55 +367,63 @@ class Membership:
             return self._fence("another process registered under its name")
         commands: list[Command] = []
         watch = self._watch_by_node.get(node_id)
+        if watch is not None and watch.incarnation == entry.incarnation:
+            return self._seen_again(watch, entry)
         if watch is not None and watch.incarnation > entry.incarnation:
             return []
-        if watch is not None and watch.incarnation < entry.incarnation:
-            if node_id != self.node_id:
-                commands += self._end(node_id, watch.incarnation, "it was started anew", has_left=False)
-            watch = None
-        is_new = watch is None
-        if watch is None:
-            watch = self._watch_by_node[node_id] = _Watch(node_id, entry.incarnation)
-        if entry.heartbeat_us != watch.heartbeat_us:
-            watch.heartbeat_us = entry.heartbeat_us
-            watch.silence_s = min(max(entry.silence_s, 0.0), elapsed_s)
-        else:
-            watch.silence_s += elapsed_s
-        watch.absence_s = 0.0
+        if watch is not None and node_id != self.node_id:
+            commands += self._end(node_id, watch.incarnation, "it was started anew", has_left=False)
+        watch = self._silences.add(node_id, entry.incarnation, since_s=elapsed_s)
+        self._silences.look(watch, entry.heartbeat_us, entry.silence_s)
         changes = self._judge(watch)
         view = view_of_entry(entry, is_suspect=watch.is_suspect)
         self.view.put(view)
-        if is_new and node_id != self.node_id:
+        if node_id != self.node_id:
             commands.append(NodeJoined(view))
         return commands + changes
 
-    def _judge(self, watch: _Watch) -> list[Command]:
+    def _seen_again(self, watch: Watch, entry: NodeEntry) -> list[Command]:
+        self._silences.look(watch, entry.heartbeat_us, entry.silence_s)
+        watch.absent_s = None
+        if entry.load is not None:
+            self.view.hear(watch.node_id, entry.load)
+        commands = self._judge(watch)
+        if commands:
+            self.view.suspect(watch.node_id, watch.is_suspect)
+        return commands
+
+    def _judge(self, watch: Watch) -> list[Command]:
         """Suspect, trust or declare dead; our own heartbeats are the store's to judge."""
         if watch.node_id == self.node_id:
             return []
+        silence_s = self._silences.silence_s(watch)
+        if silence_s < PROBE_AFTER_S and not watch.is_suspect and silence_s < self._suspect_after_s:
+            return []
         commands: list[Command] = []
-        is_suspect = watch.silence_s >= self._suspect_after_s
+        is_suspect = silence_s >= self._suspect_after_s
         if is_suspect is not watch.is_suspect:
             watch.is_suspect = is_suspect
             commands.append(NodeSuspected(watch.node_id) if is_suspect else NodeTrusted(watch.node_id))
-        if watch.silence_s >= min(PROBE_AFTER_S, self._suspect_after_s):
+        if len(self._watch_by_node) > self.small_max and not self._silences.is_warden(self.incarnation):
+            return commands
+        if silence_s >= min(PROBE_AFTER_S, self._suspect_after_s):
             commands.append(ProbeNode(watch.node_id, watch.incarnation))
         # Said again at each read until the node is gone from the list: the store takes the first and
         # ignores the rest.
-        if watch.silence_s >= self._dead_after_s and self._may_declare(watch.node_id):
-            reason = f"it sent no heartbeat for {watch.silence_s:.1f} s"
+        if silence_s >= self._dead_after_s and self._may_declare(watch.node_id):
+            reason = f"it sent no heartbeat for {silence_s:.1f} s"
             commands.append(DeclareNodeDead(watch.node_id, watch.incarnation, reason))
         return commands
 
     def _heard(self, node_id: str, incarnation: int) -> None:
         watch = self._watch_by_node.get(node_id)
         if watch is not None and watch.incarnation == incarnation:
-            watch.silence_s = watch.absence_s = 0.0
+            self._silences.hear(watch)
 
     def _may_declare(self, node_id: str) -> bool:
         return self.state is State.MEMBER and node_id != self.node_id
 
-    def _not_listed(self, watch: _Watch, elapsed_s: float) -> list[Command]:
+    def _not_listed(self, watch: Watch, elapsed_s: float) -> list[Command]:
         """The stream says how a node ended, and usually first; this is for when that event was lost.
 
         A store that came back without its memory lists nobody until the nodes have restored themselves,
@@ -338,8 +431,19 @@ class Membership:
         """
         if watch.node_id == self.node_id:
             return []  # the answer to our next heartbeat tells why
-        watch.absence_s += elapsed_s
-        if watch.absence_s < self._suspect_after_s:
+        clock_s = self._silences.clock_s
+        if watch.absent_s is None:
+            watch.absent_s = clock_s - elapsed_s
+        # A small cluster reads and asks all the time. In a large one, each asks once, whom the next list lacks as well.
+        is_large = len(self._watch_by_node) > self.small_max
+        ask_s = self._suspect_after_s if is_large else 0.0
+        end_s = ask_s + PROBE_AFTER_S if is_large else self._suspect_after_s
+        absence_s = clock_s - watch.absent_s
+        if absence_s < ask_s:
+            self._list_in(ask_s - absence_s)
+            return []
+        if absence_s < end_s:
+            self._list_in(end_s - absence_s)
             return [ProbeNode(watch.node_id, watch.incarnation)]
         reason = "it is no longer registered in the control store"
         return self._end(watch.node_id, watch.incarnation, reason, has_left=False)
@@ -349,7 +453,7 @@ class Membership:
         watch = self._watch_by_node.get(node_id)
         if watch is None or watch.incarnation > incarnation:
             return []
-        del self._watch_by_node[node_id]
+        self._silences.drop(node_id)
         self.view.drop(node_id)
         if has_left:
             return [NodeLeft(node_id, watch.incarnation)]
@@ -360,15 +464,3 @@ class Membership:
         self._ended_by_node[node_id] = newest
         if len(self._ended_by_node) > ENDED_MAX:
             del self._ended_by_node[next(iter(self._ended_by_node))]
-
-
-class _Watch:
-    __slots__ = ("absence_s", "heartbeat_us", "incarnation", "is_suspect", "node_id", "silence_s")
-
-    def __init__(self, node_id: str, incarnation: int) -> None:
-        self.node_id = node_id
-        self.incarnation = incarnation
-        self.heartbeat_us = -1
-        self.silence_s = 0.0  # counted while the store answered
-        self.absence_s = 0.0  # likewise, without even being listed
-        self.is_suspect = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-from clusterpool.core.cluster_view import NodeLoad, NodeRecord, NodesSnapshot, NodeView
+from clusterpool.core.cluster_view import NodeLoad, NodeRecord, NodesSnapshot, NodeView, SilenceReport
 
 
 class HeartbeatAnswer(Enum):
@@ -53,6 +53,12 @@ class NodesRead(NamedTuple):
     snapshot: NodesSnapshot
 
 
+class SilentRead(NamedTuple):
+    """The answer to `ReadSilent`."""
+
+    report: SilenceReport
+
+
 class NodeEventRead(NamedTuple):
     """An event about a node came from the event stream; `kind` is the stream's."""
 
@@ -60,6 +66,13 @@ class NodeEventRead(NamedTuple):
     node_id: str
     incarnation: int
     reason: str = ""
+    record: NodeRecord | None = None  # of one that joined
+
+
+class NodeEventsRead(NamedTuple):
+    """Several, in their order: a thousand nodes that start together make a thousand events at each of them."""
+
+    events: list[NodeEventRead]
 
 
 class EventsMissed(NamedTuple):
@@ -94,7 +107,9 @@ Event = (
     | HeartbeatDue
     | HeartbeatAnswered
     | NodesRead
+    | SilentRead
     | NodeEventRead
+    | NodeEventsRead
     | EventsMissed
     | NodeHeard
     | StoreFailed
@@ -125,6 +140,12 @@ class SendHeartbeat(NamedTuple):
 
 class ReadNodes(NamedTuple):
     """Read the snapshot of all living nodes."""
+
+
+class ReadSilent(NamedTuple):
+    """Read which nodes have sent no heartbeat for so long, and how many there are in all."""
+
+    silence_s: float
 
 
 class ProbeNode(NamedTuple):
@@ -198,6 +219,7 @@ Command = (
     | RestoreNode
     | SendHeartbeat
     | ReadNodes
+    | ReadSilent
     | ProbeNode
     | DeclareNodeDead
     | RemoveNode

@@ -12,7 +12,7 @@ shell --event--> NodeMachine --command--> shell
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -430,9 +430,9 @@ class NodeMachine:
     def _is_member(self) -> bool:
         return self.membership.state is ms.State.MEMBER
 
-    def _peers(self) -> list[NodeView]:
+    def _peers(self) -> Iterable[NodeView]:
         # Whom we would pass a request on to drops what comes from a life that is over; the next has not begun yet.
-        return self.membership.view.trusted_peers() if self._is_member else []
+        return self.membership.view.trusted_peers() if self._is_member else ()
 
     def _node_lost(self, node_id: str, reason: str, now_s: float) -> Commands:
         commands: Commands = [e.PeerLost(node_id, reason), *self.objects.node_lost(node_id, now_s)]

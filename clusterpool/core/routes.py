@@ -79,7 +79,8 @@ class Routes:
         if membership.state is State.FENCED or (membership.state is State.JOINING and membership.incarnation):
             self._hand_back(relay)  # this life is over; what belongs to the next one cannot have begun
         elif view is not None and membership.state is State.MEMBER:
-            self._release(node_id, view.address, view.incarnation)
+            if node_id in self._held:
+                self._release(node_id, view.address, view.incarnation)
             self._put(relay, view.address, view.incarnation)
         elif self._held_count >= HELD_MAX or now_s - self._returned_s.get(node_id, -math.inf) < ENDED_HOLD_S:
             self._hand_back(relay)
@@ -148,11 +149,12 @@ class Routes:
 
     def joined(self, node_id: str) -> None:
         """The node is in the view now."""
+        self._returned_s.pop(node_id, None)
         view = self._membership.view.get(node_id)
-        if view is not None:
-            self._returned_s.pop(node_id, None)
+        if view is not None and node_id in self._held:
             self._release(node_id, view.address, view.incarnation)
-        self._look_at_early()
+        if self._early:
+            self._look_at_early()
 
     def lost(self, node_id: str) -> None:
         """The node is gone."""

@@ -444,6 +444,8 @@ class Scheduler:
 
     def owners_on(self, node_id: str) -> list[Address]:
         """The processes of another node that have, or wait for, something here."""
+        if not self.leases and not self.pending and not self.workers and not self._watched:
+            return []  # most often, when a thousand nodes join
         owners = {lease.origin for lease in self.leases.values()}
         owners |= {pending.origin for pending in self.pending} | {pending.job.owner for pending in self.pending}
         owners |= {worker.job.owner for worker in self.workers.values()}

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from clusterpool.config import NodeConfig
-from clusterpool.control_store.actor_registry import ActorRegistry, actor_event
-from clusterpool.control_store.membership_calls import MembershipCalls, node_event
-from clusterpool.control_store.unreadable import rejection, skipped_if_unreadable
+from clusterpool.control_store.actor_registry import ActorRegistry
+from clusterpool.control_store.membership_calls import MembershipCalls, feed_events
+from clusterpool.control_store.unreadable import rejection
 from clusterpool.core import membership as ms
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
@@ -255,9 +255,10 @@ class StoreThread:
                 if last_id is None:
                     last_id, begun_s = store.last_event_id(), time.monotonic()
                     self._post(ms.EventsMissed())
-                for event in store.read_events(last_id, block_ms=1000):
-                    last_id = event.id
-                    self._feed_event(event)
+                events = store.read_events(last_id, block_ms=1000)
+                for event in feed_events(events, self._unreadable):
+                    self._post(event)
+                last_id = events[-1].id if events else last_id
             except EventsLost:
                 last_id = None
                 if time.monotonic() - begun_s < _RETRY_S:
@@ -283,11 +284,3 @@ class StoreThread:
 
     def _unreadable(self, kind: str, text: str) -> None:
         self._post(rejection(kind, text))
-
-    def _feed_event(self, event: Any) -> None:
-        with skipped_if_unreadable("events", event.id, self._unreadable):
-            about_node = node_event(event)
-            if about_node is not None:
-                self._post(about_node)
-            elif event.kind in ("actor_changed", "actor_created"):
-                self._post(actor_event(event.fields))

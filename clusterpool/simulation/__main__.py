@@ -10,16 +10,16 @@ from dataclasses import replace
 
 from clusterpool.simulation.world import QUIET_S, Plan, World
 
-# Each of a thousand nodes reads what is said of all others twice a second: a second of them costs many.
+# A second of a thousand nodes costs a second or two.
 LARGE_NODES = 50
-LARGE_QUIET_S = 1.0
+LARGE_BUSY_S = LARGE_QUIET_S = 5.0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 1 when something was found that must never happen."""
     options = _parser().parse_args(arguments)
     is_large = options.nodes > LARGE_NODES
-    busy_s = options.busy or (1.5 if is_large else 8.0)
+    busy_s = options.busy or (LARGE_BUSY_S if is_large else 8.0)
     plan = Plan(
         options.seed, options.nodes, options.drivers, options.faults, busy_s, options.size,
         programs=tuple(name for name in options.programs.split(",") if name),
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=int, default=0, help="how many nodes; 0: as the seed says")
     parser.add_argument("--drivers", type=int, default=0, help="how many drivers; 0: as the seed says")
     parser.add_argument("--faults", type=int, default=-1, help="how many faults; -1: as the seed says")
-    parser.add_argument("--busy", type=float, default=0.0, help="virtual seconds during which faults strike; 0: 8")
+    parser.add_argument("--busy", type=float, default=0.0, help="virtual seconds with faults; 0: 8, if large 5")
     parser.add_argument("--size", type=float, default=1.0, help="scales what each program does")
     parser.add_argument("--programs", default="", help="what drivers do, by comma (workloads.PROGRAMS); all")
     parser.add_argument("--only", help="positions of the faults to keep, by comma; the others are left out")

@@ -12,15 +12,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from clusterpool.control_store.actor_registry import ActorRegistry, actor_event
+from clusterpool.control_store.actor_registry import ActorRegistry
 from clusterpool.control_store.job_registry import reconcile_jobs
-from clusterpool.control_store.membership_calls import MembershipCalls, node_event
-from clusterpool.control_store.port import EventsLost
+from clusterpool.control_store.membership_calls import MembershipCalls, feed_events, node_event
+from clusterpool.control_store.port import Event, EventsLost
 from clusterpool.control_store.records import JobRecord, encode_record
 from clusterpool.core import membership as ms
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
-from clusterpool.core.cluster_view import NodesSnapshot
 from clusterpool.errors import ClusterpoolError, NotConnected
 from clusterpool.simulation.fake_actors import Made
 from clusterpool.simulation.fake_control_store import FakeControlStore
@@ -34,8 +33,6 @@ CALL_TIMEOUT_S = 5.0
 RETRY_S = 0.5
 CALL_RETRIES_S = 30.0
 FSYNC_PERIOD_S = 1.0
-# How long the server of a large cluster takes to list its nodes: it is busy with thousands of such lists a second.
-BUSY_LIST_S = 1.2
 _STATE = (
     "_events", "_event_number", "_generation", "_generation_by_node", "_incarnation", "_entry_by_node",
     "_registration_by_node",
@@ -46,9 +43,9 @@ Answer = Callable[[Any, BaseException | None], None]
 
 
 class StoreServer:
-    """The server. `snapshot_s`: how old a snapshot of the nodes may be; with a thousand nodes, they share one."""
+    """The server."""
 
-    def __init__(self, world: World, *, snapshot_s: float = 0.0) -> None:
+    def __init__(self, world: World) -> None:
         self._world = world
         self.fake = FakeControlStore(lambda: world.timeline.now_s)
         self.coordination = FakeCoordination()
@@ -62,8 +59,7 @@ class StoreServer:
         self._feeds: list[Callable[[], None]] = []
         self._grant_readers: list[Callable[[], None]] = []
         self._told_event = 0
-        self._snapshot_s = snapshot_s
-        self._snapshot: tuple[float, NodesSnapshot] | None = None
+        self._read_events: dict[int, tuple[Event, ms.NodeEventRead]] = {}
         self._keep()
 
     def call(self, operation: Callable[[FakeControlStore], Any], answer: Answer) -> None:
@@ -88,12 +84,11 @@ class StoreServer:
             for feed in self._feeds:
                 feed()
 
-    def list_nodes(self, fake: FakeControlStore) -> NodesSnapshot:
-        """What `list_nodes` of the store gives."""
-        now_s = self._world.timeline.now_s
-        known = self._snapshot
-        if known is None or now_s - known[0] > self._snapshot_s or not self._snapshot_s:
-            known = self._snapshot = (now_s, fake.list_nodes())
+    def node_event(self, event: Event) -> ms.NodeEventRead:
+        """What an event about a node means: decoded once for all nodes that read it."""
+        known = self._read_events.get(event.id)
+        if known is None or known[0] is not event:
+            known = self._read_events[event.id] = (event, node_event(event))
         return known[1]
 
     def coordinated(self, client: FakeCoordinationClient, operation: str, arguments: tuple[Any, ...]) -> Any:
@@ -134,7 +129,6 @@ class StoreServer:
         """It is back, without `"nothing"`, what came since the last `"fsync"`, or `"everything"`."""
         self.is_down = self.is_paused = False
         self.life += 1
-        self._snapshot = None
         state = self.coordination.state()
         if loses == "everything":
             self.fake.lose_everything()
@@ -161,7 +155,8 @@ class StoreServer:
 def _copied(value: Any) -> Any:
     """As it is now: also of the actors, which change in place."""
     if isinstance(value, dict):
-        return {key: item.copy() if isinstance(item, Made) else item for key, item in value.items()}
+        items = ((key, item.copy() if isinstance(item, Made) else item) for key, item in value.items())
+        return type(value)(items)
     return value.copy() if isinstance(value, list) else value
 
 
@@ -205,8 +200,6 @@ class StoreClient:
         command = self._queue.popleft()
         if isinstance(command, e.CallStore):
             self._call_store(command, self._node.now_s() + CALL_RETRIES_S)
-        elif isinstance(command, ms.ReadNodes) and self._node.world.is_large:
-            self._node.after(BUSY_LIST_S, self._call_membership, command)
         else:
             self._call_membership(command)
 
@@ -237,8 +230,6 @@ class StoreClient:
     # --- the membership's commands
 
     def _membership(self, fake: FakeControlStore, command: Any) -> Any:
-        if isinstance(command, ms.ReadNodes):  # in large worlds many share one list
-            return ms.NodesRead(self._server.list_nodes(fake))
         return self._membership_calls.carry_out(fake, command)
 
     def _membership_answered(self, value: Any, error: BaseException | None) -> None:
@@ -319,15 +310,9 @@ class StoreClient:
             self._node.event(ms.EventsMissed())
             self._read_feed()
         else:
-            for event in value[0]:
-                self._last_event = event.id
-                self._feed_event(event)
+            if value[0]:
+                self._last_event = value[0][-1].id
+            for event in feed_events(value[0], read=self._server.node_event):
+                self._node.event(event)
             if self._is_feed_due or value[0]:
                 self._read_feed()
-
-    def _feed_event(self, event: Any) -> None:
-        about_node = node_event(event)
-        if about_node is not None:
-            self._node.event(about_node)
-        elif event.kind in ("actor_changed", "actor_created"):
-            self._node.event(actor_event(event.fields))

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
 import msgspec
 
 from clusterpool.control_store.port import Event, EventsLost, package_digest
-from clusterpool.core.cluster_view import NodeEntry, NodeLoad, NodeRecord, NodesSnapshot
+from clusterpool.core.cluster_view import (
+    NodeEntry,
+    NodeLoad,
+    NodeRecord,
+    NodesSnapshot,
+    SilenceReport,
+    SilentNode,
+)
 from clusterpool.core.membership import HeartbeatAnswer
 from clusterpool.errors import NotConnected
 from clusterpool.simulation.fake_actors import FakeActors
@@ -37,7 +45,7 @@ class FakeControlStore(FakeActors):
         self._generation_by_node: dict[str, str] = {}
         self._incarnation = 0
         self._registration_by_node: dict[str, int] = {}
-        self._entry_by_node: dict[str, NodeEntry] = {}
+        self._entry_by_node: OrderedDict[str, NodeEntry] = OrderedDict()  # the one silent for longest first
         self._record_by_job: dict[str, bytes] = {}
         self._forget_actors()
         self._package_by_digest: dict[str, bytes] = {}
@@ -83,10 +91,14 @@ class FakeControlStore(FakeActors):
     def _enlist(self, record: NodeRecord, incarnation: int) -> None:
         self._generation = self._generation or f"generation-{self._losses}"
         self._generation_by_node[record.node_id] = self._generation
-        self._entry_by_node[record.node_id] = NodeEntry(record, incarnation, self._now_us(), 0.0)
+        self._hear(NodeEntry(record, incarnation, self._now_us(), 0.0))
         text = msgspec.json.encode(record).decode()
         fields = {"node_id": record.node_id, "incarnation": str(incarnation), "record": text}
         self._publish("node_joined", fields)
+
+    def _hear(self, entry: NodeEntry) -> None:
+        self._entry_by_node[entry.record.node_id] = entry
+        self._entry_by_node.move_to_end(entry.record.node_id)
 
     def _now_us(self) -> int:
         return round(self._now_s() * 1e6)
@@ -102,7 +114,7 @@ class FakeControlStore(FakeActors):
             return HeartbeatAnswer.FORGOTTEN if has_forgotten else HeartbeatAnswer.FENCED
         if current.incarnation != incarnation:
             return HeartbeatAnswer.FENCED
-        self._entry_by_node[node_id] = NodeEntry(current.record, incarnation, self._now_us(), 0.0, load)
+        self._hear(NodeEntry(current.record, incarnation, self._now_us(), 0.0, load))
         return HeartbeatAnswer.ACCEPTED
 
     def declare_node_dead(self, node_id: str, incarnation: int, reason: str) -> bool:
@@ -123,11 +135,23 @@ class FakeControlStore(FakeActors):
 
     def list_nodes(self) -> NodesSnapshot:
         self._reach()
+        now_us = self._now_us()
         nodes = [
-            msgspec.structs.replace(entry, silence_s=(self._now_us() - entry.heartbeat_us) / 1e6)
-            for _, entry in sorted(self._entry_by_node.items())
+            NodeEntry(each.record, each.incarnation, each.heartbeat_us, (now_us - each.heartbeat_us) / 1e6, each.load)
+            for _, each in sorted(self._entry_by_node.items())
         ]
         return NodesSnapshot(nodes, self._event_number, self._generation)
+
+    def silent_nodes(self, silence_s: float) -> SilenceReport:
+        self._reach()
+        now_us, silent = self._now_us(), []
+        for node_id, entry in self._entry_by_node.items():
+            if now_us - entry.heartbeat_us <= silence_s * 1e6:
+                break
+            silent.append(
+                SilentNode(node_id, entry.incarnation, entry.heartbeat_us, (now_us - entry.heartbeat_us) / 1e6)
+            )
+        return SilenceReport(silent, len(self._entry_by_node), self._incarnation)
 
     # Jobs
 
@@ -201,10 +225,10 @@ class FakeControlStore(FakeActors):
         self._reach()
         if self._event_number < after_id:
             raise EventsLost("the store lost some")
-        events = [event for event in self._events if event.id > after_id]
-        if events and events[0].id != after_id + 1:
+        first_id = self._event_number - len(self._events) + 1
+        if self._events and first_id > after_id + 1:
             raise EventsLost("trimmed")
-        return events[:count]
+        return self._events[after_id + 1 - first_id :][:count]
 
     def last_event_id(self) -> int:
         self._reach()

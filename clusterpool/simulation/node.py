@@ -54,6 +54,7 @@ class SimulatedNode(Party):
             is_head=False,
             process_ids=self._worker_names(),
         )
+        self.machine.membership.small_max = world.small_max
         self.routes = Routes(self, self.machine.membership, self._hand_back, self._posted.append)
         self.store = StoreClient(self)
         self.coordination = NodeCoordination(self)
@@ -111,6 +112,8 @@ class SimulatedNode(Party):
     def _execute(self, command: Any) -> None:
         if isinstance(command, e.Send):
             self._send(command.destination, command.message)
+        elif isinstance(command, e.PeerJoined):
+            self.routes.joined(command.node_id)
         elif isinstance(command, e.ForkWorker):
             self._fork(command)
         elif isinstance(command, e.EndWorker):
@@ -120,8 +123,6 @@ class SimulatedNode(Party):
         elif isinstance(command, e.StopNode):
             self.note("stop", command.text)
             self.after(0.0, self.leave)
-        elif isinstance(command, e.PeerJoined):
-            self.routes.joined(command.node_id)
         elif isinstance(command, e.PeerLost):
             self.routes.lost(command.node_id)
         elif isinstance(command, CoordinationCommand):

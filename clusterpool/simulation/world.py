@@ -5,6 +5,7 @@ start --programs and faults--> heal --all programs end--> quiet --nothing is lef
 
 from __future__ import annotations
 
+import gc
 import itertools
 from dataclasses import dataclass
 from random import Random
@@ -13,6 +14,7 @@ from typing import Any
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
 from clusterpool.core import wire
+from clusterpool.core.membership import SMALL_MAX
 from clusterpool.core.messages import Address, Message
 from clusterpool.simulation.chance import Chance, Latencies
 from clusterpool.simulation.client import Client
@@ -76,7 +78,7 @@ class World:
         if fork_failure:
             self.monitor.happened.add("fork")
         self.has_store_outages = any(fault.kind.startswith("store") for fault in self.faults)
-        self.store = StoreServer(self, snapshot_s=0.2 if self.is_large else 0.0)
+        self.store = StoreServer(self)
         self.fabric = Fabric(self)
         self.nodes: list[SimulatedNode] = []
         self.drivers: list[Client] = []
@@ -87,6 +89,8 @@ class World:
         if self._arena_bytes < 1 << 20:
             self.monitor.happened.add("memory")
         self._has_skew = random.random() < 0.5
+        # In a third of the small worlds, nodes watch each other as in a large one.
+        self.small_max = self.random("membership").choice((SMALL_MAX, SMALL_MAX, 0))
         for _ in range(count):
             self.add_node(random)
         for _ in range(plan.drivers or random.choice((1, 1, 2, 3))):
@@ -144,6 +148,17 @@ class World:
 
         Raises: Violation.
         """
+        # Of the millions of things that a thousand nodes know of each other, hardly any is garbage before the end.
+        if self.is_large and gc.isenabled():
+            gc.disable()
+            try:
+                self._run()
+            finally:
+                gc.enable()
+        else:
+            self._run()
+
+    def _run(self) -> None:
         for position, node in enumerate(self.nodes):
             self.timeline.at(0.0002 * position, node.open)
         for driver in self.drivers:

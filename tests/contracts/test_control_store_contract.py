@@ -95,6 +95,21 @@ def test_heartbeat_brings_the_load_and_ends_the_silence(store: ControlStorePort)
     assert entry.heartbeat_us >= before + 50_000
 
 
+def test_silent_nodes_are_told_with_how_many_there_are(store: ControlStorePort) -> None:
+    first = store.register_node(record("n1"))
+    second = store.register_node(record("n2"))
+    time.sleep(0.05)
+    assert store.heartbeat("n2", second, LOAD) is HeartbeatAnswer.ACCEPTED
+    report = store.silent_nodes(0.04)
+    (silent,) = report.silent
+    assert (silent.node_id, silent.incarnation) == ("n1", first)
+    assert silent.heartbeat_us == store.list_nodes().nodes[0].heartbeat_us
+    assert silent.silence_s >= 0.05
+    assert (report.nodes, report.incarnation) == (2, second)
+    assert store.remove_node("n1", first)
+    assert (store.silent_nodes(0.04).silent, store.silent_nodes(0.0).nodes) == ([], 1)
+
+
 def test_one_of_two_declares_a_node_dead_and_it_is_fenced(connect: Connect) -> None:
     one, two = connect(), connect()
     incarnation = one.register_node(record())

@@ -10,26 +10,24 @@ from typing import Any
 
 import pytest
 
+from clusterpool.control_store.membership_calls import MembershipCalls, feed_events
 from clusterpool.control_store.port import EventsLost
 from clusterpool.core.cluster_view import NodeLoad, NodeRecord
 from clusterpool.core.membership import (
+    SMALL_MAX,
     Command,
-    DeclareNodeDead,
     EventsMissed,
     FenceSelf,
-    HeartbeatAnswered,
     HeartbeatDue,
     JoinRequested,
     Membership,
     NodeDied,
-    NodeEventRead,
-    NodesRead,
+    NodeJoined,
+    NodeLeft,
+    NodeSuspected,
+    NodeTrusted,
+    ProbeNode,
     ReadNodes,
-    Registered,
-    RegisterNode,
-    Restored,
-    RestoreNode,
-    SendHeartbeat,
     State,
     StoreFailed,
     WorkEnded,
@@ -50,11 +48,14 @@ class SimulatedNode:
         self.world = world
         self.node_id = f"n{number}"
         self.machine = Membership(self.node_id)
+        self.machine.small_max = world.small_max
+        self.calls = MembershipCalls(self.node_id)
         self.is_alive = True
         self.paused_until_s = 0.0
         self.next_tick_s = world.now_s + world.chance.random() * 0.5
         self.event_id = world.store.last_event_id()
         self.fenced = 0
+        self.lists = 0
         self.died_at_s: dict[str, float] = {}
         self.feed(JoinRequested(NodeRecord(self.node_id, "h", 1, "k", {"CPU": 4.0})))
 
@@ -73,11 +74,9 @@ class SimulatedNode:
             self.event_id = self.world.store.last_event_id()
             self.feed(EventsMissed())
             return
-        for event in events:
-            self.event_id = event.id
-            fields = event.fields
-            reason = fields.get("reason", "")
-            self.feed(NodeEventRead(event.kind, fields["node_id"], int(fields["incarnation"]), reason))
+        for event in feed_events(events):
+            self.feed(event)
+        self.event_id = events[-1].id if events else self.event_id
 
     def feed(self, event: Any) -> None:
         for command in self.machine.handle(event, self.world.now_s):
@@ -89,28 +88,28 @@ class SimulatedNode:
                 self.feed(answer)
 
     def carry_out(self, command: Command) -> Any:
-        store = self.world.store
         match command:
-            case RegisterNode(record):
-                return Registered(store.register_node(record))
-            case RestoreNode(record, incarnation):
-                return Restored(store.restore_node(record, incarnation))
-            case SendHeartbeat(incarnation, load):
-                return HeartbeatAnswered(store.heartbeat(self.node_id, incarnation, load), incarnation)
-            case ReadNodes():
-                return NodesRead(store.list_nodes())
-            case DeclareNodeDead(node_id, incarnation, reason):
-                store.declare_node_dead(node_id, incarnation, reason)
             case FenceSelf():
                 self.fenced += 1
                 return WorkEnded()
             case NodeDied(node_id):
                 self.died_at_s[node_id] = self.world.now_s
+            case NodeJoined() | NodeLeft() | NodeSuspected() | NodeTrusted() | ProbeNode():
+                pass
+            case _:
+                if isinstance(command, ReadNodes):
+                    self.lists += 1
+                answer = self.calls.carry_out(self.world.store, command)
+                self.calls.answered(answer)
+                return answer
         return None
 
 
 class World:
-    def __init__(self, seed: int, nodes_count: int) -> None:
+    """`small_max`: of the memberships; 0 makes any number of nodes a large cluster."""
+
+    def __init__(self, seed: int, nodes_count: int, small_max: int = SMALL_MAX) -> None:
+        self.small_max = small_max
         self.chance = random.Random(seed)
         self.now_s = 1000.0
         self.store = FakeControlStore(lambda: self.now_s)
@@ -135,9 +134,13 @@ class World:
             assert not any(view.is_suspect for view in node.machine.view)
 
 
+small_and_large = pytest.mark.parametrize("small_max", [SMALL_MAX, 0], ids=["small", "large"])
+
+
+@small_and_large
 @pytest.mark.parametrize("seed", range(20))
-def test_nobody_dies_of_short_pauses_or_of_the_store(seed: int) -> None:
-    world = World(seed, nodes_count=6)
+def test_nobody_dies_of_short_pauses_or_of_the_store(seed: int, small_max: int) -> None:
+    world = World(seed, nodes_count=6, small_max=small_max)
     world.run(3)
     for _ in range(12):
         match world.chance.randrange(3):
@@ -158,9 +161,10 @@ def test_nobody_dies_of_short_pauses_or_of_the_store(seed: int) -> None:
     world.check_agreement()
 
 
+@small_and_large
 @pytest.mark.parametrize("seed", range(20))
-def test_killed_node_is_dead_for_all_within_five_seconds(seed: int) -> None:
-    world = World(seed, nodes_count=6)
+def test_killed_node_is_dead_for_all_within_five_seconds(seed: int, small_max: int) -> None:
+    world = World(seed, nodes_count=6, small_max=small_max)
     world.run(3 + world.chance.random())
     victim = world.chance.choice(world.nodes)
     victim.is_alive = False
@@ -172,9 +176,34 @@ def test_killed_node_is_dead_for_all_within_five_seconds(seed: int) -> None:
     world.check_agreement()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_half_of_a_large_cluster_dies_at_once_the_wardens_too_and_is_found_dead_within_five_seconds(seed: int) -> None:
+    world = World(seed, nodes_count=50)
+    world.run(4)
+    victims = world.nodes[:20] + world.chance.sample(world.nodes[20:], 5)
+    for victim in victims:
+        victim.is_alive = False
+    killed_s = world.now_s
+    world.run(5)
+    for node in world.living():
+        assert set(node.died_at_s) == {victim.node_id for victim in victims}
+        assert max(node.died_at_s.values()) - killed_s <= 5.0
+    world.check_agreement()
+
+
+def test_nodes_of_a_large_cluster_seldom_read_the_list() -> None:
+    world = World(1, nodes_count=60)
+    world.run(4)
+    before = sum(node.lists for node in world.nodes)
+    world.run(10)
+    assert 100 <= sum(node.lists for node in world.nodes) - before <= 500  # instead of 1200
+    world.check_agreement()
+
+
+@small_and_large
 @pytest.mark.parametrize("seed", range(30))
-def test_survivors_agree_whatever_happened(seed: int) -> None:
-    world = World(seed, nodes_count=8)
+def test_survivors_agree_whatever_happened(seed: int, small_max: int) -> None:
+    world = World(seed, nodes_count=8, small_max=small_max)
     for _ in range(25):
         node = world.chance.choice(world.living())
         match world.chance.randrange(5):
