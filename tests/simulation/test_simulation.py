@@ -82,7 +82,7 @@ def test_without_faults_nothing_is_lost() -> None:
         assert set(world.monitor.losses) <= {"cancelled", "store_full"}
 
 
-@pytest.mark.timeout(180)  # some 20 s on a machine that has nothing else to do
+@pytest.mark.timeout(180)  # some 30 s of CPU, more where others want it
 def test_a_thousand_nodes_with_all_kinds_of_faults_do_the_work_of_three_drivers_and_agree() -> None:
     world = run(Plan(2138, nodes=1000, drivers=3, faults=12, busy_s=5.0, quiet_s=5.0, size=0.5))
     struck = {"node_crash", "worker_crash", "partition", "node_freeze", "store_crash", "store_pause", "store_cut"}
