@@ -16,6 +16,9 @@ class CallbackThread:
     The standard library runs callbacks in the thread that handles results, where one that blocks or raises
     stops the whole pool. Here one that blocks only delays other callbacks, and one that raises is reported as
     any thread's error is.
+
+    From Python 3.12 on, no thread can start once the interpreter has begun to end: what is queued only then runs in the
+    thread that waits for it by `join`.
     """
 
     def __init__(self, name: str) -> None:
@@ -23,12 +26,17 @@ class CallbackThread:
         self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._is_too_late = False
+
+    def start(self) -> None:
+        """Start the thread before there is a call for it: at the interpreter's end it could not."""
+        if self._thread is None:
+            self._start()
 
     def run(self, call: Callable[[], Any]) -> None:
         """Queue `call`; returns at once. From any thread."""
         self._calls.put(call)
-        if self._thread is None:
-            self._start()
+        self.start()
 
     def stop(self) -> None:
         """End the thread after the calls that are queued now."""
@@ -40,6 +48,8 @@ class CallbackThread:
     def join(self, timeout_s: float | None = None) -> None:
         """Wait, `timeout_s` at the most, until the calls queued so far have run; at once from within a callback."""
         thread = self._thread
+        if thread is None and self._is_too_late:
+            self._run_queued()
         if thread is None or thread is threading.current_thread():
             return
         are_done = threading.Event()
@@ -51,8 +61,20 @@ class CallbackThread:
             if self._thread is None:
                 # Not a bound method as target: the thread must not keep this object, hence its pool, alive.
                 thread = threading.Thread(target=_run_calls, args=(self._calls,), name=self._name, daemon=True)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as exc:
+                    if "interpreter shutdown" not in str(exc):
+                        raise
+                    self._is_too_late = True
+                    return
                 self._thread = thread
+
+    def _run_queued(self) -> None:
+        while not self._calls.empty():
+            call = self._calls.get()
+            if call is not None:
+                _run_call(call)
 
     def __del__(self) -> None:
         self._calls.put(None)
@@ -78,9 +100,13 @@ def _run_calls(calls: queue.SimpleQueue[Callable[[], Any] | None]) -> None:
         if call is None:
             return
         is_busy = monotonic() - ended_s < waiting.SOON_S
-        try:
-            call()
-        except BaseException:  # The border to user code: a callback's error must not end the other callbacks.
-            report_callback_error()
+        _run_call(call)
         ended_s = monotonic()
         del call  # else the last result would stay alive until the next one
+
+
+def _run_call(call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except BaseException:  # The border to user code: a callback's error must not end the other callbacks.
+        report_callback_error()

@@ -24,7 +24,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FuturesTimeoutError
 from concurrent.futures._base import PENDING
 from pickle import PicklingError
@@ -85,6 +85,11 @@ class TaskFuture(LeanFuture[Any]):
             if not self.done():
                 pool.recall_patience_s /= 2  # else a thousand calls behind a deaf worker would take a minute
         return self.cancelled()
+
+    def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
+        if not self.done():
+            self._handle.prepare_callbacks()
+        super().add_done_callback(fn)
 
     def _run_callbacks(self) -> None:
         if "_done_callbacks" in self.__dict__:
@@ -155,6 +160,10 @@ class PoolState:
         return self.group is not None and self.group.is_running(task_number)
 
     # ------------------------------------------------------------------ ends of tasks
+
+    def prepare_callbacks(self) -> None:
+        """Start the thread of the callbacks now: at the interpreter's exit, when the call may end, none can start."""
+        self._callbacks.start()
 
     def run_callbacks(self, future: TaskFuture) -> None:
         """Run the callbacks of a finished future in their thread, in the order of the futures' ends."""

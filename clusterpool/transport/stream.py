@@ -34,9 +34,10 @@ SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
 UNSENT_BYTES_MAX = 1024 * 1024 * 1024
 _RECEIVE_BYTES = 256 * 1024
 _LENGTH = struct.Struct("<I")
-# Shared by all connections of a process: its one loop reads one at a time. (`recv` would allocate this much for each
-# read, which maps and unmaps pages: 15 us.)
-_received = bytearray(_RECEIVE_BYTES)
+# What to read into: `recv` would allocate this much for each read, which maps and unmaps pages (15 us). A reader takes
+# one and puts it back, for reading lets go of the GIL: a process may have a second loop, or ask some node how it is, at
+# the same time, and would find the other's bytes. So there are as many as have ever read at once, one nearly always.
+_buffers: list[bytearray] = []
 
 
 class Connection:
@@ -129,10 +130,20 @@ class Connection:
 
         Raises: ProtocolError when a length is beyond what we ever send.
         """
+        try:
+            buffer = _buffers.pop()
+        except IndexError:
+            buffer = bytearray(_RECEIVE_BYTES)
+        try:
+            return self._receive_into(buffer)
+        finally:
+            _buffers.append(buffer)
+
+    def _receive_into(self, buffer: bytearray) -> tuple[list[bytes], bool]:
         ended = False
         while True:
             try:
-                count = self.socket.recv_into(_received)
+                count = self.socket.recv_into(buffer)
             except (BlockingIOError, InterruptedError):
                 break
             except OSError:
@@ -141,7 +152,7 @@ class Connection:
             if not count:
                 ended = True
                 break
-            chunk = _received[:count]
+            chunk = buffer[:count]
             if not self._in:
                 frames, rest = split_frames(chunk, self.frame_bytes_max)
                 if rest:

@@ -351,6 +351,16 @@ def test_interpreter_exit_awaits_pending_calls():
     assert (done.stdout, done.stderr, done.returncode) == ("finished\n", "", 0)
 
 
+def test_callback_added_at_the_interpreters_exit_runs():
+    done = run_script(
+        "import atexit, time\nfrom clusterpool.futures import ProcessPoolExecutor\n"
+        "executor = ProcessPoolExecutor(1)\n"
+        "future = executor.submit(lambda: time.sleep(0.5) or 'finished')\n"
+        "atexit.register(future.add_done_callback, lambda f: print(f.result(), flush=True))\n"
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("finished\n", "", 0)
+
+
 def test_dropped_executor_finishes_its_calls():
     done = run_script(
         "import clusterpool\n"

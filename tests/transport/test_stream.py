@@ -260,3 +260,29 @@ def test_a_stranger_cannot_begin_with_a_long_message(tmp_path: Path) -> None:
 
 def frame(body: bytes) -> bytes:
     return len(body).to_bytes(4, "little") + body
+
+
+def test_loops_of_several_threads_do_not_read_each_others_bytes() -> None:
+    mixed_up: list[bytes] = []
+
+    def read(letter: bytes) -> None:
+        left, right = socket.socketpair()
+        connection = Connection(right)
+        frame = framed(letter * 50_000)
+        for _ in range(1000):
+            left.sendall(frame)
+            frames: list[bytes] = []
+            while not frames:
+                frames, _ended = connection.receive()
+            if frames != [letter * 50_000]:
+                mixed_up.append(letter)
+                break
+        connection.close()
+        left.close()
+
+    threads = [threading.Thread(target=read, args=(letter,)) for letter in (b"a", b"b", b"c")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not mixed_up
