@@ -283,6 +283,8 @@ class Client(Party):
         if isinstance(command, e.DeliverResults):
             for task, result in command.results:
                 self._deliveries.append(lambda task=task, result=result: self._load_result(task, result))  # type: ignore[misc]
+        elif isinstance(command, e.DeliverChunk):
+            self._deliveries.append(lambda: command.task.sink.gathered(command.parts))
         elif isinstance(command, e.FailTasks):
             for task in command.tasks:
                 if command.error and command.kind != "actor_died":
@@ -516,12 +518,19 @@ class Client(Party):
             self.event(e.SetOpened(number, demand, e.SetupPlan("task"), None))
         return number
 
-    def open_group(self, size: int, sink: Callable[[Any], None], *, runs_max: int | None = None) -> int:
+    def open_group(
+        self,
+        size: int,
+        sink: Callable[[Any], None],
+        *,
+        runs_max: int | None = None,
+        safe_to_repeat: bool = False,
+    ) -> int:
         """A set of so many workers."""
         number = next(self._set_numbers)
         self.set_sinks[number] = sink
         demand = m.WorkerDemand(m.WorkerKind.GROUP, {}, "group")
-        self.event(e.SetOpened(number, demand, e.SetupPlan("group"), size, runs_max))
+        self.event(e.SetOpened(number, demand, e.SetupPlan("group"), size, runs_max, safe_to_repeat))
         return number
 
     def submit(
@@ -570,4 +579,4 @@ class Client(Party):
 
 def _outcome_of_payload(payload: bytes) -> Outcome:
     decoded = decode_payload(payload)
-    return Outcome(decoded.kind, decoded.number, text=decoded.text)
+    return Outcome(decoded.kind, decoded.number, text=decoded.text, numbers=tuple(decoded.numbers))

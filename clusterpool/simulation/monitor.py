@@ -28,6 +28,7 @@ EXCUSES: dict[str, frozenset[str]] = {
     "object_lost": _DEATHS | {"disk"},
     "lost": _DEATHS | {"disk"},
     "actor_died": _DEATHS | {"fork", "store_crash", "store_pause"},
+    "timeout": frozenset(),  # asked for, where it is right
     "lock_lost": _DEATHS | {"store_loss"},
     "carrier_lost": _DEATHS | {"store_loss"},
     "actor_unavailable": _DEATHS | {"fork"},
@@ -50,6 +51,7 @@ class Monitor:
         self.losses: Counter[str] = Counter()
         self.outcomes = 0
         self._steps: Counter[str] = Counter()
+        self._begun: Counter[int] = Counter()  # by salt
         self._deaths: Counter[int] = Counter()  # by salt, how often a task that ends its process has begun
 
     def check(self, condition: bool, text: str) -> None:
@@ -88,6 +90,11 @@ class Monitor:
             self.check(not _DEATHS.isdisjoint(self.happened), f"{story}: freed while a reference was held")
 
     # --- workers
+
+    def is_first(self, operation: Operation) -> bool:
+        """Whether a task begins for the first time."""
+        self._begun[operation.salt] += 1
+        return self._begun[operation.salt] == 1
 
     def dies(self, operation: Operation) -> bool:
         """Whether a task ends its process this time."""

@@ -32,6 +32,7 @@ class Operation(msgspec.Struct, frozen=True, array_like=True):
     caller: str = ""  # of a call of an actor: who calls, and the how manieth of its calls this is
     index: int = 0
     deaths: int = 0  # so often it ends its process
+    lag_s: float = 0.0  # so much longer it takes the first time
     dies_late: bool = False  # when it does: soon after, instead of before it has done anything
     turn: bytes = b""  # what it does with a lock (see lock_programs.py); with `deaths` it dies while it holds it
     handle: bytes = b""  # an actor that it calls (see actor_programs.py)
@@ -44,6 +45,7 @@ class Outcome(NamedTuple):
     number: int
     references: tuple[Reference, ...] = ()
     text: str = ""
+    numbers: tuple[int, ...] = ()  # of a chunk, one for each item
 
     @property
     def is_lost(self) -> bool:
@@ -58,6 +60,7 @@ class Payload(msgspec.Struct, frozen=True, array_like=True):
     number: int
     size_bytes: int = 8
     text: str = ""
+    numbers: list[int] = []
 
 
 def mix(*parts: object) -> int:

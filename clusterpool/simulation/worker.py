@@ -14,6 +14,7 @@ from clusterpool.core.messages import Address, Message, Reference, ResultExtras,
 from clusterpool.core.object_names import object_id
 from clusterpool.simulation.actor_programs import call_from_task
 from clusterpool.simulation.actors import Actor, Journal
+from clusterpool.simulation.chunk_programs import decode_items
 from clusterpool.simulation.client import BLOCK_PATIENCE_S, Client
 from clusterpool.simulation.lock_programs import Turn, take_turns
 from clusterpool.simulation.party import Host
@@ -38,6 +39,9 @@ FLUSH_S = 0.001
 FLUSH_RESULTS = 1000
 # The I/O thread takes over the loop from a main thread that is busy for so long.
 TAKE_OVER_S = 0.002
+# A chunk runs in parts of so long, or of one item (as in worker/calls.py).
+PART_S = 0.0005
+STEP_MAX = 256
 SIGTERM, SIGKILL = 15, 9
 _ACTOR_KINDS = (m.TaskKind.CREATE_ACTOR, m.TaskKind.ACTOR_CALL)
 Key = tuple[Address, int]
@@ -68,6 +72,7 @@ class Worker(Client):
         self._is_made_known = False
         self._exit_code_wanted: int | None = None
         self._started = 0
+        self._item = (-1, 0, 1)  # of the chunk that runs: which item, of how many, and how many from there on
         self._lingers = False
         self._results: list[TaskResult] = []
         self._results_owner: Address | None = None
@@ -100,7 +105,8 @@ class Worker(Client):
 
     def last_task(self) -> m.LastTask:
         """What its node reads of it when it has ended."""
-        return m.LastTask(self.task_page, self._started)
+        item, items, step = self._item if self.task_page else (-1, 0, 1)
+        return m.LastTask(self.task_page, self._started, item, items, step)
 
     # --- the main thread
 
@@ -154,6 +160,7 @@ class Worker(Client):
                 if spec.kind in _ACTOR_KINDS and (yield from self._is_for_actor(owner, spec)):
                     self._current = None
                     continue
+                self._item = (-1, 0, 1)
                 self.task_page = self._started = spec.number
                 started_s = self.now_s()
                 result = yield from self.result_of(owner, spec)
@@ -206,7 +213,8 @@ class Worker(Client):
         """Compute for a while, if the process survives it."""
         if operation.duration_s > TAKE_OVER_S:
             self.after(TAKE_OVER_S, self._taken_over)
-        yield Pause(operation.duration_s)
+        lag_s = operation.lag_s if operation.lag_s and self.world.monitor.is_first(operation) else 0.0
+        yield Pause(operation.duration_s + lag_s)
         if not operation.turn:
             yield from self.maybe_die(operation)
 
@@ -229,8 +237,13 @@ class Worker(Client):
                 self.world.monitor.fail(f"{self.name} has never got function {spec.function} of {owner}")
             if spec.kind == m.TaskKind.CREATE_ACTOR:
                 return (yield from self._create_actor(owner, spec))
+            if spec.kind == m.TaskKind.MAP:
+                return (yield from self._run_chunk(spec))
             operation = decode_operation(spec.payload)
             arguments, inner = yield from self._inputs_of(owner, spec, operation, views)
+            limits = spec.extras.limits if spec.extras is not None else None
+            if limits is not None and limits.timeout_s > 0:
+                self.send(owner, m.TaskStarted(spec.number))
             yield from self._work(operation)
             if self.actor is not None:
                 number = self.actor.called(operation, arguments)
@@ -261,6 +274,30 @@ class Worker(Client):
             for view in views:
                 view.close()
             self.drop_references(spec)
+
+    def _run_chunk(self, spec: TaskSpec) -> Steps:
+        """Map over a chunk, or over the span of it that was asked for; in parts, of which the node can read."""
+        items = decode_items(spec.payload)
+        span = spec.extras.span if spec.extras is not None else None
+        low, high = (0, len(items)) if span is None else (span.low, span.high)
+        numbers: list[int] = []
+        step = 1
+        while low < high:
+            part = items[low : min(low + step, high)]
+            self._item = (low, len(items), len(part))
+            duration_s = sum(item.duration_s for item in part)
+            if duration_s > TAKE_OVER_S:
+                self.after(TAKE_OVER_S, self._taken_over)
+            yield Pause(duration_s)
+            for item in part:
+                yield from self.maybe_die(item)
+                if item.fails:
+                    raise _Failed(Outcome("error", item.salt))
+                numbers.append(item.salt)
+            low += len(part)
+            # A chunk that has killed a worker is run item by item.
+            step = 1 if span is not None or duration_s >= PART_S else min(2 * step, STEP_MAX)
+        return TaskResult(spec.number, TaskStatus.OK, encode_payload(Payload("ok", 0, numbers=numbers)))
 
     def _inputs_of(self, owner: Address, spec: TaskSpec, operation: Operation, views: list[View]) -> Steps:
         arguments: list[int] = []

@@ -12,6 +12,7 @@ from clusterpool.core import owner_events as e
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import TaskExtras, TaskKind, TaskSpec
 from clusterpool.simulation.actor_programs import detached_actor, restarting_actor
+from clusterpool.simulation.chunk_programs import chunks, limits, stragglers
 from clusterpool.simulation.client import Client
 from clusterpool.simulation.ledger import Promise
 from clusterpool.simulation.lock_programs import locks
@@ -301,4 +302,7 @@ PROGRAMS: dict[str, Callable[[Script], Steps]] = {
     "restarts": restarting_actor,
     "detached": detached_actor,
     "locks": locks,
+    "chunks": chunks,
+    "limits": limits,
+    "stragglers": stragglers,
 }
