@@ -48,7 +48,11 @@ class MemoryCopier:
             helper = threading.Thread(
                 target=self._copy_range, args=(offset, address, half), name="clusterpool-copy", daemon=True
             )
-            helper.start()
+            try:
+                helper.start()
+            except RuntimeError:  # no more threads: from Python 3.12 on there are none once the interpreter ends
+                self._copy_range(offset, address, size)
+                return
             self._copy_range(offset + half, address + half, size - half)
             helper.join()
 

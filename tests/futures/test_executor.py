@@ -293,6 +293,7 @@ def test_kill_and_terminate_workers(end):
 
 
 def test_sys_exit_in_a_call_is_raised_at_its_caller(executor):
+    executor.submit(int).result(30)  # the workers start with the first call
     pids = set(executor._processes)
     error = executor.submit(sys.exit, 3).exception(30)
     assert isinstance(error, SystemExit) and error.code == 3
