@@ -144,7 +144,8 @@ class OwnerMachine:
     def is_needed(self) -> bool:
         """Whether others would lose something if this process ended now."""
         # With it end the workers that are at tasks of it, and they may own objects of others, from tasks before.
-        return bool(self.tasks) or self.objects.is_needed() or self.actors.is_needed()
+        is_at_work = any(task.worker for task in list(self.tasks.values()))
+        return is_at_work or self.objects.is_needed() or self.actors.is_needed()
 
     def is_sent(self, number: int) -> bool:
         """Whether the task is at a worker."""
