@@ -34,7 +34,7 @@ class Cell:
 
 # What an error says: who was killed, where, by what, and what probably did it.
 WORKER_KILLED = ("worker w", "{node}", r"signal 9 \(SIGKILL\)", "for want of memory")
-NODE_GONE = ("{node} is gone", "no heartbeat")
+NODE_GONE = ("{node}, which is gone", "no heartbeat")
 TASK_ONCE = (r"task \d+ \(run\)", "attempt 1 of 1")
 ACTOR_DIED = ("ActorDied", *WORKER_KILLED)
 RESTARTED = {"max_restarts": -1, "max_task_retries": -1}
@@ -72,7 +72,7 @@ CELLS = [
     # The zygote: its node ends at once.
     Cell("zygote", "running", executions=(2, 2)),
     Cell("zygote", "idle", "pool", executions=(100, 100)),
-    Cell("zygote", "idle", "actor", ("ActorDied", "{node} is gone", "left the cluster")),
+    Cell("zygote", "idle", "actor", ("ActorDied", "{node}, which is gone", "left the cluster")),
     # The driver's own node: the program hears of it (calls of a pool end as if all workers had died), and nothing of it
     # stays on the other nodes.
     Cell("home", "idle", "pool", ("WorkerDied|NotConnected", "{home}", "has ended")),  # which, tells who was first

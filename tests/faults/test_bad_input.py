@@ -229,7 +229,7 @@ def test_garbage_in_the_control_store_is_left_out(hosts: Hosts, work: Callable[[
     keys, node_id = store.keys, hosts.node_id("right")
     garbage = [
         ("HSET", keys.nodes, "n9", b"\x80\x04\x95", "n8", b"{}", b"\xff", b"\xff"),
-        ("HSET", keys.node_heartbeats, node_id, b"soon"),
+        ("ZADD", keys.node_heartbeats, "1e300", node_id, "-1e300", b"\xff"),
         ("HSET", keys.node_loads, node_id, b"[" * 10_000),
         ("HSET", keys.jobs, "j9", b"\xff"),
         ("HSET", keys.actor("a9"), "state", b"\xff"),
@@ -251,6 +251,7 @@ def test_garbage_in_the_control_store_is_left_out(hosts: Hosts, work: Callable[[
         assert store.read_events(store.last_event_id() - 1)[0].kind == "greeting"
     finally:
         store._client.execute_command("HDEL", keys.nodes, "n9", "n8", b"\xff")
+        store._client.execute_command("ZREM", keys.node_heartbeats, b"\xff")
         store._client.execute_command("HDEL", keys.jobs, "j9")
         store._client.execute_command("DEL", keys.actor("a9"))
         store._client.execute_command("SREM", keys.actors, "a9", b"\xff")
