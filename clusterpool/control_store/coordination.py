@@ -104,8 +104,12 @@ class CoordinationPort(Protocol):
     def end_node_life(self, number: int, life: str, is_forced: bool) -> int:
         """The same for all that a node had in this life, unless that goes on (is listed) and `is_forced` is False."""
 
-    def delete_job(self, number: int, job_id: str) -> int:
-        """Remove all carriers of a job; from now on none can be created."""
+    def delete_job(self, number: int, job_id: str, home: str = "") -> int:
+        """Remove all carriers of a job; from now on none can be created.
+
+        home: the driver's node, if nothing is known of the driver but that this was lost. Nothing happens if it is
+        listed (again); and as long as it is, carriers can be created.
+        """
 
     def read_grants(self, after_id: str, *, block_ms: int = 0) -> list[Grant]:
         """The grants to waiters of this node after that one ("0" for the first), oldest first; may wait for one."""
@@ -196,8 +200,8 @@ class CoordinationStore(ControlStore):
     def end_node_life(self, number: int, life: str, is_forced: bool) -> int:
         return int(self._do(scripts.END_NODE_LIFE, number, life, int(is_forced))[0])
 
-    def delete_job(self, number: int, job_id: str) -> int:
-        return int(self._do(scripts.DELETE_JOB, number, job_id, scripts.ENDED_JOB_TTL_S)[0])
+    def delete_job(self, number: int, job_id: str, home: str = "") -> int:
+        return int(self._do(scripts.DELETE_JOB, number, job_id, scripts.ENDED_JOB_TTL_S, home)[0])
 
     def read_grants(self, after_id: str, *, block_ms: int = 0) -> list[Grant]:
         block = ("BLOCK", min(block_ms, _BLOCK_MS_MAX)) if block_ms > 0 else ()

@@ -151,7 +151,8 @@ CREATE = Script(
     _LIBRARY
     + """
 local job = string.match(NAME, '^[^-]+')
-if redis.call('EXISTS', PREFIX .. 'ended_job:' .. job) == 1 then return done(0) end
+local lost_home = redis.call('GET', PREFIX .. 'ended_job:' .. job)
+if lost_home and not registered(lost_home) then return done(0) end
 if is_there(NAME) then return done(1) end
 redis.call('SADD', PREFIX .. 'carriers:' .. job, NAME)
 redis.call('HSET', carrier(NAME), 'kind', ARGV[4], 'maximum', ARGV[5], 'value', ARGV[6], 'token', 0)
@@ -323,11 +324,14 @@ return done(count)
 """
 )
 
-# ARGV: ..., job_id, how long to remember its end, in s. Returns how many carriers it had.
+# ARGV: ..., job_id, how long to remember its end, in s, its driver's node if only the loss of that is known, or ''.
+# Returns how many carriers it had. A node that was taken for dead comes back with its drivers, and their jobs go on: it
+# ends them itself.
 DELETE_JOB = Script(
     _LIBRARY
     + """
-redis.call('SET', PREFIX .. 'ended_job:' .. NAME, 1, 'EX', ARGV[4])
+if ARGV[5] ~= '' and registered(ARGV[5]) then return done(0) end
+redis.call('SET', PREFIX .. 'ended_job:' .. NAME, ARGV[5], 'EX', ARGV[4])
 local names = redis.call('SMEMBERS', PREFIX .. 'carriers:' .. NAME)
 for _, name in ipairs(names) do
   for _, waiter in ipairs(redis.call('LRANGE', waiters(name), 0, -1)) do redis.call('HDEL', waits(waiter), waiter) end

@@ -470,7 +470,7 @@ class CoordinationMachine:
         for name in [name for name in self._moves if name.startswith(prefix)]:
             commands += self._tell(name, self._moves.pop(name), "ObjectLost", text)
         if event.is_known:
-            commands += self._call("delete_job", (event.job_id,), starts=False)
+            commands += self._call("delete_job", (event.job_id, event.home), starts=False)
         return commands
 
     def _node_gone(self, event: e.NodeGone) -> Commands:

@@ -34,10 +34,12 @@ class JobGone(CoordinationEvent, frozen=True):
     """A job is over on this node: its driver and its processes here have ended.
 
     is_known: of the driver; else this node only supposes so, and the control store keeps what the job has there.
+    home: the driver's node, if it is only known that this was declared dead: it may yet come back, with the driver.
     """
 
     job_id: str
     is_known: bool = True
+    home: str = ""
 
 
 class NodeGone(CoordinationEvent, frozen=True):

@@ -3,13 +3,15 @@
 requested here, or joined here --> known --driver ended--> ending --no worker left--> over
 
 A node that was taken for dead, and one to which a message came back, only suppose that a driver has ended: the job is
-over here all the same, but what the whole cluster has of it is not theirs to remove.
+over here all the same, but what the whole cluster has of it is not theirs to remove. Nor is it when the driver's node
+was declared dead and has come back with the driver: see `JobGone.home`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from clusterpool.core.coordination_events import JobGone
 from clusterpool.core.messages import Address
 
 
@@ -18,7 +20,7 @@ class JobEnds:
 
     def __init__(self) -> None:
         self._job_by_driver: dict[Address, str] = {}
-        self._ending: dict[Address, bool] = {}  # drivers that have ended, in order, and whether that is known
+        self._ending: dict[Address, JobGone] = {}  # of drivers that have ended, in order
 
     def seen(self, driver: Address, job_id: str) -> None:
         """A driver has joined this node, or its job wants workers here."""
@@ -26,18 +28,25 @@ class JobEnds:
 
     def process_ended(self, address: Address, *, is_known: bool = True) -> None:
         """A process has ended, here or elsewhere, or so it seems; it need not be a driver."""
-        if address in self._job_by_driver:
-            self._ending[address] = is_known or self._ending.get(address, False)
+        self._driver_ended(address, is_known=is_known)
 
     def node_lost(self, node_id: str, *, is_known: bool = True) -> None:
         """Another node is gone, with the drivers on it, or so it seems."""
         for address in self._job_by_driver:
             if address.node_id == node_id:
-                self.process_ended(address, is_known=is_known)
+                self._driver_ended(address, is_known=is_known, home=node_id)
 
-    def take_over(self, has_workers_of: Callable[[Address], bool]) -> list[tuple[str, bool]]:
-        """The jobs that are over here by now, and whether that is known of their drivers; each is told once."""
-        if not self._ending:
-            return []
+    def _driver_ended(self, driver: Address, *, is_known: bool, home: str = "") -> None:
+        job_id, earlier = self._job_by_driver.get(driver), self._ending.get(driver)
+        if job_id is None:
+            return
+        # What is known for certain stays known.
+        if earlier is None or (is_known, not home) > (earlier.is_known, not earlier.home):
+            self._ending[driver] = JobGone(job_id, is_known, home)
+
+    def take_over(self, has_workers_of: Callable[[Address], bool]) -> list[JobGone]:
+        """The jobs that are over here by now; each is told once."""
         over = [driver for driver in self._ending if not has_workers_of(driver)]
-        return [(self._job_by_driver.pop(driver), self._ending.pop(driver)) for driver in over]
+        for driver in over:
+            del self._job_by_driver[driver]
+        return [self._ending.pop(driver) for driver in over]

@@ -152,9 +152,9 @@ class NodeMachine:
             return self.objects.store_event(event, now_s)
         else:
             commands = self._admitted(self._membership(event, now_s))
-        for job_id, is_known in self.jobs.take_over(self.scheduler.has_workers_of):
-            commands += [*self.objects.job_ended(job_id, now_s), e.RemoveJob(job_id)]
-            commands += self.coordination.handle(ce.JobGone(job_id, is_known), now_s)
+        for over in self.jobs.take_over(self.scheduler.has_workers_of):
+            commands += [*self.objects.job_ended(over.job_id, now_s), e.RemoveJob(over.job_id)]
+            commands += self.coordination.handle(over, now_s)
         return commands + self._tell_load() if self._told else commands
 
     # --- forks that wait for packages

@@ -51,7 +51,7 @@ class FakeCoordination:
     def __init__(self) -> None:
         self.carriers: dict[str, Carrier] = {}
         self.holds: dict[str, str] = {}  # by waiter, of what it holds something
-        self.ended_jobs: set[str] = set()
+        self.ended_jobs: dict[str, str] = {}  # by job, its driver's node if only the loss of that is known
         self.incarnations: dict[str, int] = {}  # of living nodes
         self.grants: dict[str, list[Grant]] = {}
         self.grants_count = 0
@@ -139,7 +139,8 @@ class FakeCoordinationClient:
 
     def create(self, number: int, name: str, kind: str, maximum: int, contents: Contents) -> bool:
         def do() -> bool:
-            if name.split("-", maxsplit=1)[0] in self._shared.ended_jobs:
+            lost_home = self._shared.ended_jobs.get(name.split("-", maxsplit=1)[0])
+            if lost_home is not None and lost_home not in self._shared.incarnations:
                 return False
             value = len(contents.items) if kind == "channel" else contents.tokens
             if name not in self._shared.carriers:
@@ -295,9 +296,11 @@ class FakeCoordinationClient:
 
         return int(self._once(number, do))
 
-    def delete_job(self, number: int, job_id: str) -> int:
+    def delete_job(self, number: int, job_id: str, home: str = "") -> int:
         def do() -> int:
-            self._shared.ended_jobs.add(job_id)
+            if home in self._shared.incarnations:
+                return 0
+            self._shared.ended_jobs[job_id] = home
             names = [name for name in self._shared.carriers if name.startswith(f"{job_id}-")]
             for name in names:
                 del self._shared.carriers[name]

@@ -351,6 +351,25 @@ def test_the_end_of_a_job_leaves_nothing(stores: Stores, a: Any, b: Any) -> None
     assert stores.keys() == []
 
 
+def test_a_job_whose_home_was_lost_ends_unless_that_is_listed_again(stores: Stores, a: Any, b: Any) -> None:
+    stores.enlist("na")
+    assert b.acquire(LOCK, B1, True)[0] == GRANTED
+    a.acquire(LOCK, A1, True)
+    assert b.delete_job("j1", "na") == 0, "na has come back, and its driver's job goes on"
+    b.release(LOCK, 1, B1)
+    assert [grant.waiter for grant in a.read_grants("0")] == [A1]
+    assert b.delete_job("j1") == 4, "its driver has ended"
+    assert not a.create(LOCK, "lock", 1, Contents(1))
+
+
+def test_a_home_that_comes_back_makes_new_carriers(stores: Stores, a: Any, b: Any) -> None:
+    assert b.delete_job("j1", "na") == 4
+    assert not a.create(LOCK, "lock", 1, Contents(1))
+    stores.enlist("na")
+    assert a.create(LOCK, "lock", 1, Contents(1))
+    assert b.delete_job("j1", "na") == 0 and a.exists(LOCK)
+
+
 # --- who holds what
 
 

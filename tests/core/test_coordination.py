@@ -375,13 +375,18 @@ def test_the_end_of_a_job_forgets_everything_of_it(node: Node) -> None:
     assert of_type(commands, e.RemoveJobCarriers) == [e.RemoveJobCarriers("j1")]
     assert failed(commands, W2) == [(3, "ObjectLost")]
     (call,) = of_type(commands, e.CallCoordination)
-    assert (call.operation, call.arguments, call.starts) == ("delete_job", ("j1",), False)
+    assert (call.operation, call.arguments, call.starts) == ("delete_job", ("j1", ""), False)
     machine = node.machine
     assert (machine._moves, machine._known, machine._adoptions, len(machine._waits)) == ({}, set(), {}, 1)
 
 
 def test_a_node_that_only_supposes_that_a_job_has_ended_leaves_it_its_carriers(node: Node) -> None:
     assert node.handle(e.JobGone("j1", is_known=False)) == [e.RemoveJobCarriers("j1")]
+
+
+def test_the_store_is_told_that_only_the_loss_of_a_drivers_node_ends_a_job(node: Node) -> None:
+    (call,) = of_type(node.handle(e.JobGone("j1", home=OTHER_NODE.node_id)), e.CallCoordination)
+    assert (call.operation, call.arguments) == ("delete_job", ("j1", OTHER_NODE.node_id))
 
 
 def test_carriers_that_nobody_knows_are_removed(node: Node) -> None:
