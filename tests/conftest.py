@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import multiprocessing
 import os
 import re
@@ -163,7 +164,8 @@ class Run:
         if not new:
             return new
         # Of a node of theirs that was killed nothing is left but its files, until its cluster removes them.
-        for folder in self.tmpdir.parent.glob("cpt-*/clusterpool-*/s-*/n-*"):
+        # (`Path.glob` raises when a folder of another run goes meanwhile.)
+        for folder in map(Path, glob.glob(f"{self.tmpdir.parent}/cpt-*/clusterpool-*/s-*/n-*")):
             if self.tmpdir not in folder.parents:
                 self._foreign_nodes.add(folder.name.replace("-", ""))
         return {name for name in new if self._foreign_nodes.isdisjoint(NODE_ID.findall(name))}

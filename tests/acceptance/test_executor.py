@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from clusterpool.futures import ProcessPoolExecutor
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -146,7 +147,7 @@ def test_no_future_says_cancelled_while_its_call_runs(tmp_path: Path) -> None:
 
     with ProcessPoolExecutor(2) as executor:
         futures = [executor.submit(work, number) for number in range(60)]
-        time.sleep(0.05)
+        wait_for(lambda: (tmp_path / "0").exists(), "the first call runs")
         cancelled = [number for number, future in enumerate(futures) if future.cancel()]
         running = futures[0]
         assert running.cancelled() is False
