@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 import traceback
 from dataclasses import replace
 
+from clusterpool.simulation.coverage import Coverage
 from clusterpool.simulation.world import QUIET_S, Plan, World
 
 # A second of a thousand nodes costs a second or two.
@@ -26,9 +28,16 @@ def main(arguments: list[str] | None = None) -> int:
         quiet_s=LARGE_QUIET_S if is_large else QUIET_S,
         only=tuple(int(item) for item in options.only.split(",") if item) if options.only is not None else None,
     )  # fmt: skip
-    if options.seeds or options.minutes:
-        return _search(plan, options)
-    return 0 if _run(plan, options) else 1
+    with contextlib.ExitStack() as stack:
+        coverage = stack.enter_context(Coverage()) if options.coverage or options.lines else None
+        if coverage is not None and options.lines:
+            stack.callback(coverage.stop_lines)
+            coverage.trace_lines()
+        code = _search(plan, options) if options.seeds or options.minutes else 0 if _run(plan, options) else 1
+        if coverage is not None:
+            coverage.stop_lines()
+            print_coverage(coverage, with_lines=options.lines)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--programs", default="", help="what drivers do, by comma (workloads.PROGRAMS); all")
     parser.add_argument("--only", help="positions of the faults to keep, by comma; the others are left out")
     parser.add_argument("--shrink", action="store_true", help="leave out faults that a failure does not need")
-    parser.add_argument("--coverage", action="store_true", help="say what was never reached")
+    parser.add_argument("--coverage", action="store_true", help="say which transitions no world has taken")
+    parser.add_argument("--lines", action="store_true", help="and which lines of the core never ran (slow)")
     parser.add_argument("--keep-going", action="store_true", help="search on after a failure")
     return parser
 
@@ -70,12 +80,7 @@ def _search(plan: Plan, options: argparse.Namespace) -> int:
 def _run(plan: Plan, options: argparse.Namespace, *, is_brief: bool = False) -> bool:
     started_s = time.monotonic()
     world = World(plan)
-    if options.coverage:
-        world.coverage.start()
-        world.coverage.trace_lines()
     error = attempt(world)
-    if options.coverage:
-        world.coverage.stop()
     took_s = time.monotonic() - started_s
     if error is None:
         if not is_brief:
@@ -86,8 +91,6 @@ def _run(plan: Plan, options: argparse.Namespace, *, is_brief: bool = False) -> 
                 f"lost {dict(world.monitor.losses)}, {world.timeline.now_s:.0f} s of virtual time in {took_s:.1f} s, "
                 f"trace {world.trace.digest()}"
             )
-        if options.coverage:
-            print_coverage(world)
         return True
     if options.shrink:
         plan, world, error = shrunk(plan, world, error)
@@ -145,13 +148,17 @@ def command_of(plan: Plan) -> str:
     return " ".join(parts)
 
 
-def print_coverage(world: World) -> None:
-    """What was never told to a machine, and which lines of the core never ran."""
-    machines = [world.nodes[0].machine, world.drivers[0].machine]
-    for name in world.coverage.never_taken(machines):
-        print(f"never taken: {name}")
-    for file, lines in world.coverage.lines_never_run().items():
-        print(f"never run: core/{file}: {len(lines)} lines: {', '.join(map(str, lines[:40]))}")
+def print_coverage(coverage: Coverage, *, with_lines: bool) -> None:
+    """What no world has done with a machine of the core, and which lines never ran."""
+    total, taken = coverage.counts()
+    print(f"{taken} of {total} transitions were taken; never:")
+    for machine, left in coverage.never_taken().items():
+        print(f"  {machine}: {'; '.join(left)}")
+    for change in coverage.unforeseen():
+        print(f"  not in transitions.py: {change}")
+    if with_lines:
+        for file, lines in coverage.lines_never_run().items():
+            print(f"never run: core/{file}: {len(lines)} lines: {', '.join(map(str, lines[:40]))}")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,6 @@ class Client(Party):
 
     def _handle(self, event: e.Event) -> None:
         now_s = self.now_s()
-        self.world.coverage.event(self.machine, event)
         commands = self.machine.handle(event, now_s)
         for command in commands:
             if type(command) is e.Send:

@@ -95,7 +95,6 @@ class SimulatedNode(Party):
         self._handle(event)
 
     def _handle(self, event: Any) -> None:
-        self.world.coverage.event(self.machine, event)
         commands = self.machine.handle(event, self.now_s())
         for command in commands:
             self._execute(command)

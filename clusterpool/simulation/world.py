@@ -19,7 +19,6 @@ from clusterpool.core.messages import Address, Message
 from clusterpool.simulation.chance import Chance, Latencies
 from clusterpool.simulation.client import Client
 from clusterpool.simulation.control_store import StoreServer
-from clusterpool.simulation.coverage import Coverage
 from clusterpool.simulation.faults import Fault, Faults, draw_faults
 from clusterpool.simulation.ledger import ActorLedger
 from clusterpool.simulation.lock_programs import LockLedger
@@ -60,7 +59,6 @@ class World:
         self.plan = plan
         self.timeline = Timeline()
         self.trace = Trace()
-        self.coverage = Coverage()
         self.monitor = Monitor(self)
         self.ledger = ActorLedger(self)
         self.locks = LockLedger(self)

@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
+from clusterpool.core.scheduler import Scheduler
 from clusterpool.simulation.__main__ import attempt, command_of, main
+from clusterpool.simulation.coverage import Coverage, machines
 from clusterpool.simulation.world import Plan, World
 
 # Each of these found something once; what it was stands beside it.
@@ -36,8 +38,10 @@ FOUND_BY = {
 }
 # Programs that end no process themselves.
 HARMLESS = ("flat", "graph", "nested", "boxes", "group", "actor", "objects", "cancelled", "shared")
-BATCHES = 5
-SEEDS_A_BATCH = 12
+# How many of the transitions the small worlds together take at least.
+TAKEN_MIN = 0.6
+BATCHES = 10
+SEEDS_A_BATCH = 6
 
 
 def run(plan: Plan) -> World:
@@ -48,10 +52,26 @@ def run(plan: Plan) -> World:
     return world
 
 
+@pytest.fixture(scope="module")
+def reached() -> Coverage:
+    """What the small worlds take."""
+    return Coverage()
+
+
 @pytest.mark.parametrize("batch", range(BATCHES))
-def test_small_worlds_end_well(batch: int) -> None:
-    for seed in range(batch * SEEDS_A_BATCH, (batch + 1) * SEEDS_A_BATCH):
-        run(Plan(seed))
+def test_small_worlds_end_well(batch: int, reached: Coverage) -> None:
+    with reached:
+        for seed in range(batch * SEEDS_A_BATCH, (batch + 1) * SEEDS_A_BATCH):
+            run(Plan(seed))
+
+
+def test_the_small_worlds_take_most_transitions_and_none_that_is_not_foreseen(reached: Coverage) -> None:
+    if not reached.known:
+        pytest.skip("no small world has run")
+    assert reached.unforeseen() == []
+    total, taken = reached.counts()
+    never = "\n".join(f"{machine}: {', '.join(left)}" for machine, left in reached.never_taken().items())
+    assert taken > TAKEN_MIN * total, f"{taken} of {total} transitions were taken; never:\n{never}"
 
 
 @pytest.mark.parametrize("seed", FOUND)
@@ -166,8 +186,28 @@ def test_a_failure_shrinks_to_the_faults_that_it_needs(
     assert printed.count("\nfault ") < 10
 
 
-def test_the_command_says_what_was_never_reached(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--seed", "3", "--faults", "0", "--coverage"]) == 0
-    printed = capsys.readouterr().out
-    assert "never taken: NodeMachine: StopNode" in printed
-    assert "never run: core/worker_set.py" in printed
+def test_the_command_says_which_transitions_a_search_has_never_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    def never_taken(*arguments: str) -> set[str]:
+        assert main([*arguments, "--faults", "0", "--coverage"]) == 0
+        lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+        return {
+            f"{name}: {what}" for name, _, left in (line.partition(": ") for line in lines) for what in left.split("; ")
+        }
+
+    first, both = never_taken("--seed", "3"), never_taken("--seeds", "3-8")
+    assert both < first
+    assert {"NodeMachine: StopNode", "Membership: member>fenced", "StoreRoute: never made"} <= both
+
+
+def test_the_command_says_which_lines_never_ran(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seed", "3", "--faults", "0", "--size", "0.3", "--lines"]) == 0
+    assert "never run: core/worker_set.py" in capsys.readouterr().out
+
+
+def test_machines_are_watched_only_meanwhile() -> None:
+    before = {kind: dict(vars(kind)) for kind in machines()}
+    with Coverage() as coverage:
+        assert vars(Scheduler)["requested"] is not before[Scheduler]["requested"]
+        run(Plan(3, faults=0, size=0.3))
+    assert {kind: dict(vars(kind)) for kind in machines()} == before
+    assert "requested()" in coverage.taken["Scheduler"]
