@@ -141,5 +141,5 @@ def test_jobs_begin_when_all_clusters_are_there_or_have_failed(starts: int, fail
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(30)
     assert sorted(begun) == sorted(started) == [number for number in range(starts) if number != fails]

@@ -43,7 +43,7 @@ def test_join_within_a_callback_returns() -> None:
         joined.set()
 
     callbacks.run(join)
-    assert joined.wait(5)
+    assert joined.wait(30)
 
 
 def test_thread_ends_with_its_owner() -> None:
@@ -55,7 +55,7 @@ def test_thread_ends_with_its_owner() -> None:
     del callbacks
     gc.collect()
     assert gone() is None
-    ident[0].join(5)
+    ident[0].join(30)
     assert not ident[0].is_alive()
 
 

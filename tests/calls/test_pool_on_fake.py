@@ -82,7 +82,7 @@ def test_map_error_comes_once_all_chunks_are_done(pool: FakePool) -> None:
     def wait_or_fail(x: int) -> int:
         if x == 0:
             raise LookupError(x)
-        gate.wait(10)
+        gate.wait(30)
         return x
 
     result = pool.map_async(wait_or_fail, [0, 1], chunksize=1)
@@ -91,7 +91,7 @@ def test_map_error_comes_once_all_chunks_are_done(pool: FakePool) -> None:
     assert result._number_left == 1
     gate.set()
     with pytest.raises(LookupError):
-        result.get(10)
+        result.get(30)
     assert not result.successful()
 
 
@@ -105,7 +105,7 @@ def test_map_of_sized_iterable_that_fails_gives_the_error_by_get(pool: FakePool)
 
     result = pool.map_async(square, Broken())
     with pytest.raises(OSError, match="broken"):
-        result.get(10)
+        result.get(30)
     with pytest.raises(OSError, match="broke"):
         pool.map_async(square, numbers_then_error(3))
     assert len(pool._cache) == 0
@@ -116,14 +116,14 @@ def test_callbacks_run_before_the_result_is_ready_and_in_another_thread(pool: Fa
     release = threading.Event()
 
     def callback(value: int) -> None:
-        release.wait(10)
+        release.wait(30)
         seen.append((value, threading.current_thread()))
 
     result = pool.apply_async(square, (3,), callback=callback, error_callback=seen.append)
     with pytest.raises(multiprocessing.TimeoutError):
         result.get(0.05)
     release.set()
-    assert result.get(10) == 9
+    assert result.get(30) == 9
     assert seen[0][0] == 9
     assert seen[0][1] is not threading.main_thread()
 
@@ -132,20 +132,20 @@ def test_error_callback_gets_the_error_that_get_raises_once(pool: FakePool) -> N
     seen: list[BaseException] = []
     result = pool.starmap_async(fail_at_three, [(3,), (4,), (3,)], 1, seen.append, seen.append)
     with pytest.raises(LookupError) as caught:
-        result.get(10)
+        result.get(30)
     assert seen == [caught.value]
 
 
 def test_callback_that_raises_does_not_hang_the_result(pool: FakePool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
-    assert pool.apply_async(square, (3,), callback=lambda value: 1 / 0).get(10) == 9
-    assert pool.apply_async(square, (4,), callback=lambda value: None).get(10) == 16
+    assert pool.apply_async(square, (3,), callback=lambda value: 1 / 0).get(30) == 9
+    assert pool.apply_async(square, (4,), callback=lambda value: None).get(30) == 16
 
 
 def test_callback_may_submit_and_wait(pool: FakePool) -> None:
     seen: list[int] = []
     result = pool.apply_async(square, (2,), callback=lambda x: seen.append(pool.apply(square, (x,))))
-    result.get(10)
+    result.get(30)
     assert seen == [16]
 
 
@@ -154,7 +154,7 @@ def test_result_that_cannot_be_pickled_is_the_standard_maybe_encoding_error(pool
     result = pool.apply_async(threading.Lock, error_callback=seen.append)
     message = "Error sending result: '<unlocked"
     with pytest.raises(multiprocessing.pool.MaybeEncodingError, match=message) as caught:
-        result.get(10)
+        result.get(30)
     assert seen == [caught.value]
     assert "cannot pickle" in caught.value.exc
 
@@ -162,7 +162,7 @@ def test_result_that_cannot_be_pickled_is_the_standard_maybe_encoding_error(pool
 def test_result_can_be_awaited_before_and_after_it_is_ready(pool: FakePool) -> None:
     async def main() -> list[Any]:
         ready = pool.apply_async(square, (2,))
-        ready.wait(10)
+        ready.wait(30)
         return [await pool.apply_async(square, (3,)), await ready, await pool.map_async(square, [1, 2])]
 
     assert asyncio.run(main()) == [9, 4, [1, 4]]
@@ -174,10 +174,10 @@ def test_result_as_future(pool: FakePool) -> None:
     future = result.future()
     assert not future.done()
     gate.set()
-    assert future.result(10) is True
+    assert future.result(30) is True
     assert result.future() is future
     with pytest.raises(LookupError):
-        pool.apply_async(fail_at_three, (3,)).future().result(10)
+        pool.apply_async(fail_at_three, (3,)).future().result(30)
 
 
 def test_types_of_results(pool: FakePool) -> None:
@@ -196,7 +196,7 @@ def test_successful_of_a_result_not_ready_is_a_value_error(pool: FakePool) -> No
     with pytest.raises(ValueError, match=r"ApplyResult object at .* not ready"):
         result.successful()
     gate.set()
-    result.wait(10)
+    result.wait(30)
     assert result.successful()
 
 
@@ -206,7 +206,7 @@ def test_cache_holds_what_is_pending_and_nothing_else(pool: FakePool) -> None:
     assert len(pool._cache) >= 1
     gate.set()
     for result in results:
-        result.wait(10)
+        result.wait(30)
     assert list(pool.imap(square, [1, 2])) == [1, 4]
     wait_for(lambda: len(pool._cache) == 0)
 
@@ -217,7 +217,7 @@ def test_arguments_and_results_are_let_go() -> None:
 
     with FakePool(1) as pool:
         result = pool.map_async(square, [1, 2])
-        result.get(10)
+        result.get(30)
         gone = weakref.ref(result)
         del result
         gc.collect()
@@ -280,7 +280,7 @@ def test_imap_submits_an_item_before_it_asks_for_the_next(pool: FakePool) -> Non
 
     def questions() -> Iterator[int]:
         for _ in range(5):
-            yield answers.get(timeout=10)
+            yield answers.get(timeout=30)
 
     answers.put(2)
     seen = []
@@ -404,7 +404,7 @@ def test_terminate_ends_what_waits_and_calls_nobody_back() -> None:
     threading.Timer(0.05, gate.set).start()
     pool.terminate()
     with pytest.raises(TaskCancelled):
-        result.get(10)
+        result.get(30)
     with pytest.raises(TaskCancelled):
         list(results)
     pool.join()
@@ -447,7 +447,7 @@ def test_pool_that_was_terminated_gives_no_warning() -> None:
 
 def test_pool_that_is_dropped_while_it_works_gives_its_results() -> None:
     with pytest.warns(ResourceWarning):
-        assert FakePool(1).map_async(square, range(20)).get(10) == [x * x for x in range(20)]
+        assert FakePool(1).map_async(square, range(20)).get(30) == [x * x for x in range(20)]
         gc.collect()
 
 

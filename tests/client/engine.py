@@ -9,11 +9,12 @@ from typing import Any
 
 import clusterpool
 from clusterpool.client import current
+from tests.waiting import HANGS_AFTER_S
 
 MIB = 1024 * 1024
 
 
-def wait_for(condition: Callable[[], Any], timeout_s: float = 10.0) -> Any:
+def wait_for(condition: Callable[[], Any], timeout_s: float = HANGS_AFTER_S) -> Any:
     """The first true value of `condition()`, or its last one when time is up."""
     deadline_s = time.monotonic() + timeout_s
     while not (value := condition()) and time.monotonic() < deadline_s:
@@ -45,7 +46,7 @@ def store_bytes() -> int:
     return sum(node["store_used_bytes"] + node["spilled_bytes"] for node in clusterpool.nodes())
 
 
-def check_nothing_left(timeout_s: float = 10.0) -> None:
+def check_nothing_left(timeout_s: float = HANGS_AFTER_S) -> None:
     """Fails unless all objects go, here and in the store, within `timeout_s`."""
     gc.collect()  # exceptions that a test has caught hold its frames, and those its references
     wait_for(lambda: not any(objects_left().values()) and store_bytes() == 0, timeout_s)

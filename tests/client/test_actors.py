@@ -279,8 +279,8 @@ def test_a_coroutine_is_cancelled() -> None:
         assert wait_for(Path(folder, "started").exists)
         clusterpool.cancel(ref)
         with pytest.raises(errors.TaskCancelled):
-            clusterpool.get(ref, timeout=10)
-        assert clusterpool.get(sleeper.hello.remote(), timeout=10) == "hello"
+            clusterpool.get(ref, timeout=30)
+        assert clusterpool.get(sleeper.hello.remote(), timeout=30) == "hello"
 
 
 def test_a_queued_call_is_cancelled(tmp_path: Path) -> None:
@@ -290,8 +290,8 @@ def test_a_queued_call_is_cancelled(tmp_path: Path) -> None:
     assert wait_for((tmp_path / "started").exists)
     clusterpool.cancel(queued)
     with pytest.raises(errors.TaskCancelled):
-        clusterpool.get(queued, timeout=10)
-    assert clusterpool.get([running, counter.add.remote()], timeout=10) == ["slept", 1]
+        clusterpool.get(queued, timeout=30)
+    assert clusterpool.get([running, counter.add.remote()], timeout=30) == ["slept", 1]
 
 
 def test_a_running_call_is_interrupted(tmp_path: Path) -> None:
@@ -300,8 +300,8 @@ def test_a_running_call_is_interrupted(tmp_path: Path) -> None:
     assert wait_for((tmp_path / "started").exists)
     clusterpool.cancel(running)
     with pytest.raises(errors.TaskCancelled):
-        clusterpool.get(running, timeout=10)
-    assert clusterpool.get(counter.add.remote(), timeout=10) == 1
+        clusterpool.get(running, timeout=30)
+    assert clusterpool.get(counter.add.remote(), timeout=30) == 1
 
 
 def test_a_cancelled_call_that_waits_for_an_argument_does_not_block_the_others() -> None:
@@ -317,7 +317,7 @@ def test_a_cancelled_call_that_waits_for_an_argument_does_not_block_the_others()
     assert clusterpool.cancel(waiting)
     assert clusterpool.get(behind, timeout=20) == 5
     with pytest.raises(errors.TaskCancelled):
-        clusterpool.get(waiting, timeout=10)
+        clusterpool.get(waiting, timeout=30)
 
 
 # --- handles --------------------------------------------------------------------------------------------------------
@@ -515,9 +515,9 @@ def test_kill_ends_the_actor_and_its_calls(tmp_path: Path) -> None:
     assert wait_for((tmp_path / "started").exists)
     clusterpool.kill(counter)
     with pytest.raises(errors.ActorDied, match=r"clusterpool\.kill"):
-        clusterpool.get(pending, timeout=10)
+        clusterpool.get(pending, timeout=30)
     with pytest.raises(errors.ActorDied):
-        clusterpool.get(counter.add.remote(), timeout=10)
+        clusterpool.get(counter.add.remote(), timeout=30)
     assert wait_for(lambda: is_gone(pid))
     clusterpool.kill(counter)  # again: nothing happens
 
@@ -624,7 +624,7 @@ def test_an_actor_that_waits_for_room_is_killed_at_once() -> None:
     started_s = time.monotonic()
     clusterpool.kill(waiting)
     with pytest.raises(errors.ActorDied):
-        clusterpool.get(ref, timeout=10)
+        clusterpool.get(ref, timeout=30)
     assert time.monotonic() - started_s < 5
     assert clusterpool.get(holder.add.remote(), timeout=20) == 2
 

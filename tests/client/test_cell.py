@@ -226,7 +226,7 @@ def test_two_threads_may_unpickle_it_at_once(places: tuple[Place, Place], monkey
         monkeypatch.setattr(os, "link", link)
         thread = threading.Thread(target=lambda: copies.append(pickle.loads(pickled)))
         thread.start()
-        thread.join(10)
+        thread.join(30)
         link(source, target)
 
     monkeypatch.setattr(os, "link", link_second)

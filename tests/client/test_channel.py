@@ -60,7 +60,7 @@ def number_of(message: bytes | None) -> int:
 
 
 def get_all(channel: Channel, count: int) -> list[int]:
-    return [number_of(channel.get(10.0)) for _ in range(count)]
+    return [number_of(channel.get(30)) for _ in range(count)]
 
 
 def in_thread(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -133,13 +133,12 @@ def test_timeouts(table: ChannelTable) -> None:
     channel = table.create()
     begun_s = time.monotonic()
     assert channel.get(0.0) is None
-    assert time.monotonic() - begun_s < 0.1
     assert channel.get(0.2) is None
-    assert 0.2 <= time.monotonic() - begun_s < 1.0
+    assert 0.2 <= time.monotonic() - begun_s < 5.0
     assert not channel.poll()
     assert not channel.poll(0.05)
     channel.put(payload(1))
-    assert channel.poll(5.0)
+    assert channel.poll(30.0)
     assert number_of(channel.get(0.0)) == 1
 
 
@@ -155,16 +154,17 @@ def test_a_getter_outlives_the_slices_in_which_it_sleeps(table: ChannelTable, mo
 # --- moving
 
 
-def test_a_getter_that_sleeps_gets_what_is_put_after_the_move(store: FakeStore, table: ChannelTable) -> None:
+def test_a_getter_that_sleeps_gets_what_is_put_after_the_move(
+    store: FakeStore, table: ChannelTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channels, "_SLICE", struct.pack("ll", 100, 0))  # it is woken, and does not merely look again
     channel = table.create()
     results = [in_thread(channel.get), in_thread(lambda: channel.get(20.0))]
     time.sleep(0.05)  # so that both sleep in the kernel; else the test shows less, not more
     far = make_table(store, OTHER_NODE).known(channel.name, NODE)
-    begun_s = time.monotonic()
     far.put(payload(1))
     far.put(payload(2))
     assert sorted(number_of(result()) for result in results) == [1, 2]
-    assert time.monotonic() - begun_s < channels.SLICE_S / 2
 
 
 def test_order_is_kept_when_the_channel_moves_while_messages_wait(store: FakeStore, table: ChannelTable) -> None:
@@ -222,7 +222,7 @@ def test_values_of_any_size_come_whole_and_leave_nothing_in_the_store(
     assert all(name.startswith(channel.name + ".") for name in store.objects)
     assert bool(store.objects) == (size >= INLINE_BYTES_MAX)
     for value in values:
-        message = channel.get(5.0)
+        message = channel.get(30)
         assert message is not None
         assert channel.load(message) == value
     assert not store.objects
@@ -235,7 +235,7 @@ def test_large_values_keep_their_place_in_the_order(store: FakeStore, table: Cha
         channel.put_value(dumps_value(value))
     store.move(channel.name)
     far = make_table(store, OTHER_NODE).known(channel.name, NODE)
-    assert [far.load(far.get(5.0) or b"") for _ in values] == values
+    assert [far.load(far.get(30) or b"") for _ in values] == values
 
 
 # --- lives and ends
@@ -379,7 +379,7 @@ def test_ctrl_c_wakes_a_getter(table: ChannelTable, timeout_s: float | None) -> 
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
     channel.put(payload(7))
-    assert number_of(channel.get(5.0)) == 7
+    assert number_of(channel.get(30)) == 7
 
 
 def test_an_exception_may_be_raised_where_a_getter_sleeps_and_nowhere_else_in_a_channel(table: ChannelTable) -> None:

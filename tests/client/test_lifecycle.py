@@ -140,8 +140,8 @@ def test_what_belongs_to_a_cluster_that_was_shut_down_says_so() -> None:
         if again:
             clusterpool.init(num_cpus=2)
         for use in (
-            lambda: clusterpool.get(ref, timeout=5),
-            lambda: clusterpool.wait([stored], timeout=5),
+            lambda: clusterpool.get(ref, timeout=30),
+            lambda: clusterpool.wait([stored], timeout=30),
             lambda: clusterpool.cancel(ref),
             lambda: ref.future(),
             lambda: counter.add.remote(),
@@ -179,7 +179,7 @@ def test_shutdown_wakes_those_who_wait() -> None:
     thread.start()
     time.sleep(0.5)
     clusterpool.shutdown()
-    thread.join(10)
+    thread.join(30)
     assert not thread.is_alive()
     assert isinstance(caught[0], errors.NotConnected)
 
@@ -402,7 +402,7 @@ def test_a_forked_child_that_does_nothing_changes_nothing() -> None:
 @pytest.mark.usefixtures("started")
 def test_references_of_the_parent_are_refused_in_a_forked_child() -> None:
     ref = clusterpool.put(5)
-    assert in_child(lambda: clusterpool.get(ref, timeout=5)).startswith("NotConnected")
+    assert in_child(lambda: clusterpool.get(ref, timeout=30)).startswith("NotConnected")
     assert clusterpool.get(ref) == 5
 
 
@@ -563,6 +563,6 @@ def test_what_arrives_while_the_cluster_is_left_does_not_wait_for_who_leaves_it(
     with current.lock:
         monkeypatch.setattr(client, "is_closed", True)
         client.call_later(ask)
-        assert is_answered.wait(10)
+        assert is_answered.wait(30)
         monkeypatch.undo()
     assert len(answers) == 1

@@ -87,7 +87,7 @@ def test_what_is_larger_than_the_store_is_refused_with_the_sizes() -> None:
 
     with pytest.raises(errors.ObjectTooLarge):
         length.remote(np.zeros(80 * MIB, np.uint8))
-    assert clusterpool.get(length.remote([1, 2]), timeout=10) == 2
+    assert clusterpool.get(length.remote([1, 2]), timeout=30) == 2
 
 
 def test_a_stream_of_more_than_fits() -> None:

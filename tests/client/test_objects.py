@@ -86,7 +86,7 @@ def test_large_arrays_are_writable_and_copied_on_write(size_mb: int) -> None:
 
 
 def test_an_array_outlives_its_reference() -> None:
-    array = clusterpool.get(clusterpool.put(np.arange(1_000_000)), timeout=10)
+    array = clusterpool.get(clusterpool.put(np.arange(1_000_000)), timeout=30)
     others = [clusterpool.put(np.ones(1_000_000)) for _ in range(5)]
     assert (array == np.arange(1_000_000)).all()
     del others
@@ -109,7 +109,7 @@ def test_large_results_of_tasks() -> None:
     for value, array in enumerate(arrays):
         assert array.nbytes == 10 * MIB and (array == value).all()
         array += 1
-    assert (clusterpool.get(refs[0], timeout=10) == 0).all()
+    assert (clusterpool.get(refs[0], timeout=30) == 0).all()
 
 
 def test_a_large_result_that_nobody_waits_for_is_freed() -> None:
@@ -132,7 +132,7 @@ def test_a_task_that_writes_to_its_argument_changes_nobody_elses() -> None:
     ref = clusterpool.put(array)
     assert clusterpool.get([fill.remote(ref, value) for value in range(6)], timeout=30) == [0.0] * 6
     assert clusterpool.get([fill.remote(array, value) for value in range(6)], timeout=30) == [0.0] * 6
-    assert clusterpool.get(ref, timeout=10).sum() == 0 and array.sum() == 0
+    assert clusterpool.get(ref, timeout=30).sum() == 0 and array.sum() == 0
 
 
 def test_arrow_tables_and_data_frames() -> None:
@@ -175,7 +175,7 @@ def test_references_in_containers_are_passed_as_references() -> None:
         return [type(value).__name__ for value in values]
 
     ref = clusterpool.put(1)
-    assert clusterpool.get(kinds.remote([ref, 2, ref]), timeout=10) == ["ObjectRef", "int", "ObjectRef"]
+    assert clusterpool.get(kinds.remote([ref, 2, ref]), timeout=30) == ["ObjectRef", "int", "ObjectRef"]
 
 
 @pytest.mark.parametrize("size", [10, 5 * MIB])
@@ -183,7 +183,7 @@ def test_a_borrowed_reference_lives_when_the_owner_drops_its_own(size: int) -> N
     @clusterpool.remote
     def later(refs: list[Any]) -> int:
         time.sleep(0.3)
-        return len(clusterpool.get(refs[0], timeout=10))
+        return len(clusterpool.get(refs[0], timeout=30))
 
     ref = clusterpool.put(b"x" * size)
     result = later.remote([ref])
@@ -201,7 +201,7 @@ def test_a_worker_keeps_a_reference_from_one_task_to_the_next() -> None:
             self.ref = refs[0]
 
         def value(self) -> Any:
-            return clusterpool.get(self.ref, timeout=10)
+            return clusterpool.get(self.ref, timeout=30)
 
         def drop(self) -> None:
             self.ref = None
@@ -209,12 +209,12 @@ def test_a_worker_keeps_a_reference_from_one_task_to_the_next() -> None:
     keeper = Keeper.remote()
     ref = clusterpool.put("kept")
     number = ref.part.number
-    clusterpool.get(keeper.keep.remote([ref]), timeout=10)
+    clusterpool.get(keeper.keep.remote([ref]), timeout=30)
     del ref
-    assert clusterpool.get(keeper.value.remote(), timeout=10) == "kept"
-    assert clusterpool.get(keeper.value.remote(), timeout=10) == "kept"
+    assert clusterpool.get(keeper.value.remote(), timeout=30) == "kept"
+    assert clusterpool.get(keeper.value.remote(), timeout=30) == "kept"
     assert number in [owned[0] for owned in objects_left()["owned"]]
-    clusterpool.get(keeper.drop.remote(), timeout=10)
+    clusterpool.get(keeper.drop.remote(), timeout=30)
     assert wait_for(lambda: number not in [owned[0] for owned in objects_left()["owned"]])
 
 
@@ -226,7 +226,7 @@ def test_what_a_dead_borrower_held_is_freed() -> None:
 
     keeper = Keeper.remote()
     ref = clusterpool.put(np.zeros(MIB))
-    clusterpool.get(keeper.keep.remote([ref]), timeout=10)
+    clusterpool.get(keeper.keep.remote([ref]), timeout=30)
     del ref
     time.sleep(0.1)
     assert store_bytes() > 0
@@ -241,27 +241,27 @@ def test_references_returned_inside_results() -> None:
     ref = clusterpool.put(np.arange(500_000))
     result = wrap.remote([ref])
     del ref
-    answer = clusterpool.get(result, timeout=10)
-    assert clusterpool.get(answer["refs"][0], timeout=10)[-1] == 499_999
-    assert clusterpool.get(answer["new"], timeout=10) == "new"
+    answer = clusterpool.get(result, timeout=30)
+    assert clusterpool.get(answer["refs"][0], timeout=30)[-1] == 499_999
+    assert clusterpool.get(answer["new"], timeout=30) == "new"
     del result
-    assert clusterpool.get(answer["new"], timeout=10) == "new"
+    assert clusterpool.get(answer["new"], timeout=30) == "new"
 
 
 def test_put_of_references_in_containers() -> None:
     inner = clusterpool.put(np.ones(500_000))
     outer = clusterpool.put({"inner": inner, "more": [inner]})
     del inner
-    loaded = clusterpool.get(outer, timeout=10)
-    assert clusterpool.get(loaded["inner"], timeout=10).sum() == 500_000
+    loaded = clusterpool.get(outer, timeout=30)
+    assert clusterpool.get(loaded["inner"], timeout=30).sum() == 500_000
     del outer
-    assert clusterpool.get(loaded["more"][0], timeout=10).sum() == 500_000
+    assert clusterpool.get(loaded["more"][0], timeout=30).sum() == 500_000
 
     @clusterpool.remote
     def look(value: Any) -> float:
-        return float(clusterpool.get(value["inner"], timeout=10).sum())
+        return float(clusterpool.get(value["inner"], timeout=30).sum())
 
-    assert clusterpool.get(look.remote(clusterpool.put(loaded)), timeout=10) == 500_000
+    assert clusterpool.get(look.remote(clusterpool.put(loaded)), timeout=30) == 500_000
 
 
 def test_references_pass_through_several_tasks() -> None:
@@ -300,9 +300,9 @@ def test_references_in_a_closure_are_borrowed() -> None:
     @clusterpool.remote
     def read(wait_s: float) -> int:
         time.sleep(wait_s)
-        return int(clusterpool.get(holder[0], timeout=10)[-1])
+        return int(clusterpool.get(holder[0], timeout=30)[-1])
 
-    assert clusterpool.get(read.remote(0), timeout=10) == 399_999
+    assert clusterpool.get(read.remote(0), timeout=30) == 399_999
     result = read.remote(0.3)
     number = ref.part.number
     holder.clear()
@@ -379,7 +379,7 @@ def test_an_array_that_was_changed_is_stored_again() -> None:
     first = total.remote(array)
     array[0] = 1
     second = total.remote(array)
-    assert clusterpool.get([first, second], timeout=10) == [0.0, 1.0]
+    assert clusterpool.get([first, second], timeout=30) == [0.0, 1.0]
 
 
 def test_large_bytes_as_arguments() -> None:
@@ -409,9 +409,9 @@ def test_the_reference_of_a_dead_owner_says_so() -> None:
             return [clusterpool.put(1), clusterpool.put(np.ones(1_000_000))]
 
     owner = Owner.remote()
-    refs = clusterpool.get(owner.make.remote(), timeout=10)
+    refs = clusterpool.get(owner.make.remote(), timeout=30)
     clusterpool.kill(owner)
     wait_for(lambda: False, 0.5)
     for ref in refs:
         with pytest.raises(errors.OwnerDied):
-            clusterpool.get(ref, timeout=10)
+            clusterpool.get(ref, timeout=30)

@@ -18,6 +18,7 @@ from clusterpool.client import api, current, semaphore
 from clusterpool.client.semaphore import RECURSIVE_MUTEX, SEM_VALUE_MAX, Semaphore
 from clusterpool.processes.thin_files import remove_thin_files, semaphore_path
 from tests.client.carriers import FakeCoordination, FakeStore, runtime_of
+from tests.waiting import wait_for
 
 HOME = "n0123456789"
 
@@ -51,8 +52,8 @@ def in_thread(function: Callable[[], Any]) -> Callable[[], Any]:
     thread.start()
 
     def wait() -> Any:
-        thread.join(10)
-        assert results, "it did not end within 10 s"
+        thread.join(30)
+        assert results, "it did not end within 30 s"
         return results[0]
 
     return wait
@@ -168,10 +169,10 @@ def test_no_token_is_lost_or_doubled_among_threads_while_it_moves(home: FakeCoor
     is_over = threading.Event()
     holders = [0]
     most = [0]
+    uses = [0] * 6
     guard = threading.Lock()
 
-    def use() -> int:
-        uses = 0
+    def use(user: int) -> bool:
         while not is_over.is_set():
             if made.acquire(True, 5):
                 with guard:
@@ -180,15 +181,16 @@ def test_no_token_is_lost_or_doubled_among_threads_while_it_moves(home: FakeCoor
                 with guard:
                     holders[0] -= 1
                 made.release()
-                uses += 1
-        return uses
+                uses[user] += 1
+        return True
 
-    waits = [in_thread(use) for _ in range(6)]
-    time.sleep(0.05)
+    waits = [in_thread(lambda user=user: use(user)) for user in range(6)]
+    wait_for(lambda: all(uses), "each has had a token")
     home.move_semaphore(made.name)
-    time.sleep(0.1)
+    before = list(uses)
+    wait_for(lambda: all(uses[user] > before[user] for user in range(6)), "each has had one of after the move")
     is_over.set()
-    assert all(wait() > 0 for wait in waits)
+    assert all(wait() for wait in waits)
     assert most[0] <= 3
     assert home.store.tokens[made.name] + thin_value(made) == 3
 

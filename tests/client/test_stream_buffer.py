@@ -30,12 +30,11 @@ def made(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def settled(path: Path) -> int:
-    """How many items there are once there come no more for a while."""
-    before = -1
-    while before != (before := made(path)) or before == 0:
-        time.sleep(0.3)
-    return before
+def has_paused_at(path: Path, count: int) -> bool:
+    """Whether there come that many items, and for a while no more."""
+    wait_for(lambda: made(path) >= count)
+    time.sleep(0.3)
+    return made(path) == count
 
 
 @pytest.mark.parametrize(("buffer", "ahead"), [(1, 1), (5, 5), ("default", ITEMS_MAX)])
@@ -43,16 +42,16 @@ def test_a_generator_pauses_until_its_items_are_taken(tmp_path: Path, buffer: An
     options = {} if buffer == "default" else {"stream_buffer": buffer}
     task = clusterpool.remote(num_returns="streaming", **options)(count_to)
     stream = task.remote(tmp_path / "made", 3 * ahead)
-    assert settled(tmp_path / "made") == ahead
-    assert [clusterpool.get(ref, timeout=10) for ref in stream] == list(range(3 * ahead))
+    assert has_paused_at(tmp_path / "made", ahead)
+    assert [clusterpool.get(ref, timeout=30) for ref in stream] == list(range(3 * ahead))
 
 
 def test_large_items_are_bounded_in_bytes(tmp_path: Path) -> None:
     task = clusterpool.remote(num_returns="streaming")(count_to)
     stream = task.remote(tmp_path / "made", 40, 10 * MIB)
-    assert settled(tmp_path / "made") == BYTES_MAX // (10 * MIB) + 1
+    assert has_paused_at(tmp_path / "made", BYTES_MAX // (10 * MIB) + 1)
     for number, ref in enumerate(stream):
-        assert clusterpool.get(ref, timeout=10)[0] == number
+        assert clusterpool.get(ref, timeout=30)[0] == number
 
 
 def test_without_a_bound_it_runs_to_its_end(tmp_path: Path) -> None:
@@ -65,7 +64,7 @@ def test_without_a_bound_it_runs_to_its_end(tmp_path: Path) -> None:
 def test_who_keeps_references_does_not_hold_up_the_generator(tmp_path: Path) -> None:
     task = clusterpool.remote(num_returns="streaming", stream_buffer=2)(count_to)
     refs = list(task.remote(tmp_path / "made", 50))
-    assert clusterpool.get(refs, timeout=10) == list(range(50))
+    assert clusterpool.get(refs, timeout=30) == list(range(50))
 
 
 def test_a_paused_generator_lends_its_cpu_to_whoever_takes_its_items(tmp_path: Path) -> None:
@@ -96,7 +95,7 @@ def test_closing_a_paused_stream_ends_its_generator(tmp_path: Path) -> None:
             (folder / "ended").touch()
 
     stream = endless.remote(tmp_path)
-    assert settled(tmp_path / "made") == 2
+    assert has_paused_at(tmp_path / "made", 2)
     stream.close()
     assert wait_for((tmp_path / "ended").exists)
 
@@ -128,8 +127,8 @@ def test_a_method_pauses_as_well(tmp_path: Path) -> None:
     source = clusterpool.remote(Source).remote()
     method = source.numbers.options(num_returns="streaming", stream_buffer=4)
     stream = method.remote(tmp_path / "made", 20)
-    assert settled(tmp_path / "made") == 4
-    assert [clusterpool.get(ref, timeout=10) for ref in stream] == list(range(20))
+    assert has_paused_at(tmp_path / "made", 4)
+    assert [clusterpool.get(ref, timeout=30) for ref in stream] == list(range(20))
 
 
 def test_a_method_does_not_pause_when_calls_wait_behind_it(tmp_path: Path) -> None:
@@ -138,12 +137,12 @@ def test_a_method_does_not_pause_when_calls_wait_behind_it(tmp_path: Path) -> No
     method = source.numbers.options(num_returns="streaming", stream_buffer=2)
     first, second = method.remote(tmp_path / "first", 20), method.remote(tmp_path / "second", 20)
     pairs = [
-        (clusterpool.get(left, timeout=10), clusterpool.get(right, timeout=10)) for left, right in zip(first, second)
+        (clusterpool.get(left, timeout=30), clusterpool.get(right, timeout=30)) for left, right in zip(first, second)
     ]
     assert pairs == [(number, number) for number in range(20)]
     stream = method.remote(tmp_path / "third", 20)
-    assert settled(tmp_path / "third") == 2
-    assert clusterpool.get(source.hello.remote(), timeout=10) == "hello"
+    assert has_paused_at(tmp_path / "third", 2)
+    assert clusterpool.get(source.hello.remote(), timeout=30) == "hello"
     assert len(list(stream)) == 20
 
 
@@ -158,9 +157,9 @@ def test_a_paused_coroutine_does_not_hold_up_the_others(tmp_path: Path) -> None:
 
     source = clusterpool.remote(AsyncSource).remote()
     stream = source.numbers.options(num_returns="streaming", stream_buffer=3).remote(tmp_path / "made", 12)
-    assert settled(tmp_path / "made") == 3
-    assert clusterpool.get(source.hello.remote(), timeout=10) == "hello"
-    assert [clusterpool.get(ref, timeout=10) for ref in stream] == list(range(12))
+    assert has_paused_at(tmp_path / "made", 3)
+    assert clusterpool.get(source.hello.remote(), timeout=30) == "hello"
+    assert [clusterpool.get(ref, timeout=30) for ref in stream] == list(range(12))
 
 
 @pytest.mark.parametrize("buffer", [0, -1, 2.5, "all"])

@@ -24,7 +24,7 @@ def count(stop: int, size: int = 0) -> Iterator[Any]:
 
 
 def test_a_generator_streams_its_items() -> None:
-    assert [clusterpool.get(ref, timeout=10) for ref in count.remote(20)] == list(range(20))
+    assert [clusterpool.get(ref, timeout=30) for ref in count.remote(20)] == list(range(20))
     assert list(count.remote(0)) == []
 
 
@@ -37,9 +37,9 @@ def test_items_come_before_the_generator_ends(tmp_path: Path) -> None:
         yield "second"
 
     stream = wait_between.remote(str(tmp_path / "go"))
-    assert clusterpool.get(next(stream), timeout=10) == "first"
+    assert clusterpool.get(next(stream), timeout=30) == "first"
     (tmp_path / "go").touch()
-    assert clusterpool.get(next(stream), timeout=10) == "second"
+    assert clusterpool.get(next(stream), timeout=30) == "second"
     with pytest.raises(StopIteration):
         next(stream)
     with pytest.raises(StopIteration):
@@ -55,7 +55,7 @@ def test_large_items() -> None:
             yield np.full(5 * MIB, value, np.uint8)
 
     for value, ref in enumerate(arrays.remote(6)):
-        array = clusterpool.get(ref, timeout=10)
+        array = clusterpool.get(ref, timeout=30)
         assert array.nbytes == 5 * MIB and array[0] == array[-1] == value
         array[0] = 255  # writable
 
@@ -67,9 +67,9 @@ def test_an_error_in_the_middle_comes_after_the_items_before_it() -> None:
         raise KeyError("middle")
 
     stream = fail_at.remote(3)
-    assert [clusterpool.get(next(stream), timeout=10) for _ in range(3)] == [0, 1, 2]
+    assert [clusterpool.get(next(stream), timeout=30) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(KeyError, match="middle"):
-        clusterpool.get(next(stream), timeout=10)
+        clusterpool.get(next(stream), timeout=30)
     with pytest.raises(StopIteration):
         next(stream)
 
@@ -80,7 +80,7 @@ def test_what_is_not_iterable_is_an_error() -> None:
         return 5
 
     with pytest.raises(TypeError, match="iterable"):
-        clusterpool.get(next(number.remote()), timeout=10)
+        clusterpool.get(next(number.remote()), timeout=30)
 
 
 @pytest.mark.parametrize("size", [10, 2 * MIB])
@@ -95,7 +95,7 @@ def test_closing_a_stream_ends_its_generator(tmp_path: Path, size: int) -> None:
             Path(folder, "ended").touch()
 
     stream = endless.remote(str(tmp_path))
-    assert len(clusterpool.get(next(stream), timeout=10)) == size
+    assert len(clusterpool.get(next(stream), timeout=30)) == size
     stream.close()
     assert wait_for((tmp_path / "ended").exists)
     with pytest.raises(StopIteration):
@@ -113,7 +113,7 @@ def test_a_dropped_stream_is_closed(tmp_path: Path) -> None:
             Path(folder, "ended").touch()
 
     for ref in endless.remote(str(tmp_path)):
-        assert clusterpool.get(ref, timeout=10) == 1
+        assert clusterpool.get(ref, timeout=30) == 1
         break
     del ref
     gc.collect()
@@ -128,7 +128,7 @@ def test_items_may_hold_references() -> None:
 
     lengths = []
     for ref in references.remote(4):
-        lengths.append(len(clusterpool.get(clusterpool.get(ref, timeout=10)[0], timeout=10)))
+        lengths.append(len(clusterpool.get(clusterpool.get(ref, timeout=30)[0], timeout=30)))
     assert lengths == [0, MIB, 2 * MIB, 3 * MIB]
 
 
@@ -174,9 +174,9 @@ def test_a_stream_without_retries_ends_with_the_death() -> None:
         os._exit(1)
 
     stream = die.remote()
-    assert clusterpool.get(next(stream), timeout=10) == 1
+    assert clusterpool.get(next(stream), timeout=30) == 1
     with pytest.raises(errors.WorkerDied):
-        clusterpool.get(next(stream), timeout=10)
+        clusterpool.get(next(stream), timeout=30)
     with pytest.raises(StopIteration):
         next(stream)
 
@@ -209,21 +209,21 @@ class Source:
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_a_generator_method_streams(concurrency: int) -> None:
     source = clusterpool.remote(max_concurrency=concurrency)(Source).remote()
-    assert [clusterpool.get(ref, timeout=10) for ref in source.numbers.remote(20)] == list(range(20))
+    assert [clusterpool.get(ref, timeout=30) for ref in source.numbers.remote(20)] == list(range(20))
     stream = source.fail.remote()
-    assert clusterpool.get(next(stream), timeout=10) == 1
+    assert clusterpool.get(next(stream), timeout=30) == 1
     with pytest.raises(KeyError):
-        clusterpool.get(next(stream), timeout=10)
-    assert clusterpool.get(source.hello.remote(), timeout=10) == "hello"
+        clusterpool.get(next(stream), timeout=30)
+    assert clusterpool.get(source.hello.remote(), timeout=30) == "hello"
 
 
 def test_closing_the_stream_of_an_actor(tmp_path: Path) -> None:
     source = clusterpool.remote(Source).remote()
     stream = source.endless.remote(str(tmp_path))
-    assert clusterpool.get(next(stream), timeout=10) == 1
+    assert clusterpool.get(next(stream), timeout=30) == 1
     stream.close()
     assert wait_for((tmp_path / "ended").exists)
-    assert clusterpool.get(source.hello.remote(), timeout=10) == "hello"
+    assert clusterpool.get(source.hello.remote(), timeout=30) == "hello"
 
 
 def test_an_asynchronous_generator_method_streams(tmp_path: Path) -> None:
@@ -247,10 +247,10 @@ def test_an_asynchronous_generator_method_streams(tmp_path: Path) -> None:
             yield from range(stop)
 
     source = clusterpool.remote(AsyncSource).remote()
-    assert [clusterpool.get(ref, timeout=10) for ref in source.numbers.remote(20)] == list(range(20))
-    assert [clusterpool.get(ref, timeout=10) for ref in source.plain.remote(3)] == [0, 1, 2]
+    assert [clusterpool.get(ref, timeout=30) for ref in source.numbers.remote(20)] == list(range(20))
+    assert [clusterpool.get(ref, timeout=30) for ref in source.plain.remote(3)] == [0, 1, 2]
     stream = source.endless.remote(str(tmp_path))
-    assert clusterpool.get(next(stream), timeout=10) == 1
+    assert clusterpool.get(next(stream), timeout=30) == 1
     stream.close()
     assert wait_for((tmp_path / "ended").exists)
 
@@ -258,8 +258,8 @@ def test_an_asynchronous_generator_method_streams(tmp_path: Path) -> None:
 def test_a_stream_of_an_actor_ends_with_it() -> None:
     source = clusterpool.remote(Source).remote()
     stream = source.endless.remote("/nonexistent-folder-of-a-test")
-    assert clusterpool.get(next(stream), timeout=10) == 1
+    assert clusterpool.get(next(stream), timeout=30) == 1
     clusterpool.kill(source)
     with pytest.raises(errors.ActorDied):
         for ref in stream:
-            clusterpool.get(ref, timeout=10)
+            clusterpool.get(ref, timeout=30)

@@ -30,7 +30,7 @@ def add(x: Any, y: Any = 1) -> Any:
 
 
 def test_a_task_returns_its_value() -> None:
-    assert clusterpool.get(add.remote(1, y=2), timeout=10) == 3
+    assert clusterpool.get(add.remote(1, y=2), timeout=30) == 3
 
 
 def test_get_of_a_list_keeps_the_order() -> None:
@@ -43,9 +43,9 @@ def test_get_of_a_list_keeps_the_order() -> None:
 def test_references_as_arguments_are_resolved() -> None:
     first = add.remote(1)
     second = add.remote(first, y=first)
-    assert clusterpool.get(second, timeout=10) == 4
+    assert clusterpool.get(second, timeout=30) == 4
     value = clusterpool.put(10)
-    assert clusterpool.get(add.remote(value, y=second), timeout=10) == 14
+    assert clusterpool.get(add.remote(value, y=second), timeout=30) == 14
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -78,7 +78,7 @@ def test_several_return_values(returns: int) -> None:
 
     refs = several.remote(returns)
     assert len(refs) == returns
-    assert clusterpool.get(refs, timeout=10) == list(range(returns))
+    assert clusterpool.get(refs, timeout=30) == list(range(returns))
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -89,7 +89,7 @@ def test_a_wrong_number_of_return_values_is_an_error_of_each() -> None:
 
     for ref in several.remote():
         with pytest.raises(ValueError, match="num_returns=3"):
-            clusterpool.get(ref, timeout=10)
+            clusterpool.get(ref, timeout=30)
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -108,7 +108,7 @@ def test_keywords_named_as_our_own_belong_to_the_task() -> None:
         return kwargs
 
     given = {"self": 1, "function": 2, "args": 3, "retries": 4, "timeout": 5, "kind": 6}
-    assert clusterpool.get(show.remote(**given), timeout=10) == given
+    assert clusterpool.get(show.remote(**given), timeout=30) == given
 
 
 def test_a_large_payload_of_small_parts_is_let_go() -> None:
@@ -116,7 +116,7 @@ def test_a_large_payload_of_small_parts_is_let_go() -> None:
     def count(parts: list[bytes]) -> int:
         return sum(map(len, parts))
 
-    assert clusterpool.get(count.remote([bytes([number]) * 60_000 for number in range(20)]), timeout=10) == 1_200_000
+    assert clusterpool.get(count.remote([bytes([number]) * 60_000 for number in range(20)]), timeout=30) == 1_200_000
     check_nothing_left()
 
 
@@ -127,9 +127,9 @@ def test_a_function_sees_the_present_value_of_a_global() -> None:
     def scaled(x: int) -> int:
         return x * factor
 
-    assert clusterpool.get(scaled.remote(1), timeout=10) == 2
+    assert clusterpool.get(scaled.remote(1), timeout=30) == 2
     factor = 3
-    assert clusterpool.get(scaled.remote(1), timeout=10) == 3
+    assert clusterpool.get(scaled.remote(1), timeout=30) == 3
 
 
 def test_more_functions_than_the_table_holds() -> None:
@@ -150,7 +150,7 @@ def test_a_result_that_cannot_be_pickled_is_an_error() -> None:
         return threading.Lock()
 
     with pytest.raises(errors.SerializationFailed, match="lock"):
-        clusterpool.get(lock.remote(), timeout=10)
+        clusterpool.get(lock.remote(), timeout=30)
 
 
 # --- nesting --------------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_an_error_arrives_as_its_own_type_with_the_remote_traceback() -> None:
         raise Refused(4, reason="no")
 
     with pytest.raises(Refused) as caught:
-        clusterpool.get(refuse.remote(), timeout=10)
+        clusterpool.get(refuse.remote(), timeout=30)
     assert (caught.value.code, caught.value.reason) == (4, "no")
     assert isinstance(caught.value.__cause__, RemoteTraceback)
     assert "in refuse" in str(caught.value.__cause__)
@@ -231,7 +231,7 @@ def test_an_error_of_a_dependency_is_the_error_of_its_users() -> None:
     third = add.remote(1, y=again)
     for ref in (third, again, failed):
         with pytest.raises(ZeroDivisionError):
-            clusterpool.get(ref, timeout=10)
+            clusterpool.get(ref, timeout=30)
 
 
 def test_each_get_raises_a_fresh_exception() -> None:
@@ -243,7 +243,7 @@ def test_each_get_raises_a_fresh_exception() -> None:
     caught = []
     for _ in range(2):
         with pytest.raises(ValueError) as info:
-            clusterpool.get(ref, timeout=10)
+            clusterpool.get(ref, timeout=30)
         caught.append(info.value)
     assert caught[0] is not caught[1]
 
@@ -335,26 +335,43 @@ def sleep_and_touch(path: str, seconds: float) -> str:
     return "slept"
 
 
+@clusterpool.remote
+def touch_and_wait(path: str) -> str:
+    """Runs until `let_go` of the same path."""
+    Path(path).touch()
+    while not Path(f"{path}.go").exists():
+        time.sleep(0.005)
+    return "waited"
+
+
+def let_go(path: Path) -> None:
+    path.with_name(f"{path.name}.go").touch()
+
+
 @pytest.mark.usefixtures("nothing_left")
 def test_a_queued_task_is_cancelled_and_never_runs(tmp_path: Path) -> None:
-    blockers = [sleep_and_touch.remote(str(tmp_path / f"blocker{number}"), 0.5) for number in range(2)]
-    assert wait_for(lambda: (tmp_path / "blocker1").exists())
+    paths = [tmp_path / f"blocker{number}" for number in range(2)]
+    blockers = [touch_and_wait.remote(str(path)) for path in paths]
+    assert wait_for(lambda: all(path.exists() for path in paths))
     queued = sleep_and_touch.remote(str(tmp_path / "queued"), 0)
     assert clusterpool.cancel(queued)
     with pytest.raises(errors.TaskCancelled):
-        clusterpool.get(queued, timeout=10)
-    assert clusterpool.get(blockers, timeout=10) == ["slept"] * 2
+        clusterpool.get(queued, timeout=30)
+    for path in paths:
+        let_go(path)
+    assert clusterpool.get(blockers, timeout=30) == ["waited"] * 2
     assert not (tmp_path / "queued").exists()
 
 
 @pytest.mark.usefixtures("nothing_left")
 def test_a_task_that_waits_for_an_argument_is_cancelled(tmp_path: Path) -> None:
-    slow = sleep_and_touch.remote(str(tmp_path / "slow"), 0.3)
+    slow = touch_and_wait.remote(str(tmp_path / "slow"))
     waiting = add.remote(slow, y="!")
     assert clusterpool.cancel(waiting)
     with pytest.raises(errors.TaskCancelled):
-        clusterpool.get(waiting, timeout=10)
-    assert clusterpool.get(slow, timeout=10) == "slept"
+        clusterpool.get(waiting, timeout=30)
+    let_go(tmp_path / "slow")
+    assert clusterpool.get(slow, timeout=30) == "waited"
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -364,9 +381,9 @@ def test_a_running_task_is_interrupted_in_a_sleep(tmp_path: Path) -> None:
     started_s = time.monotonic()
     clusterpool.cancel(ref)
     with pytest.raises(errors.TaskCancelled):
-        clusterpool.get(ref, timeout=10)
+        clusterpool.get(ref, timeout=30)
     assert time.monotonic() - started_s < 5
-    assert clusterpool.get(add.remote(1), timeout=10) == 2
+    assert clusterpool.get(add.remote(1), timeout=30) == 2
 
 
 def test_a_running_task_is_interrupted_in_a_loop_and_may_clean_up(tmp_path: Path) -> None:
@@ -383,7 +400,7 @@ def test_a_running_task_is_interrupted_in_a_loop_and_may_clean_up(tmp_path: Path
     assert wait_for((tmp_path / "started").exists)
     clusterpool.cancel(ref)
     with pytest.raises(errors.TaskCancelled):
-        clusterpool.get(ref, timeout=10)
+        clusterpool.get(ref, timeout=30)
     assert wait_for((tmp_path / "cleaned").exists)
 
 
@@ -400,8 +417,8 @@ def test_a_task_that_waits_for_another_is_interrupted(tmp_path: Path) -> None:
     assert wait_for((tmp_path / "inner").exists)
     clusterpool.cancel(ref)
     with pytest.raises(errors.TaskCancelled):
-        clusterpool.get(ref, timeout=10)
-    assert clusterpool.get([add.remote(number) for number in range(4)], timeout=10) == [1, 2, 3, 4]
+        clusterpool.get(ref, timeout=30)
+    assert clusterpool.get([add.remote(number) for number in range(4)], timeout=30) == [1, 2, 3, 4]
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -417,8 +434,8 @@ def test_force_kills_the_worker(tmp_path: Path) -> None:
     assert wait_for((tmp_path / "running").exists)
     assert clusterpool.cancel(ref, force=True)
     with pytest.raises(errors.TaskCancelled):
-        clusterpool.get(ref, timeout=10)
-    assert clusterpool.get(add.remote(1), timeout=10) == 2
+        clusterpool.get(ref, timeout=30)
+    assert clusterpool.get(add.remote(1), timeout=30) == 2
 
 
 def test_interrupts_hit_only_the_task_that_they_are_for(tmp_path: Path) -> None:
@@ -443,20 +460,21 @@ def test_interrupts_hit_only_the_task_that_they_are_for(tmp_path: Path) -> None:
 
 def test_cancel_after_the_end_changes_nothing() -> None:
     ref = add.remote(1)
-    assert clusterpool.get(ref, timeout=10) == 2
+    assert clusterpool.get(ref, timeout=30) == 2
     assert clusterpool.cancel(ref) is False
-    assert clusterpool.get(ref, timeout=10) == 2
+    assert clusterpool.get(ref, timeout=30) == 2
 
 
 # --- waiting --------------------------------------------------------------------------------------------------------
 
 
 def test_wait_gives_the_ready_ones_first(tmp_path: Path) -> None:
-    slow = sleep_and_touch.remote(str(tmp_path / "slow"), 0.6)
+    slow = touch_and_wait.remote(str(tmp_path / "slow"))
     fast = add.remote(1)
-    assert clusterpool.wait([slow, fast], timeout=10) == ([fast], [slow])
+    assert clusterpool.wait([slow, fast], timeout=30) == ([fast], [slow])
     assert clusterpool.wait([slow, fast], num_returns=2, timeout=0.01) == ([fast], [slow])
-    assert clusterpool.wait([slow, fast], num_returns=2, timeout=10) == ([slow, fast], [])
+    let_go(tmp_path / "slow")
+    assert clusterpool.wait([slow, fast], num_returns=2, timeout=30) == ([slow, fast], [])
 
 
 def test_wait_counts_errors_as_ready() -> None:
@@ -465,12 +483,12 @@ def test_wait_counts_errors_as_ready() -> None:
         raise ValueError
 
     ref = fail.remote()
-    assert clusterpool.wait([ref], timeout=10) == ([ref], [])
+    assert clusterpool.wait([ref], timeout=30) == ([ref], [])
 
 
 def test_wait_gives_no_more_than_was_asked_for() -> None:
     refs = [clusterpool.put(number) for number in range(5)]
-    ready, rest = clusterpool.wait(refs, num_returns=2, timeout=10)
+    ready, rest = clusterpool.wait(refs, num_returns=2, timeout=30)
     assert (ready, rest) == (refs[:2], refs[2:])
 
 
@@ -489,13 +507,14 @@ def test_wait_refuses_duplicates_and_other_things() -> None:
 
 
 def test_get_times_out_and_can_be_repeated(tmp_path: Path) -> None:
-    ref = sleep_and_touch.remote(str(tmp_path / "file"), 0.5)
+    ref = touch_and_wait.remote(str(tmp_path / "file"))
     with pytest.raises(errors.GetTimeout, match=r"after 0\.05 s") as caught:
         clusterpool.get(ref, timeout=0.05)
     assert isinstance(caught.value, TimeoutError)
     with pytest.raises(errors.GetTimeout):
         clusterpool.get(ref, timeout=0)
-    assert clusterpool.get(ref, timeout=10) == "slept"
+    let_go(tmp_path / "file")
+    assert clusterpool.get(ref, timeout=30) == "waited"
 
 
 def test_get_refuses_what_is_no_reference() -> None:
@@ -602,10 +621,10 @@ def test_what_no_node_could_ever_give_is_refused() -> None:
     def large() -> None: ...
 
     with pytest.raises(errors.TaskInfeasible, match="64 CPU"):
-        clusterpool.get(large.remote(), timeout=10)
+        clusterpool.get(large.remote(), timeout=30)
     with pytest.raises(errors.TaskInfeasible, match="licence"):
-        clusterpool.get(add.options(resources={"licence": 1}).remote(1), timeout=10)
-    assert clusterpool.get(add.remote(1), timeout=10) == 2
+        clusterpool.get(add.options(resources={"licence": 1}).remote(1), timeout=30)
+    assert clusterpool.get(add.remote(1), timeout=30) == 2
 
 
 def test_environment_variables_of_a_task() -> None:
@@ -614,9 +633,9 @@ def test_environment_variables_of_a_task() -> None:
         return os.environ.get("ENGINE_TEST")
 
     with_variable = variable.options(runtime_env={"env_vars": {"ENGINE_TEST": "here"}})
-    assert clusterpool.get(with_variable.remote(), timeout=10) == "here"
+    assert clusterpool.get(with_variable.remote(), timeout=30) == "here"
     # Its worker is not taken for tasks that did not ask for the variable.
-    assert clusterpool.get([variable.remote() for _ in range(10)], timeout=10) == [None] * 10
+    assert clusterpool.get([variable.remote() for _ in range(10)], timeout=30) == [None] * 10
 
 
 def test_remote_functions_can_be_passed_on() -> None:
@@ -635,17 +654,16 @@ def test_a_tiny_task_does_not_wait_behind_a_long_one(tmp_path: Path) -> None:
     def maybe_long(path: str | None) -> int:
         if path is None:
             return 1
-        Path(path).touch()
-        time.sleep(3)
+        while not Path(path).exists():
+            time.sleep(0.005)
         return 2
 
     clusterpool.get([maybe_long.remote(None) for _ in range(500)], timeout=20)  # so that tasks travel in batches
     time.sleep(0.3)  # all leases but none are given back
-    long = maybe_long.remote(str(tmp_path / "started"))
+    long = maybe_long.remote(str(tmp_path / "go"))
     behind = [maybe_long.remote(None) for _ in range(20)]
-    started_s = time.monotonic()
-    assert clusterpool.get(behind, timeout=20) == [1] * 20
-    assert time.monotonic() - started_s < 2
+    assert clusterpool.get(behind, timeout=30) == [1] * 20
+    (tmp_path / "go").touch()
     assert clusterpool.get(long, timeout=20) == 2
 
 
@@ -658,7 +676,7 @@ def test_the_values_of_a_worker_that_was_let_go_stay() -> None:
 
     refs = clusterpool.get(make.remote(), timeout=20)
     time.sleep(0.5)
-    assert clusterpool.get(refs, timeout=10) == ["kept", 2]
+    assert clusterpool.get(refs, timeout=30) == ["kept", 2]
     workers = int(clusterpool.nodes()[0]["workers"])
     del refs
     assert wait_for(lambda: clusterpool.nodes()[0]["workers"] < workers)
@@ -675,5 +693,5 @@ def test_functions_that_are_gone_are_forgotten_by_all() -> None:
         clusterpool.get(
             [clusterpool.remote(lambda number=number: number).remote() for number in range(100)], timeout=30
         )
-    clusterpool.get(add.remote(1), timeout=10)
+    clusterpool.get(add.remote(1), timeout=30)
     assert wait_for(lambda: count() <= before + 2), (before, count())

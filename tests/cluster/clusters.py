@@ -117,7 +117,6 @@ def wait_for_free_cpus() -> None:
     """What a node knows of the others is up to a second old: wait until the leases of before are forgotten."""
     wait_for(
         lambda: clusterpool.available_resources()["CPU"] == clusterpool.cluster_resources()["CPU"],
-        within_s=5,
         what="all CPUs are free",
     )
 
@@ -136,6 +135,14 @@ def run_script(folder: Path, text: str, *, timeout_s: float = 50) -> subprocess.
 def node_of_task(_: object = None) -> str:
     """Where it runs; long enough for its worker not to get them all."""
     time.sleep(0.05)
+    return os.environ["CLUSTERPOOL_NODE_ID"]
+
+
+def node_of_meeting(folder: str, nodes_count: int) -> str:
+    """Where it runs, when so many nodes run tasks of the same folder: so has also one part whose workers start late."""
+    os.makedirs(folder, exist_ok=True)
+    Path(folder, os.environ["CLUSTERPOOL_NODE_ID"]).touch()
+    wait_for(lambda: len(os.listdir(folder)) >= nodes_count, f"{nodes_count} nodes take part")
     return os.environ["CLUSTERPOOL_NODE_ID"]
 
 

@@ -90,4 +90,4 @@ def store_of(cluster: Cluster) -> Iterator[Any]:
 
 def wait_for_waiters(store: Any, name: str, count: int) -> None:
     key = f"{store.keys.prefix}waiters:{name}"
-    clusters.wait_for(lambda: store._run("LLEN", key) == count, within_s=5, what=f"{count} wait")
+    clusters.wait_for(lambda: store._run("LLEN", key) == count, what=f"{count} wait")

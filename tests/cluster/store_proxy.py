@@ -34,7 +34,7 @@ class StoreProxy:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for thread in self._threads:
-            thread.join(5)
+            thread.join(30)
 
     def _accept(self) -> None:
         while True:

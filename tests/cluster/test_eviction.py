@@ -46,6 +46,5 @@ def test_copies_make_way_for_others_and_come_again(three_nodes: Cluster, driver:
     gc.collect()
     wait_for(
         lambda: sum(node["store_used_bytes"] for node in clusterpool.nodes()) == 0,
-        within_s=20,
         what="no object is left anywhere",
     )

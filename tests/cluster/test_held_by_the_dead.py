@@ -37,7 +37,7 @@ def test_a_killed_process_of_the_home_gives_back_what_it_held_before_the_move(
     count = lock._semlock.total
     holder = Process(target=take, args=(lock, tmp_path / "ready", count))
     holder.start()
-    clusters.wait_for((tmp_path / "ready").exists, within_s=20, what="all is held")
+    clusters.wait_for((tmp_path / "ready").exists, what="all is held")
     there = clusterpool.remote(num_cpus=0, scheduling=f"node:{three_nodes.second}")
     is_held = not clusterpool.get(there(lambda: lock.acquire(timeout=1)).remote(), timeout=LIMIT_S)
     waiting = there(lambda: [lock.acquire(timeout=15) for _ in range(count)]).remote()
@@ -52,7 +52,7 @@ def test_a_killed_fork_gives_back_what_it_held_before_the_move(
     lock = Lock()
     holder = standard.get_context("fork").Process(target=take, args=(lock, tmp_path / "ready", 1))
     holder.start()
-    clusters.wait_for((tmp_path / "ready").exists, within_s=20, what="the fork holds it")
+    clusters.wait_for((tmp_path / "ready").exists, what="the fork holds it")
     there = clusterpool.remote(num_cpus=0, scheduling=f"node:{three_nodes.second}")
     assert not clusterpool.get(there(lambda: lock.acquire(timeout=1)).remote(), timeout=LIMIT_S)
     waiting = there(lambda: lock.acquire(timeout=15)).remote()
@@ -71,7 +71,7 @@ def test_a_fork_is_told_that_a_lock_is_not_to_be_had_there_any_more(
     with lock:
         assert not clusterpool.get(there(lambda: lock.acquire(False)).remote(), timeout=LIMIT_S)
         waiter.start()
-        clusters.wait_for((tmp_path / "told").exists, within_s=20, what="the fork hears of it")
+        clusters.wait_for((tmp_path / "told").exists, what="the fork hears of it")
     waiter.join()
     assert "is used on several nodes now" in (tmp_path / "told").read_text()
 
@@ -149,7 +149,7 @@ def test_kills_at_random_moments_on_three_nodes(three_nodes: Cluster, driver: No
     try:
         for number in range(8):
             before = count()
-            clusters.wait_for(lambda: count() > before + 10, within_s=20, what=f"it goes round after {number} kills")
+            clusters.wait_for(lambda: count() > before + 10, what=f"it goes round after {number} kills")
             time.sleep(chance.random() * 0.02)
             victim = chance.choice(living())
             (tmp_path / f"killed-{victim}").touch()
@@ -157,7 +157,7 @@ def test_kills_at_random_moments_on_three_nodes(three_nodes: Cluster, driver: No
             start(4 + number)
     finally:
         (tmp_path / "stop").touch()
-    clusters.wait_for(lambda: lock.acquire(timeout=1), within_s=20, what="it is free at last")
+    clusters.wait_for(lambda: lock.acquire(timeout=1), what="it is free at last")
     lock.release()
     assert not list(tmp_path.glob("two-*")), "two processes were inside at once"
     numbers = [int(line) for path in tmp_path.glob("numbers-*") for line in path.read_text().split()]

@@ -18,7 +18,7 @@ from tests.cluster.clusters import DEAD_WITHIN_S, Cluster
 
 pytestmark = pytest.mark.cluster
 
-SLACK_S = 3.0  # of a machine that runs other things as well, and for the start of workers
+SLACK_S = 5.0  # of a machine that runs other things as well, and for the start of workers
 
 
 def large(number: int) -> Any:
@@ -53,12 +53,12 @@ def _slow_square(number: int) -> int:
 
 def test_large_results_of_a_lost_node_are_made_again(mortal_nodes: Cluster, driver: None) -> None:
     with clusterpool.Pool(6) as pool:
-        clusters.wait_for(lambda: len(pool._pool) == 6, within_s=20, what="all workers are ready")
-        results = pool.imap(large, range(200))
+        clusters.wait_for(lambda: len(pool._pool) == 6, what="all workers are ready")
+        results = pool.imap(large, range(100))
         first = [next(results) for _ in range(10)]
         mortal_nodes.kill(mortal_nodes.second)  # with results in it that nobody has read
         arrays = first + list(results)
-    assert [int(array[-1]) for array in arrays] == list(range(200))
+    assert [int(array[-1]) for array in arrays] == list(range(100))
     assert all(len(array) == 50_000 for array in arrays)
 
 
@@ -70,9 +70,10 @@ def test_an_executor_with_retries_goes_on(mortal_nodes: Cluster, driver: None) -
         assert [int(future.result(timeout=40)[-1]) for future in futures] == list(range(120))
 
 
+@pytest.mark.alone  # it measures time
 def test_two_nodes_lost_at_once(mortal_nodes: Cluster, driver: None) -> None:
     with clusterpool.Pool(6) as pool:
-        clusters.wait_for(lambda: len(pool._pool) == 6, within_s=20, what="all workers are ready")
+        clusters.wait_for(lambda: len(pool._pool) == 6, what="all workers are ready")
         results = pool.imap_unordered(where, range(400))
         got = [next(results) for _ in range(20)]
         mortal_nodes.kill(mortal_nodes.second, mortal_nodes.third)
@@ -90,6 +91,7 @@ def test_two_nodes_lost_at_once(mortal_nodes: Cluster, driver: None) -> None:
         assert {node_id for _, node_id in pool.map(where, range(60), chunksize=1)} == {mortal_nodes.head}
 
 
+@pytest.mark.alone  # it measures time
 def test_tasks_of_a_killed_node_run_elsewhere_within_five_seconds(mortal_nodes: Cluster, driver: None) -> None:
     started = clusterpool.remote(num_cpus=0, retries=3)(os.getpid)
     clusterpool.get(started.options(scheduling=f"near:{mortal_nodes.second}").remote(), timeout=20)
@@ -106,7 +108,7 @@ def test_tasks_of_a_killed_node_run_elsewhere_within_five_seconds(mortal_nodes: 
     folder.mkdir()
     try:
         ref = first_time_here.options(scheduling=f"near:{mortal_nodes.second}").remote(str(folder))
-        clusters.wait_for(lambda: len(os.listdir(folder)) == 1, within_s=10, what="it runs")
+        clusters.wait_for(lambda: len(os.listdir(folder)) == 1, what="it runs")
         mortal_nodes.kill(mortal_nodes.second)
         killed_s = time.monotonic()
         ran_s, node_id = clusterpool.get(ref, timeout=30)
@@ -121,7 +123,7 @@ def test_tasks_of_a_killed_node_run_elsewhere_within_five_seconds(mortal_nodes: 
 def test_results_of_a_node_that_slept_are_not_taken_twice(mortal_nodes: Cluster, driver: None, tmp_path: Path) -> None:
     pid = mortal_nodes.pids[mortal_nodes.second]
     with clusterpool.Pool(5) as pool:
-        clusters.wait_for(lambda: len(pool._pool) == 5, within_s=20, what="all workers are ready")
+        clusters.wait_for(lambda: len(pool._pool) == 5, what="all workers are ready")
         workers = [process.pid for process in pool._pool]
         frozen = [pid, *(child for child in clusters.children_of(pid) if child in workers)]
         results = pool.imap_unordered(noted, [(str(tmp_path), number) for number in range(300)])
@@ -138,19 +140,19 @@ def test_results_of_a_node_that_slept_are_not_taken_twice(mortal_nodes: Cluster,
                     os.kill(each, signal.SIGCONT)
         got += list(results)
         assert sorted(got) == list(range(300))
-        clusters.wait_for(lambda: len(clusterpool.nodes()) == 3, within_s=10, what="it joins anew")
-        clusters.wait_for(lambda: len(pool._pool) == 5, within_s=10, what="the pool has its size")
+        clusters.wait_for(lambda: len(clusterpool.nodes()) == 3, what="it joins anew")
+        clusters.wait_for(lambda: len(pool._pool) == 5, what="the pool has its size")
     on_second = clusterpool.remote(clusterpool.node_id).options(scheduling=f"node:{mortal_nodes.second}", num_cpus=0)
     assert clusterpool.get(on_second.remote(), timeout=20) == mortal_nodes.second
 
 
 def test_nested_pools_survive_the_loss_of_a_node(mortal_nodes: Cluster, driver: None) -> None:
     with clusterpool.Pool(4) as pool:
-        results = pool.imap_unordered(nested, range(24))
-        got = [next(results) for _ in range(3)]
+        results = pool.imap_unordered(nested, range(10))
+        got = [next(results) for _ in range(2)]
         mortal_nodes.kill(mortal_nodes.second)
         got += list(results)
-    assert sorted(got) == [sum(i * i for i in range(number, number + 6)) for number in range(24)]
+    assert sorted(got) == [sum(i * i for i in range(number, number + 6)) for number in range(10)]
 
 
 def test_a_grid_search_survives_the_loss_of_a_node(mortal_nodes: Cluster, driver: None, tmp_path: Path) -> None:
@@ -169,6 +171,7 @@ def test_a_grid_search_survives_the_loss_of_a_node(mortal_nodes: Cluster, driver
             self.classes_ = numpy.unique(classes)
             if "CLUSTERPOOL_NODE_ID" in os.environ:
                 (tmp_path / os.environ["CLUSTERPOOL_NODE_ID"]).touch()
+                clusters.wait_for((tmp_path / second).exists, "the second node, whose worker may start last, fits")
                 time.sleep(0.02)
             return self
 
@@ -176,9 +179,10 @@ def test_a_grid_search_survives_the_loss_of_a_node(mortal_nodes: Cluster, driver
             return (points[:, 0] > self.level).astype(int)
 
     def kill_in_the_middle() -> None:
-        clusters.wait_for((tmp_path / mortal_nodes.second).exists, within_s=40, what="the second node fits")
-        mortal_nodes.kill(mortal_nodes.second)
+        clusters.wait_for((tmp_path / second).exists, within_s=40, what="the second node fits")
+        mortal_nodes.kill(second)
 
+    second = mortal_nodes.second
     points = numpy.random.default_rng(0).normal(size=(60, 3))
     classes = (points[:, 0] > 0.3).astype(int)
     grid = {"level": [0.05 * number for number in range(40)]}

@@ -90,7 +90,7 @@ def test_another_copy_spares_a_second_run(mortal_nodes: Cluster, driver: None, t
     )
     assert (mean, where) == (5.0, mortal_nodes.third)
     mortal_nodes.kill(mortal_nodes.second)
-    clusters.wait_for(lambda: len(clusterpool.nodes()) == 2, within_s=10, what="the node is found dead")
+    clusters.wait_for(lambda: len(clusterpool.nodes()) == 2, what="the node is found dead")
     assert clusterpool.get(array, timeout=30).mean() == 5.0
     assert (tmp_path / "runs").read_text() == "run\n"
 

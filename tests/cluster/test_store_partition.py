@@ -92,7 +92,7 @@ def test_a_node_that_only_the_store_does_not_hear_works_on_through_a_peer(
         nodes: set[str] = set()
         while time.monotonic() - stalled_s < APART_S:
             nodes |= {node_id for _, node_id in pool.map(numbered_node_of_task, range(40), chunksize=1)}
-            clusterpool.get(actor.add.remote(), timeout=5)
+            clusterpool.get(actor.add.remote(), timeout=30)
         assert nodes == everybody
     apart.wait_for_log("the control store is reached through node")
     # A driver there finds names, makes actors and moves locks, all of which need the store.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from tests.cluster.clusters import (
     Cluster,
     Counting,
     large_array,
+    node_of_meeting,
     node_of_task,
     run_script,
     wait_for_free_cpus,
@@ -39,9 +39,16 @@ def test_an_unchanged_pool_script_uses_all_three_nodes(three_nodes: Cluster, tmp
         import os, time
         from clusterpool.multiprocessing import Pool
 
+        SEEN = os.path.abspath("seen")
+        os.makedirs(SEEN, exist_ok=True)
+
         def where(number):
             time.sleep(0.05)
             print("seen", number)
+            # The first wait for one another, so that each node has a part in it, however late its workers start.
+            open(os.path.join(SEEN, os.environ["CLUSTERPOOL_NODE_ID"]), "w").close()
+            while len(os.listdir(SEEN)) < 3:
+                time.sleep(0.01)
             return os.environ["CLUSTERPOOL_NODE_ID"], number * number
 
         if __name__ == "__main__":
@@ -59,10 +66,12 @@ def test_an_unchanged_pool_script_uses_all_three_nodes(three_nodes: Cluster, tmp
     assert sorted(int(line.split()[-1]) for line in lines) == list(range(60))
 
 
-def test_a_pool_without_a_size_has_a_worker_for_each_cpu_of_the_cluster(three_nodes: Cluster, driver: None) -> None:
+def test_a_pool_without_a_size_has_a_worker_for_each_cpu_of_the_cluster(
+    three_nodes: Cluster, driver: None, tmp_path: Path
+) -> None:
     with clusterpool.Pool() as pool:
         assert pool._processes == 5
-        nodes = Counter(pool.map(node_of_task, range(40), chunksize=1))
+        nodes = pool.starmap(node_of_meeting, [(str(tmp_path / "nodes"), 3)] * 40, chunksize=1)
     assert set(nodes) == three_nodes.node_ids
 
 
@@ -78,9 +87,9 @@ def test_a_task_that_no_node_can_ever_run_says_what_there_is(three_nodes: Cluste
     assert "2 ssd" in str(caught.value)
 
 
-def test_spread_tasks_go_to_all_nodes(three_nodes: Cluster, driver: None) -> None:
-    where = clusterpool.remote(scheduling="spread")(node_of_task)
-    nodes = Counter(clusterpool.get([where.remote() for _ in range(5)], timeout=20))
+def test_spread_tasks_go_to_all_nodes(three_nodes: Cluster, driver: None, tmp_path: Path) -> None:
+    where = clusterpool.remote(scheduling="spread")(node_of_meeting)
+    nodes = clusterpool.get([where.remote(str(tmp_path / "nodes"), 3) for _ in range(5)], timeout=40)
     assert set(nodes) == three_nodes.node_ids
 
 
@@ -91,9 +100,11 @@ def test_a_task_with_an_affinity_runs_on_that_node(three_nodes: Cluster, driver:
         assert clusterpool.get(on_node.remote(), timeout=20) == node_id
 
 
-def test_more_tasks_than_the_driver_node_has_cpus_overflow_to_the_others(three_nodes: Cluster, driver: None) -> None:
-    where = clusterpool.remote(node_of_task)
-    nodes = set(clusterpool.get([where.remote() for _ in range(30)], timeout=20))
+def test_more_tasks_than_the_driver_node_has_cpus_overflow_to_the_others(
+    three_nodes: Cluster, driver: None, tmp_path: Path
+) -> None:
+    where = clusterpool.remote(node_of_meeting)
+    nodes = set(clusterpool.get([where.remote(str(tmp_path / "nodes"), 2) for _ in range(30)], timeout=40))
     assert len(nodes) >= 2
 
 
@@ -186,7 +197,7 @@ def test_nothing_of_a_driver_stays_on_any_node(three_nodes: Cluster, tmp_path: P
         with clusters.node_link(three_nodes) as link:
             return {node.node_id: node.workers for node in link.describe()}
 
-    clusters.wait_for(lambda: not any(workers().values()), within_s=5, what="the workers of earlier tests end")
+    clusters.wait_for(lambda: not any(workers().values()), what="the workers of earlier tests end")
     done = run_script(
         tmp_path,
         """
@@ -214,6 +225,5 @@ def test_copies_on_other_nodes_go_when_nobody_wants_the_value_any_more(three_nod
     del reference
     clusters.wait_for(
         lambda: all(used <= before[node_id] for node_id, used in used_bytes().items()),
-        within_s=10,
         what="the copies are gone",
     )

@@ -306,7 +306,7 @@ class TlsProxy:
                 pass
             connection.close()
         for thread in self._threads:
-            thread.join(5)
+            thread.join(30)
 
     def _accept(self) -> None:
         while True:

@@ -62,7 +62,7 @@ def run_once(cell: Cell, hosts: Hosts, folder: Path) -> None:
             wait_for(lambda: not is_alive(node_pid), within_s=5, what="the node of the dead zygote ends")
         (folder / "go").touch()
         if cell.victim == "driver":
-            assert program.wait(5) == -signal.SIGKILL
+            assert program.wait(30) == -signal.SIGKILL
         else:
             assert program.wait(DEAD_WITHIN_S + SLACK_S + WORK_S) == 0, program.said()
             assert_outcome(cell, folder, {"{node}": hosts.node_id(place.role), "{home}": home_id})

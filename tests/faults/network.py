@@ -62,7 +62,7 @@ class Switch(threading.Thread):
 
     def stop(self) -> None:
         self._is_stopping = True
-        self.join(5)
+        self.join(30)
 
     def _read(self, source: int) -> None:
         for _ in range(100):

@@ -91,7 +91,7 @@ def test_a_killed_driver_leaves_its_detached_actor_and_nothing_else(hosts: Hosts
             ) as program:
                 wait_for((tmp_path / "ready").exists, within_s=30, what="the program is at work")
                 keeper = clusterpool.get_actor("keeper")
-                count, keeper_pid, kept = clusterpool.get(keeper.add.remote(), timeout=10)
+                count, keeper_pid, kept = clusterpool.get(keeper.add.remote(), timeout=30)
                 assert (count, kept) == (2, 3_000_000)
                 workers = {pid for role in hosts.parts for pid in hosts.worker_pids(role)}
                 mortals = workers - pids - {keeper_pid}
@@ -112,7 +112,7 @@ def test_a_killed_driver_leaves_its_detached_actor_and_nothing_else(hosts: Hosts
         assert {process.pid for process in pool._pool} == pids, "the other driver lost workers"
         with pytest.raises(clusterpool.errors.ActorNotFound):
             clusterpool.get_actor("mortal")
-        assert clusterpool.get(keeper.add.remote(), timeout=10) == (3, keeper_pid, 3_000_000)
+        assert clusterpool.get(keeper.add.remote(), timeout=30) == (3, keeper_pid, 3_000_000)
         clusterpool.kill(keeper)
         wait_for(lambda: not is_alive(keeper_pid), within_s=10, what="the detached actor ends when told to")
     clusterpool.shutdown()

@@ -58,7 +58,7 @@ def test_module_offers_the_names_of_the_standard_one():
 def test_submit_gives_a_future_with_the_result(executor):
     future = executor.submit(pow, 2, 10)
     assert isinstance(future, concurrent.futures.Future)
-    assert future.result(10) == 1024
+    assert future.result(30) == 1024
     assert executor.submit(int, "x").exception(10).args
 
 
@@ -67,8 +67,8 @@ def test_every_keyword_belongs_to_the_call(executor):
         return args, kwargs
 
     words = dict.fromkeys(["self", "fn", "retries", "timeout", "resources", "sink", "index", "key"], 1)
-    assert executor.submit(call, 1, **words).result(10) == ((1,), words)
-    assert executor.options(retries=1).submit(call, **words).result(10) == ((), words)
+    assert executor.submit(call, 1, **words).result(30) == ((1,), words)
+    assert executor.options(retries=1).submit(call, **words).result(30) == ((), words)
 
 
 def test_nothing_starts_before_the_first_call(fake):
@@ -114,27 +114,27 @@ def test_max_workers_is_readable_before_and_after_the_start():
 def test_cancel_and_running_tell_the_truth(executor, fake):
     started, go_on = threading.Event(), threading.Event()
     blockers = [executor.submit(lambda: (started.set(), go_on.wait(20))) for _ in range(2)]
-    assert started.wait(10)
+    assert started.wait(30)
     assert wait_until(lambda: all(f.running() for f in blockers), 10)
     waiting = executor.submit(int)
     assert not waiting.running() and waiting.cancel() and waiting.cancelled()
     assert not blockers[0].cancel() and not blockers[0].cancelled()
     go_on.set()
-    assert blockers[0].result(10)
+    assert blockers[0].result(30)
     assert concurrent.futures.wait([*blockers, waiting], 10).not_done == set()
 
 
 def test_unpicklable_result_is_a_type_error_and_a_pickling_error(executor):
     for expected in (TypeError, PicklingError, errors.SerializationFailed):
         with pytest.raises(expected, match="a lock"):
-            executor.submit(raise_, errors.SerializationFailed("a lock cannot be pickled")).result(10)
+            executor.submit(raise_, errors.SerializationFailed("a lock cannot be pickled")).result(30)
 
 
 # ------------------------------------------------------------------ broken pools
 
 
 def test_a_dead_worker_breaks_the_pool_and_every_pending_call(executor, fake):
-    executor.submit(int).result(10)
+    executor.submit(int).result(30)
     fake[0].hold()
     futures = [executor.submit(die), *(executor.submit(int) for _ in range(50))]
     values = executor.map(str, range(5))
@@ -159,10 +159,10 @@ def test_a_dead_worker_breaks_the_pool_and_every_pending_call(executor, fake):
 def test_dead_worker_with_retries_is_replaced_and_only_its_call_fails(fake):
     with ProcessPoolExecutor(1, retries=2) as executor:
         attempts = itertools.count()
-        assert executor.submit(lambda: die() if next(attempts) < 2 else "third").result(10) == "third"
+        assert executor.submit(lambda: die() if next(attempts) < 2 else "third").result(30) == "third"
         with pytest.raises(BrokenProcessPool, match="every attempt"):
-            executor.submit(die).result(10)
-        assert executor.submit(int, 5).result(10) == 5
+            executor.submit(die).result(30)
+        assert executor.submit(int, 5).result(30) == 5
         assert not executor._broken
 
 
@@ -170,9 +170,9 @@ def test_a_view_with_retries_runs_its_calls_again(fake):
     with ProcessPoolExecutor(1) as executor:
         attempts = itertools.count()
         view = executor.options(retries=1)
-        assert view.submit(lambda: die() if next(attempts) < 1 else "again").result(10) == "again"
+        assert view.submit(lambda: die() if next(attempts) < 1 else "again").result(30) == "again"
         assert list(view.map(abs, [-1])) == [1]
-        assert executor.submit(int).result(10) == 0
+        assert executor.submit(int).result(30) == 0
     assert len(fake) == 1
     with pytest.raises(RuntimeError):
         view.submit(int)
@@ -196,7 +196,7 @@ def test_a_failing_initializer_breaks_the_pool(fake):
 def test_initializer_runs_before_tasks_and_its_failure_is_logged(caplog):
     done = []
     with ProcessPoolExecutor(1, initializer=done.append, initargs=("ready",)) as executor:
-        assert executor.submit(done.copy).result(10) == ["ready"]
+        assert executor.submit(done.copy).result(30) == ["ready"]
     with pytest.raises(OSError):
         set_up_worker(raise_, (OSError("no license"),))
     assert "Exception in initializer:" in caplog.text
@@ -224,7 +224,7 @@ def test_map_raises_in_its_place_and_cancels_the_rest(fake, chunksize, buffersiz
                 got.append(value)
         assert got == [2, 3, 6]
         assert list(values) == []
-        assert executor.submit(int).result(10) == 0
+        assert executor.submit(int).result(30) == 0
 
 
 def test_map_that_failed_or_was_left_cancels_what_has_not_started(fake):
@@ -391,14 +391,14 @@ def test_shutdown_inside_a_callback_is_refused_instead_of_hanging():
 def test_dropped_executor_finishes_its_calls_and_ends_its_workers(fake):
     executor = ProcessPoolExecutor(1)
     fake_executor = weakref.ref(executor)
-    executor.submit(int).result(10)
+    executor.submit(int).result(30)
     fake[0].hold()
     futures = [executor.submit(int, i) for i in range(5)]
     del executor
     gc.collect()
     assert fake_executor() is None
     fake[0].release()
-    assert [f.result(10) for f in futures] == list(range(5))
+    assert [f.result(30) for f in futures] == list(range(5))
     assert wait_until(lambda: fake[0].closed and not fake[0].living, 10)
 
 
@@ -430,31 +430,31 @@ def test_kill_workers_breaks_running_calls_and_cancels_waiting_ones(fake):
 
 
 def test_processes_can_be_read(executor, fake):
-    executor.submit(int).result(10)
+    executor.submit(int).result(30)
     processes = executor._processes
     assert len(processes) == 2
     for pid, process in processes.items():
         assert process.pid == pid and process.is_alive() and process.exitcode is None
     executor.shutdown()
     for process in processes.values():
-        process.join(10)
+        process.join(30)
         assert not process.is_alive() and process.exitcode == 0
 
 
 def test_exit_code_of_a_killed_worker():
     with ProcessPoolExecutor(1, retries=1) as executor:
-        executor.submit(int).result(10)
+        executor.submit(int).result(30)
         (process,) = executor._processes.values()
         with pytest.raises(BrokenProcessPool):
-            executor.options(retries=0).submit(die).result(10)
+            executor.options(retries=0).submit(die).result(30)
         assert process.exitcode == -9
 
 
 def test_options_with_resources_has_workers_of_its_own(fake):
     with ProcessPoolExecutor(2) as executor:
         gpu = executor.options(resources={"GPU": 1}, retries=4)
-        assert gpu.submit(int, 3).result(10) == 3
-        assert executor.submit(int).result(10) == 0
+        assert gpu.submit(int, 3).result(30) == 3
+        assert executor.submit(int).result(30) == 0
         assert fake[0].options["resources"] == {"GPU": 1} and fake[0].retries == 4
         assert fake[1].options["resources"] is None and fake[1].retries == 0
     assert not fake[0].living and not fake[1].living

@@ -162,7 +162,7 @@ def test_a_party_killed_at_a_barrier_breaks_it_by_the_others_timeout_and_not_for
     # It has not left: this round must nevertheless end before the next begins, which lacks a party.
     with pytest.raises(threading.BrokenBarrierError):
         barrier.wait(2 + HELD_UP_S)
-    parties[1].join(10)
+    parties[1].join(30)
     barrier.reset()
     parties = [started(meet, barrier, rounds) for _ in range(2)]
     barrier.wait(20)

@@ -67,8 +67,8 @@ def test_every_type_of_the_standard_manager() -> None:
         assert (queue.get(), queue.empty()) == ("x", True)
         event, barrier, condition = manager.Event(), manager.Barrier(1), manager.Condition()
         event.set()
-        assert event.wait(5)
-        assert barrier.wait(5) == 0
+        assert event.wait(30)
+        assert barrier.wait(30) == 0
         with condition:
             condition.notify_all()
         for kind in (manager.Semaphore, manager.BoundedSemaphore):

@@ -257,7 +257,7 @@ def test_proxies_of_a_manager_may_be_arguments(pool: Any) -> None:
     with multiprocessing.Manager() as manager:
         queue, lock, event = manager.Queue(), manager.Lock(), manager.Event()
         pool.starmap(put_square, [(queue, lock, x) for x in range(5)], 1)
-        assert sorted(queue.get(timeout=10) for _ in range(5)) == [0, 1, 4, 9, 16]
+        assert sorted(queue.get(timeout=30) for _ in range(5)) == [0, 1, 4, 9, 16]
         pool.apply(event.set)
         assert event.is_set()
 

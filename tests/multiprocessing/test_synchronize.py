@@ -160,7 +160,7 @@ def test_a_condition_with_a_lock_of_the_users() -> None:
         time.sleep(0.001)
     with lock:
         condition.notify()
-    thread.join(10)
+    thread.join(30)
     assert notified == [True]
 
 

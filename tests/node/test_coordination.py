@@ -76,11 +76,11 @@ def test_what_a_dead_process_held_is_given_back_when_the_store_returns(
     calls.put(e.CallCoordination(0, "end_process", ("na/w1/",)))
     calls.put(e.CallCoordination(1, "value", ("name",)))
     # Whoever waits for the answer to a call behind it is told all the same.
-    failed = answers.get(timeout=10)
+    failed = answers.get(timeout=30)
     assert (failed.tag, failed.kind) == (1, "NotConnected")
     store.is_there.set()
     calls.put(e.CallCoordination(2, "value", ("name",)))
-    assert answers.get(timeout=10) == e.OperationAnswered(2, 1)
+    assert answers.get(timeout=30) == e.OperationAnswered(2, 1)
     assert store.made == [(1, "na/w1/"), ("name",)]
 
 
@@ -88,5 +88,5 @@ def test_calls_do_not_wait_for_one_another_to_fail(calls: _StoreCalls, answers: 
     begin_s = time.monotonic()
     for tag in range(1, 11):
         calls.put(e.CallCoordination(tag, "value", ("name",)))
-    assert sorted(answers.get(timeout=10).tag for _ in range(10)) == list(range(1, 11))
+    assert sorted(answers.get(timeout=30).tag for _ in range(10)) == list(range(1, 11))
     assert time.monotonic() - begin_s < 5 * PATIENCE_S

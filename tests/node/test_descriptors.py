@@ -99,7 +99,7 @@ def test_who_was_about_to_receive_gets_the_first_message_and_not_one_of_those_th
         thread = threading.Thread(target=receive_once_it_is_shut, daemon=True)
         thread.start()
         drained = shell.descriptors.drain_channel("j1-d1-1")
-        thread.join(10)
+        thread.join(30)
     assert received + drained == [b"%d" % number for number in range(100)]
 
 

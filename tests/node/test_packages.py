@@ -62,7 +62,7 @@ class Bench:
         self.thread = PackageThread(folder, self.events.put, lambda: store)
 
     def next_event(self) -> Any:
-        return self.events.get(timeout=10)
+        return self.events.get(timeout=30)
 
     def ask(self, message: p.OfferPackage | p.SendPackage, source: Address = DRIVER) -> p.PackageAnswer:
         self.thread.message(source, message)
