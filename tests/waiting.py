@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,14 @@ def wait_for(
         assert time.monotonic() - started_s < within_s, f"not within {within_s:g} s: {what}"
         time.sleep(period_s)
     return value
+
+
+def pid_at_meeting(folder: Path | str, count: int) -> int:
+    """The number of this process, when so many processes have come to the folder: one that starts late takes part."""
+    os.makedirs(folder, exist_ok=True)
+    Path(folder, str(os.getpid())).touch()
+    wait_for(lambda: len(os.listdir(folder)) >= count, f"{count} processes take part")
+    return os.getpid()
 
 
 def is_alive(pid: int) -> bool:

@@ -57,7 +57,7 @@ def test_options_go_through_options(executor: ProcessPoolExecutor) -> None:
 
 def test_shutdown_cancels_what_waits_and_refuses_more() -> None:
     executor = ProcessPoolExecutor(1)
-    running = executor.submit(time.sleep, 0.5)
+    running = executor.submit(time.sleep, 2)
     waiting = [executor.submit(time.sleep, 600) for _ in range(20)]
     while not running.running() and not running.done():
         time.sleep(0.001)
@@ -142,7 +142,7 @@ def test_workers_can_be_ended_at_once(name: str) -> None:
 def test_no_future_says_cancelled_while_its_call_runs(tmp_path: Path) -> None:
     def work(number: int) -> int:
         (tmp_path / str(number)).touch()
-        time.sleep(0.02)
+        time.sleep(0.1)
         return number
 
     with ProcessPoolExecutor(2) as executor:

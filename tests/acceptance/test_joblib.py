@@ -16,23 +16,20 @@ from joblib import Parallel, delayed, parallel_config
 
 import clusterpool
 import clusterpool.joblib
+from tests.waiting import pid_at_meeting
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
 SECRET = 41
 
 
-def pid(_: object = None) -> int:
-    time.sleep(0.02)
-    return os.getpid()
-
-
 # 13
 
 
-def test_n_jobs_counts_as_joblib_says() -> None:
+def test_n_jobs_counts_as_joblib_says(tmp_path: Path) -> None:
     with parallel_config(backend="clusterpool"):
-        assert len(set(Parallel(n_jobs=3, batch_size=1)(delayed(pid)() for _ in range(30)))) == 3
+        calls = [delayed(pid_at_meeting)(str(tmp_path), 3) for _ in range(30)]
+        assert len(set(Parallel(n_jobs=3, batch_size=1)(calls))) == 3
         assert joblib.effective_n_jobs(-1) == 2, "the cluster's CPUs"
         assert joblib.effective_n_jobs(-2) == 1
         assert joblib.effective_n_jobs(5) == 5
@@ -94,10 +91,10 @@ def test_a_killed_worker_raises_and_the_next_call_works() -> None:
 # 14
 
 
-def test_workers_are_used_again() -> None:
+def test_workers_are_used_again(tmp_path: Path) -> None:
     with parallel_config(backend="clusterpool"):
-        first = set(Parallel(n_jobs=2, batch_size=1)(delayed(pid)() for _ in range(20)))
-        second = set(Parallel(n_jobs=2, batch_size=1)(delayed(pid)() for _ in range(20)))
+        calls = [[delayed(pid_at_meeting)(str(tmp_path / name), 2) for _ in range(20)] for name in "ab"]
+        first, second = (set(Parallel(n_jobs=2, batch_size=1)(each)) for each in calls)
     assert first == second
 
 

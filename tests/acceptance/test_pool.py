@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import pytest
 import clusterpool
 import clusterpool.multiprocessing as mp
 from clusterpool import errors
+from tests.waiting import pid_at_meeting, wait_for
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -184,17 +186,23 @@ def sleep_then_pid(seconds: float) -> int:
     return os.getpid()
 
 
-def test_work_goes_to_whichever_worker_is_free() -> None:
+def pid_when_let_go(path: Path) -> int:
+    wait_for(path.exists)
+    return os.getpid()
+
+
+def test_work_goes_to_whichever_worker_is_free(tmp_path: Path) -> None:
     with mp.Pool(2) as pool:
-        slow = pool.apply_async(sleep_then_pid, (1.5,))
+        slow = pool.apply_async(pid_when_let_go, (tmp_path / "go",))
         pids = pool.map(sleep_then_pid, [0.01] * 20, chunksize=1)
         assert not slow.ready(), "the quick ones did not wait for the slow one"
+        (tmp_path / "go").touch()
         assert slow.get(20) not in pids[5:]
 
 
-def test_more_processes_than_cpus() -> None:
+def test_more_processes_than_cpus(tmp_path: Path) -> None:
     with mp.Pool(7) as pool:
-        assert len(set(pool.map(sleep_then_pid, [0.2] * 7, chunksize=1))) == 7
+        assert len(set(pool.starmap(pid_at_meeting, [(tmp_path, 7)] * 7, chunksize=1))) == 7
 
 
 # 7. Death

@@ -13,6 +13,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.waiting import HANGS_AFTER_S
+
 
 class Terminal:
     """`python arguments` in the foreground of a new terminal; killed at the end if it is still there."""
@@ -44,7 +46,7 @@ class Terminal:
         """The terminal sends SIGINT to its foreground group."""
         os.write(self._fd, b"\x03")
 
-    def wait_said(self, wanted: str, *, within_s: float = 20.0, after: int = 0) -> int:
+    def wait_said(self, wanted: str, *, within_s: float = HANGS_AFTER_S, after: int = 0) -> int:
         """Wait until it has said `wanted` after the first `after` characters; where that ends."""
         deadline_s = time.monotonic() + within_s
         while self.text.find(wanted, after) < 0:
@@ -53,7 +55,7 @@ class Terminal:
             self._read(left_s)
         return self.text.find(wanted, after) + len(wanted)
 
-    def wait_ended(self, *, within_s: float = 10.0) -> int:
+    def wait_ended(self, *, within_s: float = HANGS_AFTER_S) -> int:
         """Its exit code."""
         deadline_s = time.monotonic() + within_s
         while self.process.poll() is None:

@@ -217,7 +217,7 @@ def test_what_a_worker_once_said_is_worth_nothing_after_its_end(hosts: Hosts, wo
     words = [hello, m.RegisterProcess(None), m.CreateObject(1, "d1.1024", 1000), m.SealObject("d1.1024")]
     before = rejected(hosts, "home", "a process")
     send_to_socket(folder / "node.sock", b"".join(framed(wire.encode(word)) for word in words))
-    wait_for(lambda: rejected(hosts, "home", "a process") == before + 1, within_s=5, what="it is counted")
+    wait_for(lambda: rejected(hosts, "home", "a process") == before + 1, what="it is counted")
     work()
 
 
@@ -243,7 +243,6 @@ def test_garbage_in_the_control_store_is_left_out(hosts: Hosts, work: Callable[[
             store._client.execute_command(*command)
         wait_for(
             lambda: all(rejected(hosts, role, "control store: nodes") >= 3 for role in hosts.parts),
-            within_s=10,
             what="each node has left them out",
         )
         work()
@@ -296,7 +295,7 @@ def test_any_bytes_at_the_port_of_a_node(hosts: Hosts, work: Callable[[], None],
             sock.sendall(data)
             with contextlib.suppress(TimeoutError):
                 sock.recv(100)
-    wait_for(lambda: rejected(hosts, "left") >= before + 3, within_s=5, what="they are counted")
+    wait_for(lambda: rejected(hosts, "left") >= before + 3, what="they are counted")
     assert not canary.exists()
     work()
 
@@ -326,7 +325,7 @@ def test_nobody_gets_in_without_the_keys(keys: str, hosts: Hosts, work: Callable
     before = rejected(hosts, "left")
     with dealer(address_of(hosts, "left"), server_key, client) as sock:
         sock.send(stop_of(hosts, "left"))
-        wait_for(lambda: rejected(hosts, "left") > before, within_s=10, what="it is counted")
+        wait_for(lambda: rejected(hosts, "left") > before, what="it is counted")
     work()
 
 
@@ -350,7 +349,6 @@ def test_rubbish_with_the_right_keys_is_dropped_too(hosts: Hosts, work: Callable
         sock.send_multipart([b"two", b"parts"])
         wait_for(
             lambda: rejected(hosts, "left", "another node") >= before + len(frames) + 1,
-            within_s=10,
             what="all are counted",
         )
     assert rejected(hosts, "left", "another life") == before_relays + len(relays)

@@ -13,6 +13,9 @@ import pytest
 from tests.cluster.clusters import is_alive, wait_for
 from tests.faults.terminal import Terminal
 
+# The work itself would take 100 s. It stops within a second or so, where nothing else is done on the machine.
+AT_ONCE_S = 15.0
+
 # The calls that a person interrupts, and what must work at the same prompt afterwards. Each call has items of its own:
 # a worker may just begin with one when Ctrl-C is pressed, and that must not be taken for the next call's.
 CALLS = {
@@ -75,9 +78,9 @@ def test_ctrl_c_at_the_prompt(tmp_path: Path) -> None:
             wait_for_work(tmp_path, range(10 * number, 10 * number + 10))
             pressed_s = time.monotonic()
             terminal.press_ctrl_c()
-            at = terminal.wait_said("KeyboardInterrupt", within_s=5, after=at)
-            at = terminal.wait_said(">>> ", within_s=5, after=at)
-            assert time.monotonic() - pressed_s < 5
+            at = terminal.wait_said("KeyboardInterrupt", after=at)
+            at = terminal.wait_said(">>> ", after=at)
+            assert time.monotonic() - pressed_s < AT_ONCE_S
             terminal.type(after)
             at = terminal.wait_said("[1, 2]", after=at)
             at = terminal.wait_said(">>> ", after=at)
@@ -109,9 +112,9 @@ def test_a_script_at_a_terminal_ends_with_all_its_work(number: signal.Signals, t
             terminal.press_ctrl_c()
         else:
             terminal.process.send_signal(number)
-        assert terminal.wait_ended(within_s=10) == -number
+        assert terminal.wait_ended() == -number
         assert ("KeyboardInterrupt" in terminal.text) is (number == signal.SIGINT), terminal.text
-        wait_for(lambda: not any(is_alive(pid) for pid in pids), within_s=5, what="the workers are gone")
+        wait_for(lambda: not any(is_alive(pid) for pid in pids), what="the workers are gone")
 
 
 def test_a_signal_to_the_driver_alone_leaves_its_work_alone(tmp_path: Path) -> None:
@@ -141,5 +144,5 @@ def wait_for_work(folder: Path, items: range) -> list[int]:
                 began.append(int(pid))
         return bool(began)
 
-    wait_for(find, within_s=20, what="the work begins")
+    wait_for(find, what="the work begins")
     return began

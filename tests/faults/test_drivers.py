@@ -89,7 +89,7 @@ def test_a_killed_driver_leaves_its_detached_actor_and_nothing_else(hosts: Hosts
             with Program(
                 "program.py", str(tmp_path / "ready"), address=hosts.address("home"), folder=tmp_path
             ) as program:
-                wait_for((tmp_path / "ready").exists, within_s=30, what="the program is at work")
+                wait_for((tmp_path / "ready").exists, what="the program is at work")
                 keeper = clusterpool.get_actor("keeper")
                 count, keeper_pid, kept = clusterpool.get(keeper.add.remote(), timeout=30)
                 assert (count, kept) == (2, 3_000_000)
@@ -106,7 +106,7 @@ def test_a_killed_driver_leaves_its_detached_actor_and_nothing_else(hosts: Hosts
                 what="its objects are freed",
             )
             rounds = background.rounds
-            wait_for(lambda: background.rounds > rounds + 1, within_s=20, what="the other driver's work goes on")
+            wait_for(lambda: background.rounds > rounds + 1, what="the other driver's work goes on")
         finally:
             background.stop()
         assert {process.pid for process in pool._pool} == pids, "the other driver lost workers"
@@ -114,6 +114,6 @@ def test_a_killed_driver_leaves_its_detached_actor_and_nothing_else(hosts: Hosts
             clusterpool.get_actor("mortal")
         assert clusterpool.get(keeper.add.remote(), timeout=30) == (3, keeper_pid, 3_000_000)
         clusterpool.kill(keeper)
-        wait_for(lambda: not is_alive(keeper_pid), within_s=10, what="the detached actor ends when told to")
+        wait_for(lambda: not is_alive(keeper_pid), what="the detached actor ends when told to")
     clusterpool.shutdown()
     hosts.assert_healthy()

@@ -76,10 +76,10 @@ def check_level(repeat: Callable[[int], None], few: int, many: int) -> None:
 
     # An idle lease, for example, goes back after a moment.
     time.sleep(0.5)
-    assert wait_for(is_settled, 10)
+    assert wait_for(is_settled)
     before = seen[-1]
     repeat(many)
-    wait_for(lambda: counts() == before, 15)
+    wait_for(lambda: counts() == before)
     assert counts() == before
 
 

@@ -29,13 +29,13 @@ def small_memory(fresh: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 pytestmark = pytest.mark.usefixtures("small_memory")
 
 
-def grow(mib: int, then_s: float = 30.0) -> int:
+def grow(mib: int, then_s: float = 30.0, until: Path | None = None) -> int:
     blocks = []
     for _ in range(mib // 10):
         blocks.append(np.ones(10 * MIB, np.uint8))
         time.sleep(0.005)
     deadline_s = time.monotonic() + then_s
-    while time.monotonic() < deadline_s:
+    while time.monotonic() < deadline_s and not (until and until.exists()):
         time.sleep(0.05)
     return len(blocks)
 
@@ -78,7 +78,10 @@ def test_a_task_is_tried_again_where_that_is_allowed(tmp_path: Path) -> None:
         mark = tmp_path / name
         is_second_try = mark.exists()
         mark.touch()
-        grow(20 if is_second_try else 350, 2.0)
+        # Whichever is left waits for the other, which may have started late.
+        if is_second_try:
+            (tmp_path / "again").touch()
+        grow(20 if is_second_try else 350, 25.0, until=tmp_path / "again")
         return f"{name} again" if is_second_try else name
 
     with clusterpool.Pool(2) as pool:

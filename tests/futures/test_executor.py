@@ -22,6 +22,7 @@ import pytest
 import clusterpool
 from clusterpool.futures import ProcessPoolExecutor, as_completed, wait
 from clusterpool.futures.process import BrokenProcessPool
+from tests.waiting import pid_at_meeting
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -99,8 +100,8 @@ def test_is_the_class_at_the_top_level():
     assert issubclass(ProcessPoolExecutor, concurrent.futures.Executor)
 
 
-def test_calls_run_in_other_processes(executor):
-    pids = {future.result(30) for future in [executor.submit(sleep_and_pid, 0.05) for _ in range(8)]}
+def test_calls_run_in_other_processes(executor, tmp_path):
+    pids = {future.result(30) for future in [executor.submit(pid_at_meeting, tmp_path, 2) for _ in range(8)]}
     assert len(pids) == 2 and os.getpid() not in pids
     assert set(executor._processes) == pids
     assert executor._max_workers == 2
@@ -403,7 +404,7 @@ def test_pending_calls_end_when_the_cluster_ends():
         "future = executor.submit(time.sleep, 60)\n"
         "while not future.running(): time.sleep(0.01)\n"
         "os.kill(node, signal.SIGKILL)\n"
-        "print(type(future.exception(10)).__name__)\n"
+        "print(type(future.exception(30)).__name__)\n"
     )
     # In the first case either news may come first: that its worker is gone, or that the cluster is.
     first, *rest = done.stdout.split()

@@ -37,6 +37,14 @@ def die_at_three(x: int) -> int:
     return 2 * x
 
 
+def nap(path: str, seconds: float) -> float:
+    """Unless it is to take no time: until somebody removes the file."""
+    Path(path).touch()
+    if seconds:
+        wait_for(lambda: not Path(path).exists())
+    return seconds
+
+
 def fail_twice(folder: str) -> int:
     attempt = len(os.listdir(folder)) + 1
     Path(folder, str(attempt)).touch()
@@ -118,18 +126,13 @@ def test_a_running_call_is_stopped_where_the_executor_is_told_so(tmp_path: Path)
 
 def test_without_that_a_running_call_is_not_cancelled(tmp_path: Path) -> None:
     with ProcessPoolExecutor(1) as executor:
-        future = executor.submit(touch_and_sleep, str(tmp_path / "started"), 0.5)
+        future = executor.submit(nap, str(tmp_path / "started"), 1.0)
         wait_for((tmp_path / "started").exists)
         assert future.running()
         assert not future.cancel()
-        assert future.result(30) == "slept"
+        (tmp_path / "started").unlink()
+        assert future.result(30) == 1.0
         assert not future.running() and not future.cancelled()
-
-
-def nap(path: str, seconds: float) -> float:
-    Path(path).touch()
-    time.sleep(seconds)
-    return seconds
 
 
 def test_a_call_that_waits_behind_another_in_a_worker_is_not_running_and_can_be_cancelled(tmp_path: Path) -> None:
@@ -151,6 +154,7 @@ def test_a_call_that_waits_behind_another_in_a_worker_is_not_running_and_can_be_
         assert sent(others[1]._task_number), "the test is about calls that are in the worker"
         cancelled = [number for number, future in enumerate(others) if number % 2 and future.cancel()]
         assert cancelled == list(range(1, 99, 2))
+        Path(paths[200]).unlink()
         assert first.result(30) == 1.0
         assert [future.result(30) for future in others[::2]] == [0.0] * 50
     assert [Path(path).exists() for path in paths[201:]] == [True, False] * 49 + [True]

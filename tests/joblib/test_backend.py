@@ -17,6 +17,7 @@ np = pytest.importorskip("numpy")
 from joblib import Parallel, delayed, parallel_backend, parallel_config  # noqa: E402
 
 import clusterpool  # noqa: E402  (this import alone registers the backend)
+from tests.waiting import pid_at_meeting  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -73,17 +74,20 @@ def test_an_import_alone_registers_the_backend():
     assert (done.stdout, done.stderr, done.returncode) == ("[0, 1, 4, 9]\n", "", 0)
 
 
-def test_results_come_in_order_from_the_workers():
+def test_results_come_in_order_from_the_workers(tmp_path):
     with parallel_config("clusterpool", n_jobs=2):
         assert Parallel()(delayed(pow)(i, 2) for i in range(5000)) == [i * i for i in range(5000)]
         assert Parallel(batch_size=1)(delayed(abs)(-i) for i in range(500)) == list(range(500))
-        pids = set(Parallel()(delayed(pid_of)(i) for i in range(40)))
+        pids = set(Parallel(batch_size=1)(delayed(pid_at_meeting)(str(tmp_path), 2) for _ in range(40)))
     assert len(pids) == 2 and os.getpid() not in pids
 
 
-def test_workers_stay_from_call_to_call():
+def test_workers_stay_from_call_to_call(tmp_path):
     with parallel_config("clusterpool", n_jobs=2):
-        pids = [frozenset(Parallel(batch_size=1)(delayed(pid_of)(i) for i in range(20))) for _ in range(3)]
+        pids = [
+            frozenset(Parallel(batch_size=1)(delayed(pid_at_meeting)(str(tmp_path / str(i)), 2) for _ in range(20)))
+            for i in range(3)
+        ]
     assert len(frozenset.union(*pids)) == 2
 
 

@@ -13,8 +13,8 @@ import pytest
 from clusterpool.multiprocessing import Barrier, Condition, Event, Lock, Process, Value
 from tests.waiting import wait_for
 
-# A second until somebody is missed, another for the count of those who live.
-HELD_UP_S = 5.0
+# A second until somebody is missed, another for the count of those who live; the rest is for other tests beside this.
+HELD_UP_S = 10.0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,7 +85,7 @@ def test_notify_all_wakes_the_living_and_does_not_wait_for_the_dead(started: Any
     before_s = time.monotonic()
     with condition:
         condition.notify_all()
-    assert time.monotonic() - before_s < 0.5, "the dead are missed once only"
+    assert time.monotonic() - before_s < 1.0, "the dead are missed once only"
     assert (condition._woken_count.get_value(), condition._wait_semaphore.get_value()) == (0, 0)
 
 
@@ -161,7 +161,7 @@ def test_a_party_killed_at_a_barrier_breaks_it_by_the_others_timeout_and_not_for
     barrier.wait(20)  # it had come before it died
     # It has not left: this round must nevertheless end before the next begins, which lacks a party.
     with pytest.raises(threading.BrokenBarrierError):
-        barrier.wait(2 + HELD_UP_S)
+        barrier.wait(7)
     parties[1].join(30)
     barrier.reset()
     parties = [started(meet, barrier, rounds) for _ in range(2)]

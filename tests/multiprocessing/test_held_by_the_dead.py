@@ -18,6 +18,8 @@ from tests.conftest import segment_names
 from tests.waiting import wait_for
 
 FREE_WITHIN_S = 5.0
+# Where the time is not what is tested, beside other tests.
+FREE_AT_LAST_S = 30.0
 # How many kills of the long test; each costs a second or two, since somebody must have waited for long.
 KILLS = 12
 
@@ -42,15 +44,23 @@ def give(semaphore: Any) -> None:
     semaphore.release()
 
 
-@pytest.mark.parametrize("maker", [Lock, RLock, lambda: BoundedSemaphore(1), lambda: Semaphore(1)])
-def test_it_comes_free_when_its_holder_is_killed_and_not_before(maker: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("maker", "within_s"),
+    [
+        pytest.param(Lock, FREE_WITHIN_S, marks=pytest.mark.alone),  # it measures time
+        (RLock, FREE_AT_LAST_S),
+        (lambda: BoundedSemaphore(1), FREE_AT_LAST_S),
+        (lambda: Semaphore(1), FREE_AT_LAST_S),
+    ],
+)
+def test_it_comes_free_when_its_holder_is_killed_and_not_before(maker: Any, within_s: float, tmp_path: Path) -> None:
     lock, ready = maker(), tmp_path / "ready"
     holder = Process(target=hold, args=(lock, ready))
     holder.start()
     wait_for(ready.exists, "the lock is held")
     assert not lock.acquire(timeout=2.5), "its holder lives"
     holder.kill()
-    assert lock.acquire(timeout=FREE_WITHIN_S)
+    assert lock.acquire(timeout=within_s)
     assert not lock.acquire(False) or isinstance(lock, type(RLock()))
     lock.release()
 
@@ -64,7 +74,7 @@ def test_a_stopped_process_keeps_what_it_holds(tmp_path: Path) -> None:
     os.kill(holder.pid, signal.SIGSTOP)
     assert not lock.acquire(timeout=3)
     holder.kill()
-    assert lock.acquire(timeout=FREE_WITHIN_S)
+    assert lock.acquire(timeout=FREE_AT_LAST_S)
 
 
 def test_who_only_tries_finds_it_free_as_well(tmp_path: Path) -> None:
@@ -73,7 +83,7 @@ def test_who_only_tries_finds_it_free_as_well(tmp_path: Path) -> None:
     holder.start()
     wait_for(ready.exists, "the lock is held")
     holder.kill()
-    wait_for(lambda: lock.acquire(False), "it is free", FREE_WITHIN_S)
+    wait_for(lambda: lock.acquire(False), "it is free", FREE_AT_LAST_S)
 
 
 def test_all_tokens_of_a_dead_process_come_back(tmp_path: Path) -> None:
@@ -83,7 +93,7 @@ def test_all_tokens_of_a_dead_process_come_back(tmp_path: Path) -> None:
     wait_for(ready.exists, "two are held")
     assert semaphore.acquire(False)
     holder.kill()
-    assert semaphore.acquire(timeout=FREE_WITHIN_S) and semaphore.acquire(timeout=FREE_WITHIN_S)
+    assert semaphore.acquire(timeout=FREE_AT_LAST_S) and semaphore.acquire(timeout=FREE_AT_LAST_S)
     assert semaphore.get_value() == 0
     for _ in range(3):
         semaphore.release()
@@ -112,7 +122,7 @@ def test_what_a_process_keeps_that_ends_in_order_stays_taken() -> None:
     producer = Process(target=take_and_end, args=(places,))
     producer.start()
     producer.join()
-    assert places.acquire(timeout=1)
+    assert places.acquire(timeout=20)
     assert not places.acquire(timeout=3)
 
 
@@ -126,7 +136,7 @@ def test_a_fork_of_this_process_is_counted_too(tmp_path: Path) -> None:
     assert holder.pid is not None
     os.kill(holder.pid, signal.SIGKILL)
     # It is not waited for: what is left of it is a zombie.
-    assert lock.acquire(timeout=FREE_WITHIN_S)
+    assert lock.acquire(timeout=FREE_AT_LAST_S)
     lock.release()
     holder.join()
     user = context.Process(target=use, args=(lock, tmp_path / "used"))
@@ -187,5 +197,5 @@ def test_kills_at_random_moments_leave_one_lock_with_one_holder(
     finally:
         for process in contenders:
             process.kill()
-    assert lock.acquire(timeout=2 * FREE_WITHIN_S)
+    assert lock.acquire(timeout=FREE_AT_LAST_S)
     assert not list(tmp_path.glob("two-*")), "two processes were inside at once"

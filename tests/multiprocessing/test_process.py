@@ -329,7 +329,7 @@ def test_processes_hold_no_cpu(tmp_path: Path) -> None:
         process.start()
     for number in range(4):
         wait_for((tmp_path / str(number)).exists)
-    assert api.available_resources()["CPU"] == 2.0
+    wait_for(lambda: api.available_resources()["CPU"] == 2.0)
     for process in processes:
         process.kill()
     for process in processes:
