@@ -398,6 +398,12 @@ class Client:
             self._connections.send(destination, message)
         self.drain()
 
+    def is_needed(self) -> bool:
+        """Whether others would lose something if this process ended now."""
+        with self._locked():
+            self._drain_locked()
+            return self.machine.is_needed()
+
     def call_later(self, delivery: Delivery) -> None:
         """Have `delivery` called outside the lock, in order with results, by whoever turns the loop."""
         self.deliveries.queue.append(delivery)

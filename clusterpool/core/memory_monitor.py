@@ -15,9 +15,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from clusterpool.core import messages as m
+from clusterpool.core.leases import Worker
 from clusterpool.core.messages import WorkerKind
 from clusterpool.core.node_events import Command, EndWorker, MemoryRead, ReadMemory, Send, WarnOfMemory
-from clusterpool.core.scheduler import Scheduler, Worker
+from clusterpool.core.scheduler import Scheduler
 from clusterpool.sizes import memory_amount
 
 # Lower wastes memory that tasks could use; higher leaves the kernel too little time on a machine of a few GB.

@@ -124,6 +124,7 @@ class NodeMachine:
             m.KillWorker: lambda source, message, _: self.scheduler.kill(source, message),
             m.WorkerBlocked: lambda source, _, __: self.scheduler.blocked(source.process_id),
             m.WorkerUnblocked: lambda source, _, __: self.scheduler.unblocked(source.process_id),
+            m.WorkerLingers: lambda source, _, __: self.scheduler.lingers(source.process_id),
             m.WatchProcess: self._watch,
             m.ProcessEnded: self._remote_ended,
             m.Undeliverable: self._remote_ended,

@@ -18,9 +18,10 @@ from clusterpool.core import membership as ms
 from clusterpool.core import messages as m
 from clusterpool.core.actor_keeper import ActorKeeper
 from clusterpool.core.actor_messages import ActorLoaded, ActorSaved, LoadActor, LogCalls, SaveActor
+from clusterpool.core.leases import Worker
 from clusterpool.core.messages import Address
 from clusterpool.core.node_events import ActorEventRead, CallStore, Send, StoreRaised, StoreReturned
-from clusterpool.core.scheduler import Scheduler, Worker
+from clusterpool.core.scheduler import Scheduler
 from clusterpool.core.store_facts import StoreFacts
 
 Commands = list[Any]

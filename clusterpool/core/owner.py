@@ -97,6 +97,7 @@ class OwnerMachine:
             e.ValueWanted: lambda event, _: self.objects.wanted(event.reference, next(self.requests)),
             e.MessageArrived: self._message_arrived,
             e.ProcessGone: self._process_gone,
+            e.Retiring: lambda _, __: self.objects.retiring(),
             # Else the node would take the leased workers for orphans and kill them, with what they own for others.
             e.Retired: lambda _, __: self._give_back_idle(),
             e.TimePassed: lambda _, now_s: self.advance_all(now_s),
@@ -110,6 +111,7 @@ class OwnerMachine:
             m.WorkerGranted: self._worker_granted,
             m.WorkerReady: self._worker_ready,
             m.WorkerSetupFailed: self._setup_failed,
+            m.WorkerLingers: self._worker_lingers,
             m.WorkerExited: self._worker_exited,
             m.RequestFailed: self._request_failed,
             m.ReclaimLeases: lambda _, __, ___: self._give_back_idle(),
@@ -143,9 +145,8 @@ class OwnerMachine:
 
     def is_needed(self) -> bool:
         """Whether others would lose something if this process ended now."""
-        # With it end the workers that are at tasks of it, and they may own objects of others, from tasks before.
-        is_at_work = any(task.worker for task in list(self.tasks.values()))
-        return is_at_work or self.objects.is_needed() or self.actors.is_needed()
+        # Its tasks, wherever they are, would end with it, and so would the workers that are at them.
+        return bool(self.tasks) or self.objects.is_needed() or self.actors.is_needed()
 
     def is_sent(self, number: int) -> bool:
         """Whether the task is at a worker."""
@@ -362,6 +363,12 @@ class OwnerMachine:
         if worker_set is None:
             return []
         return self._checked(worker_set.setup_failed(source.process_id, message.error, now_s))
+
+    def _worker_lingers(self, source: m.Address, _message: m.WorkerLingers, now_s: float) -> Commands:
+        worker_set = self._set_by_process.get(source.process_id)
+        if worker_set is None:
+            return []
+        return self._checked(worker_set.exited(source.process_id, 0, "it has been retired", now_s))
 
     def _worker_exited(self, _source: m.Address, message: m.WorkerExited, now_s: float) -> Commands:
         process_id = message.address.process_id

@@ -117,7 +117,7 @@ class OwnerActors:
         if not channel.is_creation_sent:
             return []
         channel.is_retiring = True
-        return [e.Send(address, m.RetireWorker(True))]
+        return [e.Send(address, m.RetireWorker(is_awaited=False))]
 
     def send_ready(self, channel: ActorChannel) -> Commands:
         """Send the calls that can go."""

@@ -279,6 +279,10 @@ class ProcessGone(Event, frozen=True):
     text: str
 
 
+class Retiring(Event, frozen=True):
+    """This process has done its work, and ends as soon as nobody needs it any more."""
+
+
 class Retired(Event, frozen=True):
     """This process ends now, of itself: nobody needs it any more."""
 

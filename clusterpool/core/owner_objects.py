@@ -321,6 +321,13 @@ class OwnerObjects:
         """Whether another process has a reference to an object of ours."""
         return any(record.borrowers or record.askers for record in list(self.table.owned.values()))
 
+    def retiring(self) -> Commands:
+        """No task runs here any more: an actor that was made here is needed only if others have handles of it."""
+        commands: Commands = []
+        for number in list(self.lifetimes):
+            commands += self._let_go(self.table.let_go(number))
+        return commands
+
     def discard_result(self, result: m.TaskResult) -> Commands:
         """Nobody waits for this result any more: free what is stored of it, and let go of its references."""
         self.hold_result(result)

@@ -108,6 +108,15 @@ class OwnershipTable:
         inner = borrowed.value.references if borrowed.value is not None else []
         return Dropped(owner, number, borrowed.handed, None, inner)
 
+    def let_go(self, number: int) -> list[Dropped]:
+        """Whatever holds this object of ours in this process counts no more; what follows."""
+        record = self.owned.get(number)
+        if record is None:
+            return []
+        record.local = 0
+        dropped = self._maybe_free(record)
+        return [dropped] if dropped is not None else []
+
     def pin(self, reference: Reference) -> None:
         """A task that is being submitted has it as an argument."""
         if reference.owner == self.address:

@@ -13,75 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from clusterpool.core import messages as m
+from clusterpool.core.leases import Lease, Pending, Worker
 from clusterpool.core.messages import Address, WorkerKind
 from clusterpool.core.node_events import Command, EndWorker, ForkWorker, Send, WorkerEnded
 from clusterpool.core.placement import Candidate, bytes_by_node, choose_node, spread_group
 from clusterpool.core.recovery_messages import RequestsLost
-from clusterpool.core.resources import Amounts, ResourcePool, to_amounts, to_numbers
+from clusterpool.core.resources import ResourcePool, to_numbers
 
 # A request goes from node to node at most so often; then it waits where it is. More would chase a view that is old.
 HOPS_MAX = 3
-
-
-class Pending:
-    """A request, or what is left of it."""
-
-    __slots__ = ("amounts", "count", "demand", "hops", "job", "key", "origin", "request", "starting")
-
-    def __init__(self, message: m.RequestWorkers, origin: Address) -> None:
-        self.request = message.request
-        self.origin = origin
-        self.key = (origin, message.request)
-        self.count = message.count
-        self.demand = message.demand
-        self.job = message.job
-        self.hops = message.hops
-        self.amounts: Amounts = to_amounts(message.demand.resources)
-
-
-class Lease:
-    """A worker in somebody's hands. `is_blocked`: its CPU is lent to others."""
-
-    __slots__ = (
-        "amounts", "gpu_ids", "has_env", "is_blocked", "is_granted", "is_retriable", "kind", "number", "origin",
-        "outlives_owner", "request", "worker",
-    )  # fmt: skip
-
-    def __init__(self, number: int, pending: Pending, worker: Worker, gpu_ids: list[int]) -> None:
-        self.number = number
-        self.origin = pending.origin
-        self.request = pending.request
-        self.kind = pending.demand.kind
-        self.amounts = pending.amounts
-        self.gpu_ids = gpu_ids
-        self.has_env = bool(pending.demand.env)
-        self.outlives_owner = pending.demand.outlives_owner
-        self.is_retriable = pending.demand.is_retriable
-        self.worker = worker
-        self.is_granted = False
-        self.is_blocked = False
-
-
-class Worker:
-    """A worker process of this node."""
-
-    __slots__ = (
-        "actor_id", "actor_life", "end_cause", "end_text", "has_joined", "is_ending", "job", "lease", "name", "pid",
-        "process_id",
-    )  # fmt: skip
-
-    def __init__(self, process_id: str, job: m.JobPart, name: str) -> None:
-        self.process_id = process_id
-        self.job = job
-        self.name = name
-        self.pid = 0
-        self.lease: Lease | None = None
-        self.has_joined = False
-        self.is_ending = False
-        self.end_text = ""  # why we ended it, when we did
-        self.end_cause = ""
-        self.actor_id = ""
-        self.actor_life = 0
 
 
 class Scheduler:
@@ -322,11 +262,14 @@ class Scheduler:
     def _free(self, lease: Lease) -> None:
         if self.leases.pop(lease.number, None) is None:
             return
+        self._give_back(lease)
+        lease.worker.lease = None
+
+    def _give_back(self, lease: Lease) -> None:
         amounts = lease.amounts
         if lease.is_blocked:
             amounts = {name: amount for name, amount in amounts.items() if name != "CPU"}
         self.pool.give_back(amounts, lease.gpu_ids)
-        lease.worker.lease = None
 
     def released(self, source: Address, message: m.ReleaseWorkers) -> list[Command]:
         """An owner needs these workers no more."""
@@ -379,7 +322,7 @@ class Scheduler:
     def _let_end(self, worker: Worker) -> Command:
         # Not by a signal: it may own objects that others have references to.
         worker.is_ending = True
-        return Send(Address(self.node_id, worker.process_id), m.RetireWorker(True))
+        return Send(Address(self.node_id, worker.process_id), m.RetireWorker(is_awaited=False))
 
     def _end(self, worker: Worker, text: str) -> Command:
         worker.is_ending = True
@@ -408,6 +351,16 @@ class Scheduler:
         if "CPU" in lease.amounts:
             self.pool.take({"CPU": lease.amounts["CPU"]})
         return []
+
+    def lingers(self, process_id: str) -> list[Command]:
+        """A worker has done all that it was leased for; what its tasks still wait for may be what it holds."""
+        worker = self.workers.get(process_id)
+        lease = worker.lease if worker is not None else None
+        if lease is None:
+            return []
+        self._give_back(lease)
+        lease.amounts, lease.gpu_ids = {}, []
+        return self.advance()
 
     # --- owners come and go
 

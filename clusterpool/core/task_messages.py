@@ -12,7 +12,7 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 # What a number may be is checked where messages are decoded, so that no machine has to doubt what it is told. The
@@ -301,10 +301,18 @@ class CancelTasks(Message, frozen=True):
 class RetireWorker(Message, frozen=True):
     """Finish what you have, then end with exit code 0.
 
-    `lingers`: but not while others hold references to your objects, or need the actors that you made.
+    But not while others hold references to your objects, or tasks that you have started are not done (WorkerLingers).
+    `is_awaited`: I wait for your end, however long your exit handlers take.
     """
 
-    lingers: bool = False
+    is_awaited: bool = True
+
+
+class WorkerLingers(Message, frozen=True):
+    """I have done all that I was leased for, and stay only for what others may need of me.
+
+    To the node: what my lease holds is free. To whoever has retired me: go on as if I had ended.
+    """
 
 
 # --- owners and borrowers -------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class Worker(Client):
         self._exit_code_wanted: int | None = None
         self._started = 0
         self._item = (-1, 0, 1)  # of the chunk that runs: which item, of how many, and how many from there on
-        self._lingers = False
+        self._retired_by = node.address
         self._results: list[TaskResult] = []
         self._results_owner: Address | None = None
         self._run_s = 0.0
@@ -126,7 +126,10 @@ class Worker(Client):
                 if self.actor is not None and self.actor.journal is not None:
                     yield from self.actor.journal.close()
                 self.flush()
-                if self._lingers:
+                self.event(e.Retiring())
+                if self.machine.is_needed():
+                    for address in {self._retired_by: None, self.node: None}:
+                        self.send(address, m.WorkerLingers())
                     yield Wait(lambda: self.is_closed or not self.machine.is_needed())
                 self.event(e.Retired())
                 return 0
@@ -504,7 +507,7 @@ class Worker(Client):
                 self.actor.journal.message(source, message)
         elif isinstance(message, m.RetireWorker):
             self.is_retiring = True
-            self._lingers = message.lingers
+            self._retired_by = source
 
     def _cancel(self, key: Key) -> None:
         if key == self._current and self._main is not None:

@@ -69,7 +69,7 @@ class TaskRunner:
         self._results_owner: Address | None = None
         self._flush_lock = threading.Lock()
         self._exit_code: int | None = None
-        self._lingers = False
+        self._retired_by: tuple[Address, m.RetireWorker] | None = None
         self._run_ns = 0
         self._flushed_ns = 0
         self._is_blocked = False
@@ -114,8 +114,14 @@ class TaskRunner:
             self.actor.close()
         self.flush()
         client = self.client
-        if self._lingers:
+        assert self._retired_by is not None
+        source, retire = self._retired_by
+        client.handle_event(e.Retiring())
+        if lingers := client.is_needed():
+            for address in {source: None, client.node: None}:
+                client.send(address, m.WorkerLingers())
             client.loop.wait_until(lambda: client.is_closed or not client.machine.is_needed())
+        if lingers or not retire.is_awaited:
             # A thread that some task has left running must not keep the process: what it held is given to others.
             timer = threading.Timer(END_S, os._exit, (0,))
             timer.daemon = True
@@ -313,7 +319,7 @@ class TaskRunner:
                 self.actor.message(source, message)
         elif isinstance(message, m.RetireWorker):
             self.is_retiring = True
-            self._lingers = message.lingers
+            self._retired_by = (source, message)
 
     def _cancel(self, source: Address, message: m.CancelTasks) -> None:
         if not message.interrupt:

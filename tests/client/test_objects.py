@@ -402,6 +402,32 @@ def test_equal_contents_of_different_arrays_are_stored_once() -> None:
 # --- loss -----------------------------------------------------------------------------------------------------------
 
 
+def test_what_a_retired_worker_owns_and_has_started_is_there_while_somebody_wants_it() -> None:
+    """Its group ends all the same, and the tasks get what its lease held."""
+
+    @clusterpool.remote(num_cpus=2)
+    def negative(number: int) -> int:
+        return -number
+
+    def make(number: int) -> list[clusterpool.ObjectRef]:
+        return [clusterpool.put(number), negative.remote(number)]
+
+    with clusterpool.Executor(2, max_tasks_per_child=1) as executor:
+        refs = [ref for made in executor.map(make, range(3)) for ref in made]
+
+    @clusterpool.remote(num_cpus=2)
+    class Maker:
+        def make(self, number: int) -> list[clusterpool.ObjectRef]:
+            return make(number)
+
+    maker = Maker.remote()
+    refs += clusterpool.get(maker.make.remote(3), timeout=20)
+    del maker
+    assert clusterpool.get(refs, timeout=30) == [0, 0, 1, -1, 2, -2, 3, -3]
+    del refs
+    assert wait_for(lambda: not any(node["details"]["leases"] for node in clusterpool.nodes()), 20)
+
+
 def test_the_reference_of_a_dead_owner_says_so() -> None:
     @clusterpool.remote
     class Owner:

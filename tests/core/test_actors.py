@@ -102,12 +102,12 @@ def test_the_death_of_an_actor_fails_the_sent_and_the_queued() -> None:
 class Creator(Owner):
     """An owner that creates the actor."""
 
-    def create(self, *dependencies: Reference) -> list[e.Command]:
+    def create(self, *dependencies: Reference, lifetime: int = 0) -> list[e.Command]:
         self.handle(e.FunctionAdded(1, b"class"))
         creation = make_task(10, sink=None, name="Counter")
         arguments = e.TaskArguments(list(dependencies), []) if dependencies else None
         demand = m.WorkerDemand(WorkerKind.ACTOR, {}, actor_id="a1")
-        return self.handle(e.ActorOpened(PENDING, demand, e.SetupPlan(), creation, arguments))
+        return self.handle(e.ActorOpened(PENDING, demand, e.SetupPlan(), creation, arguments, lifetime))
 
     def call(self, *numbers: int) -> list[e.Command]:
         return self.handle(e.ActorCallsSubmitted("a1", calls(*numbers)))
@@ -244,3 +244,22 @@ def test_a_handle_of_somebody_elses_actor_finds_it_through_the_node(answer: m.Ac
     commands = owner.hear(NODE, m.ActorLocated(question.request, answer))
     assert (started(commands) == [1]) is is_sent
     assert (lost(owner, 1) == ["pending"]) is is_sent
+
+
+@pytest.mark.parametrize("is_borrowed", [False, True])
+def test_an_actor_of_an_owner_that_retires_is_needed_only_if_others_have_handles_of_it(is_borrowed: bool) -> None:
+    owner, other = Creator(), Address("n2", "w9")
+    owner.put(7)
+    owner.create(lifetime=7)
+    owner.be_granted()
+    if is_borrowed:
+        owner.hear(other, m.AddBorrower(other, [7]))
+    commands = owner.handle(e.Retiring())
+    assert len(sent(commands, m.RetireWorker, HOME)) == (not is_borrowed) and owner.machine.is_needed()
+    if is_borrowed:
+        assert sent(owner.hear(other, m.RemoveBorrower([7], [1])), m.RetireWorker, HOME)
+    owner.finish("w1", make_result(10))
+    assert owner.machine.is_needed(), "the actor may have to stay for what it owns itself"
+    owner.hear(NODE, m.WorkerExited(1, HOME, 0, "retired"))
+    assert not owner.machine.is_needed()
+    assert owner.handle(e.ReferencesDropped([(DRIVER, 7)])) == [], "the handle in a global of some module"

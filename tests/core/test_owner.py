@@ -145,10 +145,10 @@ def test_an_owner_that_ends_of_itself_gives_back_its_workers(owner: Owner) -> No
     assert sent(owner.handle(e.Retired()), m.ReleaseWorkers, NODE) == [m.ReleaseWorkers([1], False)], "the idle one"
 
 
-def test_an_owner_is_needed_while_workers_are_at_tasks_of_it(owner: Owner) -> None:
-    # They would be killed with it, with what they own for others.
+def test_an_owner_is_needed_until_its_tasks_have_ended(owner: Owner) -> None:
+    # The workers that are at them would be killed with it, with what they own for others.
     owner.submit(make_task(1))
-    assert not owner.machine.is_needed(), "an actor that holds the last CPU would wait for a task that waits for this"
+    assert owner.machine.is_needed(), "also while they wait for a CPU"
     owner.grant(1, "w1")
     assert owner.machine.is_needed()
     owner.finish("w1", make_result(1))

@@ -136,7 +136,9 @@ def test_only_a_plain_task_worker_is_used_again(demand: m.WorkerDemand, ends: bo
     (worker,) = node.lease(demand=demand)
     commands = node.release(worker.lease, ends=ends)
     # It ends by itself, when nobody needs what it owns.
-    assert messages(commands, m.RetireWorker, worker.address) == ([] if is_reused else [m.RetireWorker(lingers=True)])
+    assert messages(commands, m.RetireWorker, worker.address) == (
+        [] if is_reused else [m.RetireWorker(is_awaited=False)]
+    )
     assert ended(commands) == []
     assert forks(node.request()) == ([] if is_reused else ["w2"])
 
@@ -172,6 +174,20 @@ def test_a_blocked_worker_lends_its_cpu_and_takes_it_back_at_once() -> None:
     node.scheduler.unblocked("w1")
     assert node.scheduler.pool.free["CPU"] < 0
     node.release(worker.lease)
+    node.scheduler.worker_ended(WorkerEnded("w2", 0, ""))
+    assert node.scheduler.pool.free == node.scheduler.pool.total
+
+
+def test_a_worker_that_lingers_gives_back_all_that_its_lease_holds() -> None:
+    # The tasks that it waits for may need just that.
+    node = Node(CPU=1, GPU=1)
+    demand = m.WorkerDemand(WorkerKind.ACTOR, {"CPU": 1.0, "GPU": 1.0})
+    (worker,) = node.lease(demand=demand)
+    assert forks(node.request(demand=demand)) == []
+    assert forks(node.scheduler.lingers("w1")) == ["w2"]
+    assert node.scheduler.lingers("w1") == [], "once"
+    (exited,) = messages(node.scheduler.worker_ended(WorkerEnded("w1", 0, "")), m.WorkerExited)
+    assert exited.lease == worker.lease, "its owner hears of its end all the same"
     node.scheduler.worker_ended(WorkerEnded("w2", 0, ""))
     assert node.scheduler.pool.free == node.scheduler.pool.total
 

@@ -19,7 +19,7 @@ from clusterpool.core.worker_set import (
     START_FAILURES_MAX,
     WorkerSet,
 )
-from tests.core.machines import JOB, NODE, make_result, make_task, make_worker, of_type, sent
+from tests.core.machines import JOB, NODE, Owner, make_result, make_task, make_worker, of_type, sent
 
 NOW_S = 100.0
 
@@ -90,6 +90,23 @@ def retired(commands: list[Any]) -> list[str]:
 
 
 # --- groups
+
+
+def test_a_worker_that_lingers_counts_as_ended() -> None:
+    """It stays for what others may need of it, and nobody waits for it: neither its group's end nor the next worker."""
+    owner = Owner()
+    owner.open_set(size=1, runs_max=1)
+    owner.grant(1, "w1")
+    owner.submit(make_task(1), make_task(2))
+    assert retired(owner.finish("w1", make_result(1))) == ["w1"]
+    commands = owner.hear(Address("n1", "w1"), m.WorkerLingers())
+    (left,) = of_type(commands, e.SetWorkerLeft)
+    assert (left.worker.address.process_id, left.exit_code, left.was_expected) == ("w1", 0, True)
+    owner.grant(2, "w2", lease=2)
+    owner.finish("w2", make_result(2))
+    owner.handle(e.SetClosed(1))
+    assert of_type(owner.hear(Address("n1", "w2"), m.WorkerLingers()), e.SetEnded)
+    assert owner.hear(NODE, m.WorkerExited(1, Address("n1", "w1"), 0, "")) == []
 
 
 def test_a_group_asks_for_its_size_at_once() -> None:
