@@ -543,7 +543,7 @@ class Client:
         if peer == self.node:
             self._mark_closed(
                 f"the node {peer.node_id} that this process was connected to has ended, and with it what the process "
-                "had on the cluster (see the node's log in the session's folder)",
+                "had on the cluster; the node failed, or somebody ended it (see its log in the session's folder)",
                 "worker_died",
             )
             if self.on_closed is not None:

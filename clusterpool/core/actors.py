@@ -144,7 +144,7 @@ class ActorChannel:
             if task.is_cancelled or (was_made and task.retries_left == 0):
                 failed.append(task)
                 continue
-            task.retries_left -= was_made and task.retries_left > 0
+            task.retries_left -= was_made  # below 0 without limit: how many there were is told from it
             task.worker = ""
             again.append(task)
         self.outstanding.clear()
@@ -164,15 +164,28 @@ class ActorChannel:
         commands: list[Command] = [
             FailTasks([task], "actor_died", self._why(task, text), None, error) for task in begun
         ]
-        if waiting:
-            commands.append(FailTasks(waiting, "actor_died", text, None, error))
-        return commands
+        return commands + self.refused(waiting)
+
+    def refused(self, tasks: list[Task]) -> list[Command]:
+        """Calls that the dead actor has not been sent fail."""
+        text, error = self.actor.text, self.error
+        return [
+            FailTasks(
+                [task], "actor_died", f"{self.label(task)}, was not begun: its actor has ended: {text}", None, error
+            )
+            for task in tasks
+        ]
 
     def label(self, task: Task) -> str:
         """A call as errors name it."""
-        extras = task.spec.extras
+        extras, actor = task.spec.extras, self.actor
+        if task is self.creation:
+            return f"task {task.spec.number} ({actor.class_name}), attempt {actor.life + 1}"
         method = f".{extras.method}" if extras is not None and extras.method else ""
-        return f"task {task.spec.number} ({self.actor.class_name}{method})"
+        attempts = f"attempt {actor.retries - task.retries_left + 1}"
+        if actor.retries >= 0:
+            attempts += f" of {actor.retries + 1}"
+        return f"task {task.spec.number} ({actor.class_name}{method}), {attempts}"
 
     def _why(self, task: Task, text: str) -> str:
         return f"{self.label(task)}, ended with its actor: {text}"

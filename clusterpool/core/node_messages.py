@@ -281,7 +281,7 @@ class ActorPart(Part, frozen=True):
     job_id: str = ""
     life: int = 0  # how often it was started again
     restarts: int = 0  # how often it may be (-1: without limit)
-    retries: int = 0  # how often a call is sent again to a next life (-1: without limit), unless its caller says
+    retries: int = 0  # how often a call is sent again to a next life (-1: without limit)
     is_logged: bool = False  # it has checkpoints: results are kept until their callers say that they have them
     error: bytes = b""  # the exception of its constructor, when that was its end
 

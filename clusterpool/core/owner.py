@@ -29,6 +29,7 @@ from clusterpool.core.messages import TaskStatus
 from clusterpool.core.owner_actors import OwnerActors
 from clusterpool.core.owner_arguments import OwnerArguments
 from clusterpool.core.owner_cancels import OwnerCancels
+from clusterpool.core.owner_closing import failures_at_close
 from clusterpool.core.owner_functions import OwnerFunctions
 from clusterpool.core.owner_objects import OwnerObjects
 from clusterpool.core.owner_recovery import OwnerRecovery
@@ -147,6 +148,11 @@ class OwnerMachine:
         """Whether others would lose something if this process ended now."""
         # Its tasks, wherever they are, would end with it, and so would the workers that are at them.
         return bool(self.tasks) or self.objects.is_needed() or self.actors.is_needed()
+
+    def address_of(self, process_id: str) -> m.Address | None:
+        """Where a worker is that this process has a lease of."""
+        worker_set = self._set_by_process.get(process_id)
+        return worker_set.held[process_id].address if worker_set is not None else None
 
     def is_sent(self, number: int) -> bool:
         """Whether the task is at a worker."""
@@ -432,13 +438,9 @@ class OwnerMachine:
 
     def _client_closed(self, event: e.ClientClosed, _now_s: float) -> Commands:
         """There is no cluster any more: whoever waits for anything must not wait for ever."""
-        tasks = list(self.tasks.values())
-        for task in tasks:
+        for task in self.tasks.values():
             task.is_cancelled = True
-        with_sink = [task for task in tasks if task.sink is not None]
-        others = [task for task in tasks if task.sink is None]
-        commands = self._checked([e.FailTasks(with_sink, event.kind, event.text)])
-        commands += self._checked([e.FailTasks(others, "not_connected", event.text)])
+        commands = self._checked(list(failures_at_close(self, event)))
         commands += self.objects.lose_unknown("not_connected", event.text)
         commands += self.children.all_gone(event.text)
         commands += [e.SetEnded(set_number) for set_number in self.sets]

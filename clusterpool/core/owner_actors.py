@@ -84,8 +84,7 @@ class OwnerActors:
             if task.sink is None:
                 self._owner.objects.expect_results(task)
         if channel.actor.state == "dead":
-            failure = e.FailTasks(event.tasks, "actor_died", channel.actor.text, None, channel.error)
-            return self._owner.checked([failure])
+            return self._owner.checked(channel.refused(event.tasks))
         self.submit(channel, event.tasks)
         return self.send_ready(channel)
 

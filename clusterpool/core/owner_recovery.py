@@ -301,10 +301,12 @@ class OwnerRecovery:
             if value is not None and value.stored is not None and value.stored.object_id == unreadable.object_id:
                 asked, is_hopeful = self.unreadable(reference, unreadable)
                 commands += asked
+        is_spent = False
         if not is_hopeful:
             # Nobody says that it is gone, yet it cannot be read: two nodes may not reach each other.
-            task.retries_left -= 1
-        if task.retries_left < 0:
+            is_spent = task.retries_left == 0
+            task.retries_left -= 1  # below 0: calls of an actor may be sent again without limit
+        if is_spent:
             label = target.label(task) if isinstance(target, ActorChannel) else target.rescue.label(task)
             text = f"{label}, was not run, because an argument of it could not be read: {unreadable.text}"
             return commands + self._owner.checked([e.FailTasks([task], "object_lost", text)])

@@ -10,7 +10,7 @@ Groups without resources of their own are not bounded: two pools of two on two c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from clusterpool.core import messages as m
 from clusterpool.core.leases import Lease, Pending, Worker
@@ -330,6 +330,14 @@ class Scheduler:
         return EndWorker(worker.process_id, m.SIGKILL)
 
     # --- blocked workers lend their CPU
+
+    def handlers_of_lending(self) -> dict[type, Callable[[Address, m.Message, float], list[Command]]]:
+        """By type of message, what workers say of their leases."""
+        return {
+            m.WorkerBlocked: lambda source, _, __: self.blocked(source.process_id),
+            m.WorkerUnblocked: lambda source, _, __: self.unblocked(source.process_id),
+            m.WorkerLingers: lambda source, _, __: self.lingers(source.process_id),
+        }
 
     def blocked(self, process_id: str) -> list[Command]:
         """A worker waits for tasks that need a CPU themselves."""

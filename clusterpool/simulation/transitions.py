@@ -19,8 +19,8 @@ from clusterpool.core import owner_events as oe
 from clusterpool.core.actors import ActorChannel
 from clusterpool.core.coordination_records import Adoption, Move, Wait
 from clusterpool.core.dispatch import WorkerSlot
+from clusterpool.core.leases import Lease, Worker
 from clusterpool.core.membership import Membership
-from clusterpool.core.scheduler import Lease, Worker
 from clusterpool.core.store_objects import StoredObject
 from clusterpool.core.transfer_serving import ServingTable
 from clusterpool.core.transfers import Pull, TransferTable

@@ -12,7 +12,7 @@ from clusterpool.core import messages as m
 from clusterpool.core import node_events as ne
 from clusterpool.core import owner_events as e
 from clusterpool.core.actor_messages import ActorCreation, encode_creation
-from clusterpool.core.messages import Address, TaskStatus, WorkerKind
+from clusterpool.core.messages import Address, Reference, TaskStatus, WorkerKind
 from clusterpool.core.node_actors import NEXT_LIFE_WAIT_S, UNKNOWN_WAIT_S
 from tests.core.machines import DRIVER, JOB, NODE, Owner, T, make_result, make_task, make_worker, of_type
 from tests.core.test_actors import HOME, PENDING, calls, lost, started
@@ -69,6 +69,22 @@ def test_an_actor_that_does_not_return_is_the_end_of_the_calls_that_wait_for_it(
     owner.hear(NODE, m.ActorLocated(question.request, msgspec.structs.replace(ALIVE, state="dead", text="no more")))
     owner.handle(e.ActorCallsSubmitted("a1", calls(2)))
     assert lost(owner, 1, 2) == ["actor_died", "actor_died"]
+
+
+@pytest.mark.parametrize(("retries", "attempt"), [(2, "attempt 3 of 3"), (-1, "attempt 3")])
+def test_the_error_of_a_call_says_how_often_it_was_tried(retries: int, attempt: str) -> None:
+    owner = Owner()
+    owner.handle(e.ActorMet(msgspec.structs.replace(ALIVE, retries=retries)))
+    owner.handle(e.ActorCallsSubmitted("a1", retrying(1, retries=retries)))
+    where = HOME
+    for life in (1, 2):
+        (question,) = sent(owner.hear(NODE, m.ProcessEnded(where, "killed")), m.LocateActor, NODE)
+        where = Address("n1", f"w{life + 1}")
+        owner.hear(NODE, m.ActorLocated(question.request, msgspec.structs.replace(ALIVE, address=where, life=life)))
+    commands = owner.handle(e.ClientClosed("cancelled", "shut down"))
+    value = owner.value_of(Reference(DRIVER, 1))
+    assert commands and value is not None
+    assert value.lost == f"task 1 (Counter.add), {attempt}, was at worker w3 of node n1: shut down"
 
 
 # --- a creator

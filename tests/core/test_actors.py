@@ -92,7 +92,10 @@ def test_the_death_of_an_actor_fails_the_sent_and_the_queued() -> None:
         ([1], "actor_died"),
         ([2], "actor_died"),
     ]
-    assert failures[0].text == "task 1 (Counter.add), ended with its actor: killed" and failures[1].text == "killed"
+    assert [failure.text for failure in failures] == [
+        "task 1 (Counter.add), attempt 1 of 1, ended with its actor: killed",
+        "task 2 (Counter.add), attempt 1 of 1, was not begun: its actor has ended: killed",
+    ]
     assert channel.died("again") == []
 
 
@@ -229,7 +232,7 @@ def test_calls_of_an_actor_whose_worker_exits_fail_with_the_cause() -> None:
     assert value is not None
     assert (value.lost_kind, value.lost) == (
         "actor_died",
-        "task 1 (Counter.add), ended with its actor: killed by signal 9",
+        "task 1 (Counter.add), attempt 1 of 1, ended with its actor: killed by signal 9",
     )
 
 

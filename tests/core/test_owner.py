@@ -205,8 +205,11 @@ def test_the_end_of_the_connection_tells_everybody_who_waits(owner: Owner) -> No
     owner.submit(make_task(1), make_task(2, sink=None))
     elsewhere = Reference(Address("n1", "w9"), 5)
     owner.handle(e.ReferencesHeld([elsewhere]))
+    owner.grant(2, "w1")
     commands = owner.handle(e.ClientClosed("cancelled", "shut down"))
     assert failed(commands) == [("cancelled", [1])]
+    (failure,) = of_type(commands, e.FailTasks)
+    assert failure.text == "task 1, attempt 1 of 1, was at worker w1 of node n1: shut down"
     known = [key for command in of_type(commands, e.ValuesKnown) for key in command.keys]
     assert known == [(DRIVER, 2), (elsewhere.owner, 5)]
     assert {owner.value_of(ref).lost_kind for ref in (Reference(DRIVER, 2), elsewhere)} == {"not_connected"}  # type: ignore[union-attr]

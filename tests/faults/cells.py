@@ -32,11 +32,16 @@ class Cell:
         return "-".join(filter(None, (self.victim, self.moment, self.kind, options)))
 
 
-# What an error says: who was killed, where, by what, and what probably did it.
+# What an error says: which attempt at what failed, who was killed, where, by what, and what probably did it.
 WORKER_KILLED = ("worker w", "{node}", r"signal 9 \(SIGKILL\)", "for want of memory")
 NODE_GONE = ("{node}, which is gone", "no heartbeat")
 TASK_ONCE = (r"task \d+ \(run\)", "attempt 1 of 1")
-ACTOR_DIED = ("ActorDied", *WORKER_KILLED)
+TASK_RETRIED = (r"task \d+ \((run|digest)\)", "attempt 1 of 4")
+CALL_ONCE = (r"task \d+ \(Worker\.\w+\)", "attempt 1 of 1")
+LEDGER_CALL = (r"task \d+ \(Ledger\.\w+\)", r"attempt \d")  # without limit
+EXECUTOR_ONCE = (r"task \d+ \(waiting_square\)", "attempt 1 of 1")
+ACTOR_DIED = ("ActorDied", *CALL_ONCE, *WORKER_KILLED)
+HOME_GONE = ("{home}", "has ended", "the node failed, or somebody ended it")
 RESTARTED = {"max_restarts": -1, "max_task_retries": -1}
 LIFE_MOMENTS = ("idle", "running", "checkpointing", "restoring", "replaying")
 CELLS = [
@@ -46,7 +51,7 @@ CELLS = [
     Cell("worker", "running", outcome=("WorkerDied", *WORKER_KILLED, *TASK_ONCE), executions=(1, 1),
          options={"retries": 0}),
     Cell("worker", "running", "pool", executions=(101, 101)),
-    Cell("worker", "running", "executor", ("BrokenProcessPool", *WORKER_KILLED)),
+    Cell("worker", "running", "executor", ("BrokenProcessPool", *WORKER_KILLED, *EXECUTOR_ONCE)),
     Cell("worker", "running", "executor", executions=(101, 101), options={"retries": 1}),
     Cell("worker", "fetching", executions=(1, 1)),
     Cell("worker", "replying", executions=(2, 2)),
@@ -62,26 +67,26 @@ CELLS = [
     Cell("node", "running", executions=(2, 2)),
     Cell("node", "running", outcome=("WorkerDied", *NODE_GONE, *TASK_ONCE), executions=(1, 1), options={"retries": 0}),
     Cell("node", "running", "pool"),
-    Cell("node", "running", "executor", ("BrokenProcessPool", *NODE_GONE)),
+    Cell("node", "running", "executor", ("BrokenProcessPool", *NODE_GONE, *EXECUTOR_ONCE)),
     Cell("node", "fetching", executions=(1, 1)),
     Cell("node", "replying", executions=(2, 2)),
     Cell("node", "transferring", executions=(2, 2)),
     Cell("node", "spilling"),
-    Cell("node", "idle", "actor", ("ActorDied", *NODE_GONE)),
-    Cell("node", "running", "actor", ("ActorDied", *NODE_GONE), executions=(1, 1)),
+    Cell("node", "idle", "actor", ("ActorDied", *NODE_GONE, *CALL_ONCE)),
+    Cell("node", "running", "actor", ("ActorDied", *NODE_GONE, *CALL_ONCE), executions=(1, 1)),
     # The zygote: its node ends at once.
     Cell("zygote", "running", executions=(2, 2)),
     Cell("zygote", "idle", "pool", executions=(100, 100)),
-    Cell("zygote", "idle", "actor", ("ActorDied", "{node}, which is gone", "left the cluster")),
+    Cell("zygote", "idle", "actor", ("ActorDied", "{node}, which is gone", "left the cluster", *CALL_ONCE)),
     # The driver's own node: the program hears of it (calls of a pool end as if all workers had died), and nothing of it
     # stays on the other nodes.
-    Cell("home", "idle", "pool", ("WorkerDied|NotConnected", "{home}", "has ended")),  # which, tells who was first
-    Cell("home", "running", outcome=("NotConnected", "{home}", "has ended")),
-    Cell("home", "running", "pool", ("WorkerDied", "{home}", "has ended")),
-    Cell("home", "running", "executor", ("BrokenProcessPool", "{home}", "has ended")),
-    Cell("home", "fetching", outcome=("NotConnected", "{home}", "has ended")),
-    Cell("home", "transferring", outcome=("NotConnected", "{home}", "has ended")),
-    Cell("home", "running", "actor", ("NotConnected", "{home}", "has ended")),
+    Cell("home", "idle", "pool", ("WorkerDied|NotConnected", *HOME_GONE)),  # which, tells who was first
+    Cell("home", "running", outcome=("NotConnected", *HOME_GONE, *TASK_RETRIED)),
+    Cell("home", "running", "pool", ("WorkerDied", *HOME_GONE, r"task \d+ \(waiting_square\)", "attempt 1 of 4")),
+    Cell("home", "running", "executor", ("BrokenProcessPool", *HOME_GONE, *EXECUTOR_ONCE)),
+    Cell("home", "fetching", outcome=("NotConnected", *HOME_GONE, *TASK_RETRIED)),
+    Cell("home", "transferring", outcome=("NotConnected", *HOME_GONE)),  # the task had ended
+    Cell("home", "running", "actor", ("NotConnected", *HOME_GONE, *CALL_ONCE)),
     # The control store: nobody notices, and it is started again.
     Cell("store", "idle", "pool", executions=(100, 100)),
     Cell("store", "running", executions=(1, 1), options={"retries": 0}),
@@ -102,11 +107,12 @@ CELLS = [
     # Actors that are made again: without a checkpoint they begin anew, and die when they may not.
     Cell("worker", "running", "actor", executions=(2, 2), options=RESTARTED),
     Cell("node", "running", "actor", executions=(2, 2), options=RESTARTED),
-    Cell("worker", "running", "actor", ("ActorUnavailable", *WORKER_KILLED), executions=(1, 1),
+    Cell("worker", "running", "actor", ("ActorUnavailable", *CALL_ONCE, *WORKER_KILLED), executions=(1, 1),
          options={"max_restarts": 1}),
     # Actors with checkpoints: each call counts once and in order, whoever dies while they run, save or are made again.
     *(Cell(victim, moment, "ledger") for victim in ("worker", "node", "store", "driver") for moment in LIFE_MOMENTS),
-    *(Cell("home", moment, "ledger", ("NotConnected", "{home}", "has ended")) for moment in LIFE_MOMENTS),
+    *(Cell("home", moment, "ledger", ("NotConnected", *HOME_GONE, *LEDGER_CALL)) for moment in LIFE_MOMENTS[1:]),
+    Cell("home", "idle", "ledger", ("NotConnected", *HOME_GONE)),
     # Detached ones do not notice the end of their driver; their nodes, or those that are left, make them again.
     *(Cell(victim, moment, "detached") for victim in ("node", "driver") for moment in LIFE_MOMENTS),
     Cell("worker", "restoring", "detached"),
