@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 
 from clusterpool.control_store import actor_scripts as scripts
-from clusterpool.control_store.address import errors_mapped
 from clusterpool.control_store.keys import Keys
 from clusterpool.control_store.port import DEAD, ActorDefinition, ActorEntry, CallLog
 from clusterpool.control_store.scripts import Script, new_request
@@ -32,6 +31,9 @@ class ActorOperations:
     _client: Any
 
     def _run(self, *command: Any) -> Any:
+        raise NotImplementedError
+
+    def _run_all(self, commands: Sequence[tuple[Any, ...]], *, at_once: bool) -> list[Any]:
         raise NotImplementedError
 
     def _change(self, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
@@ -91,10 +93,7 @@ class ActorOperations:
         """As in the port."""
         members = self._run("SMEMBERS", self.keys.actors)
         actor_ids = sorted(actor_id.decode(errors="backslashreplace") for actor_id in members)
-        with errors_mapped(self.address), self._client.pipeline(transaction=False) as pipeline:
-            for actor_id in actor_ids:
-                pipeline.hgetall(self.keys.actor(actor_id))
-            answers = pipeline.execute()
+        answers = self._run_all([("HGETALL", self.keys.actor(actor_id)) for actor_id in actor_ids], at_once=False)
         entries = (self._actor_entry(actor_id, answer) for actor_id, answer in zip(actor_ids, answers, strict=True))
         # Between the two questions an actor may have died.
         return [entry for entry in entries if entry is not None and entry.state != DEAD]
@@ -149,10 +148,8 @@ class ActorOperations:
 
     def orphaned_actors(self) -> list[str]:
         """As in the port."""
-        with errors_mapped(self.address), self._client.pipeline(transaction=True) as transaction:
-            transaction.hgetall(self.keys.actor_keepers)
-            transaction.hgetall(self.keys.node_incarnations)
-            keepers, incarnations = transaction.execute()
+        tables = (self.keys.actor_keepers, self.keys.node_incarnations)
+        keepers, incarnations = self._run_all([("HGETALL", key) for key in tables], at_once=True)
         orphans = []
         for actor_id, keeper in keepers.items():
             node_id, _, incarnation = keeper.rpartition(b":")

@@ -23,6 +23,7 @@ local NAMES, ACTORS, ACTOR, KEEPERS, CREATION, LOG = KEYS[3], KEYS[4], KEYS[5], 
 local INCARNATIONS = KEYS[9]
 
 local function field(name) return redis.call('HGET', ACTOR, name) end
+local function is_known() return redis.call('HLEN', ACTOR) > 0 end
 
 -- Who starts the actor again: a node in one of its lives.
 local function keep(actor_id, node_id)
@@ -87,7 +88,7 @@ end
 CREATE_ACTOR = Script(
     _ENTER_ACTOR
     + """
-if redis.call('EXISTS', ACTOR) == 1 then return '' end
+if is_known() then return '' end
 if NAME_FIELD ~= '' then
   local holder = redis.call('HGET', NAMES, NAME_FIELD)
   if holder and holder ~= ACTOR_ID then return holder end
@@ -101,11 +102,19 @@ return ''
 )
 
 # ARGV: as above, its keeper as a node and its incarnation, its life, the address where it lives ('': it is being made).
-# Returns 1 if the actor was not known. A name that is another's by now stays the other's.
+# Returns 1 if the actor was not known; of one that is, the lists on which it stands may have been lost. A name that is
+# another's by now stays the other's.
 RESTORE_ACTOR = Script(
     _ENTER_ACTOR
     + """
-if redis.call('EXISTS', ACTOR) == 1 then return 0 end
+if is_known() then
+  if field('state') ~= 'dead' then
+    redis.call('SADD', ACTORS, ACTOR_ID)
+    redis.call('HSETNX', KEEPERS, ACTOR_ID, ARGV[9])
+    if NAME_FIELD ~= '' then redis.call('HSETNX', NAMES, NAME_FIELD, ACTOR_ID) end
+  end
+  return 0
+end
 if NAME_FIELD ~= '' and redis.call('HSETNX', NAMES, NAME_FIELD, ACTOR_ID) == 0
    and redis.call('HGET', NAMES, NAME_FIELD) ~= ACTOR_ID then NAME, NAME_FIELD = '', '' end
 local life, left = tonumber(ARGV[10]), tonumber(ARGV[6])

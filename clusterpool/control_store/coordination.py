@@ -139,7 +139,7 @@ class CoordinationStore(ControlStore):
         words = (script.source, "1", self.keys.prefix + "coordination_run", self.keys.prefix + "token_base", run)
         connection.send_command("EVAL", *words, check_health=False)
         with errors_mapped(self.address):
-            connection.read_response()
+            self._without_dropped(connection.read_response())
 
     def create(self, number: int, name: str, kind: str, maximum: int, contents: Contents) -> bool:
         tokens = len(contents.items) if kind == "channel" else contents.tokens
@@ -147,7 +147,7 @@ class CoordinationStore(ControlStore):
         return bool(self._do(scripts.CREATE, number, name, *arguments)[0])
 
     def exists(self, name: str) -> bool:
-        return bool(self._run("EXISTS", self.keys.carrier(name)))
+        return bool(self._run("HLEN", self.keys.carrier(name)))
 
     def acquire(self, number: int, name: str, waiter: str, waits: bool) -> tuple[int, int]:
         state, *token = self._do(scripts.ACQUIRE, number, name, waiter, int(waits))

@@ -45,7 +45,12 @@ local function is_over(waiter)
   local incarnation = string.match(life_of(waiter), '@(.+)$')
   return incarnation and registered(node_of(waiter)) ~= incarnation
 end
-local function is_there(name) return redis.call('EXISTS', carrier(name)) == 1 end
+-- It is not when one of its keys is another's.
+local function is_there(name)
+  redis.call('LLEN', waiters(name))
+  redis.call('LLEN', items(name))
+  return redis.call('HLEN', carrier(name)) > 0
+end
 
 -- Give a token to a waiter, who holds it from then on; but those of kind 'semaphore' are signals, which nobody holds.
 local function grant(name, waiter)
@@ -108,7 +113,7 @@ local function undo(waiter)
   local name = string.sub(state, 2)
   if string.sub(state, 1, 1) == 'w' then
     redis.call('LREM', waiters(name), 1, waiter)
-  elseif redis.call('HGET', carrier(name), 'kind') ~= 'semaphore' then
+  elseif is_there(name) and redis.call('HGET', carrier(name), 'kind') ~= 'semaphore' then
     redis.call('HDEL', carrier(name), 'holder')
     forget_thin(name, waiter)
     free(name)
@@ -162,7 +167,7 @@ if ARGV[4] == 'lock' or ARGV[4] == 'guard' then
   for index = 1, tonumber(count or 0) do
     local holder = home .. '/thin/' .. NAME .. '#' .. index
     redis.call('HSET', waits(holder), holder, 'h' .. NAME)
-    redis.call('HSET', carrier(NAME), 'thin', index)
+    redis.call('HSET', carrier(NAME), 'thin', index, 'home', home)
     if ARGV[4] == 'lock' then redis.call('HSET', carrier(NAME), 'holder', holder) end
   end
 end
@@ -336,6 +341,11 @@ local names = redis.call('SMEMBERS', PREFIX .. 'carriers:' .. NAME)
 for _, name in ipairs(names) do
   for _, waiter in ipairs(redis.call('LRANGE', waiters(name), 0, -1)) do redis.call('HDEL', waits(waiter), waiter) end
   clear_holder(name)
+  local thin = redis.call('HMGET', carrier(name), 'thin', 'home')
+  for index = 1, tonumber(thin[1] or 0) do
+    local holder = thin[2] .. '/thin/' .. name .. '#' .. index
+    redis.call('HDEL', waits(holder), holder)
+  end
   redis.call('UNLINK', carrier(name), waiters(name), items(name))
 end
 redis.call('DEL', PREFIX .. 'carriers:' .. NAME)

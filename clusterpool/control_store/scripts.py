@@ -11,6 +11,9 @@ from __future__ import annotations
 import hashlib
 import os
 
+from clusterpool.control_store.foreign_keys import DROP_FOREIGN as DROP_FOREIGN_SOURCE
+from clusterpool.control_store.foreign_keys import guarded
+
 # Entries that the stream keeps, about: a reader that was away longer reads the snapshot instead. 10,000
 # events are some megabytes, and hours of an ordinary cluster's life.
 EVENTS_MAX = 10_000
@@ -20,8 +23,8 @@ class Script:
     """Lua source and the name under which a server caches it."""
 
     def __init__(self, source: str) -> None:
-        self.source = source
-        self.sha1 = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+        self.source = guarded(source)
+        self.sha1 = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
 
 def new_request() -> str:
@@ -77,6 +80,13 @@ local function has_forgotten(incarnation, generation)
   return number_of(redis.call('GET', COUNTER)) < tonumber(incarnation)
 end
 
+-- The name of this history of the store; `fresh` if it has none.
+local function generation(fresh)
+  local current = redis.call('GET', GENERATION)
+  if not current then redis.call('SET', GENERATION, fresh) end
+  return current or fresh
+end
+
 local function next_incarnation()
   local incarnation = redis.pcall('INCR', COUNTER)
   if type(incarnation) ~= 'number' or incarnation <= 0 or incarnation >= NUMBER_MAX then
@@ -106,17 +116,16 @@ REGISTER_NODE = Script(
     PUBLISH
     + _NODES
     + """
-redis.call('SET', GENERATION, ARGV[3], 'NX')
 local current = redis.call('HGET', INCARNATIONS, ARGV[1])
 if current and ARGV[4] ~= '0' then
   -- Sent again because the answer was lost: a second incarnation would fence the node that has the first.
   local registration = number_of(redis.call('HGET', REGISTRATIONS, ARGV[1]))
-  if tonumber(ARGV[4]) <= registration then return {current, redis.call('GET', GENERATION)} end
+  if tonumber(ARGV[4]) <= registration then return {current, generation(ARGV[3])} end
 end
 redis.call('HSET', REGISTRATIONS, ARGV[1], ARGV[4])
 local incarnation = next_incarnation()
 enlist(ARGV[1], ARGV[2], incarnation)
-return {incarnation, redis.call('GET', GENERATION)}
+return {incarnation, generation(ARGV[3])}
 """
 )
 
@@ -129,13 +138,12 @@ RESTORE_NODE = Script(
 local current = redis.call('HGET', INCARNATIONS, ARGV[1])
 if current ~= ARGV[4] then
   if current or not has_forgotten(ARGV[4], ARGV[5]) then return {0, ''} end
-  redis.call('SET', GENERATION, ARGV[3], 'NX')
   if number_of(redis.call('GET', COUNTER)) < tonumber(ARGV[4]) then
     redis.call('SET', COUNTER, ARGV[4])
   end
   enlist(ARGV[1], ARGV[2], ARGV[4])
 end
-return {1, redis.call('GET', GENERATION)}
+return {1, generation(ARGV[3])}
 """
 )
 
@@ -200,6 +208,8 @@ if redis.call('XLEN', KEYS[1]) == 0 then redis.call('DEL', KEYS[1]) end
 return 1
 """
 )
+
+DROP_FOREIGN = Script(DROP_FOREIGN_SOURCE)
 
 # KEYS[3]: jobs. ARGV: job_id, record.
 REGISTER_JOB = Script(

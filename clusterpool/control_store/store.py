@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clusterpool.control_store import scripts
@@ -23,6 +23,7 @@ from clusterpool.control_store.address import (
     redacted,
     split_replicas_min,
 )
+from clusterpool.control_store.foreign_keys import kind_of, split_answer, type_of
 from clusterpool.control_store.keys import Keys
 from clusterpool.control_store.port import Event, EventsLost, package_digest
 from clusterpool.control_store.records import encode_record
@@ -156,16 +157,11 @@ class ControlStore(ActorOperations):
 
     def list_nodes(self) -> NodesSnapshot:
         keys = self.keys
-        with errors_mapped(self.address), self._client.pipeline(transaction=True) as transaction:
-            # By their raw names, because redis-py gives its own shape to what its methods return.
-            transaction.execute_command("TIME")
-            transaction.get(keys.event_number)
-            transaction.get(keys.generation)
-            for key in (keys.nodes, keys.node_incarnations, keys.node_loads):
-                transaction.hgetall(key)
-            transaction.zrange(keys.node_heartbeats, 0, -1, withscores=True)
-            time_now, number, generation, records, incarnations, loads, beats = transaction.execute()
-        heartbeats = dict(beats)
+        hashes = [("HGETALL", key) for key in (keys.nodes, keys.node_incarnations, keys.node_loads)]
+        beats = ("ZRANGE", keys.node_heartbeats, 0, -1, "WITHSCORES")
+        commands = [("TIME",), ("GET", keys.event_number), ("GET", keys.generation), *hashes, beats]
+        time_now, number, generation, records, incarnations, loads, scores = self._run_all(commands, at_once=True)
+        heartbeats = dict(zip(scores[::2], map(float, scores[1::2]), strict=True))
         now_us = int(time_now[0]) * 1_000_000 + int(time_now[1])
         nodes = read_nodes(records, incarnations, heartbeats, loads, now_us=now_us, tell=self.on_unreadable)
         last_event_id = number_or_zero(number, "event_number", self.on_unreadable)
@@ -325,8 +321,54 @@ class ControlStore(ActorOperations):
         return (self.keys.events, self.keys.event_number, *keys)
 
     def _run(self, *command: Any) -> Any:
+        from redis.exceptions import ResponseError
+
+        with errors_mapped(self.address):
+            try:
+                return self._client.execute_command(*_encoded(command))
+            except ResponseError as exc:
+                if not _is_foreign(exc):
+                    raise
+        self._drop_foreign([command])
         with errors_mapped(self.address):
             return self._client.execute_command(*_encoded(command))
+
+    def _run_all(self, commands: Sequence[tuple[Any, ...]], *, at_once: bool) -> list[Any]:
+        """The answers; at_once: nothing happens in between."""
+        with errors_mapped(self.address):
+            answers = self._run_pipeline(commands, at_once=at_once)
+        foreign = [command for command, answer in zip(commands, answers, strict=True) if _is_foreign(answer)]
+        if foreign:
+            self._drop_foreign(foreign)
+        with errors_mapped(self.address):
+            if foreign:
+                answers = self._run_pipeline(commands, at_once=at_once)
+            for answer in answers:
+                if isinstance(answer, Exception):
+                    raise answer
+        return answers
+
+    def _run_pipeline(self, commands: Sequence[tuple[Any, ...]], *, at_once: bool) -> list[Any]:
+        with self._client.pipeline(transaction=at_once) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*_encoded(command))
+            answers: list[Any] = pipeline.execute(raise_on_error=False)
+        return answers
+
+    def _drop_foreign(self, commands: Sequence[tuple[Any, ...]]) -> None:
+        """These have failed because their keys are of other types than ours."""
+        keys = [command[command.index("STREAMS") + 1 if command[0] == "XREAD" else 1] for command in commands]
+        feed = [key for key in keys if key in (self.keys.events, self.keys.event_number)]
+        if feed:
+            # Readers must find a gap, or they would wait for what is gone: it begins anew with this.
+            self.publish_event("feed_renewed", {})
+            self._tell_dropped(feed)
+        rest = [key for key in keys if key not in feed]
+        self._eval(scripts.DROP_FOREIGN, tuple(rest), *map(type_of, rest))
+
+    def _tell_dropped(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.on_unreadable(kind_of(key), f"{key}: it was of another type than ours, and has been removed")
 
     def _eval(self, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
         from redis.exceptions import NoScriptError
@@ -334,9 +376,15 @@ class ControlStore(ActorOperations):
         rest = _encoded((len(keys), *keys, *arguments))
         with errors_mapped(self.address):
             try:
-                return self._client.execute_command("EVALSHA", script.sha1, *rest)
+                answer = self._client.execute_command("EVALSHA", script.sha1, *rest)
             except NoScriptError:  # a fresh server; this also teaches it the script
-                return self._client.execute_command("EVAL", script.source, *rest)
+                answer = self._client.execute_command("EVAL", script.source, *rest)
+        return self._without_dropped(answer)
+
+    def _without_dropped(self, answer: Any) -> Any:
+        answer, dropped = split_answer(answer)
+        self._tell_dropped(dropped)
+        return answer
 
     def _change(self, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
         """Run a script whose effect must survive a failover."""
@@ -345,7 +393,7 @@ class ControlStore(ActorOperations):
         answer = self._run_durably("EVALSHA", script.sha1, len(keys), *keys, *arguments)
         if type(answer).__name__ == "NoScriptError":
             answer = self._run_durably("EVAL", script.source, len(keys), *keys, *arguments)
-        return answer
+        return self._without_dropped(answer)
 
     def _write(self, *command: Any) -> None:
         """Run a single command whose effect must survive a failover."""
@@ -424,6 +472,10 @@ class ControlStore(ActorOperations):
 
     def _entered(self, connection: Any, run: str) -> None:
         """The first connection to this run of a server; nothing was sent to it yet."""
+
+
+def _is_foreign(outcome: Any) -> bool:
+    return isinstance(outcome, Exception) and "WRONGTYPE " in str(outcome)
 
 
 def _encoded(command: tuple[Any, ...]) -> list[Any]:

@@ -227,6 +227,10 @@ class CoordinationMachine:
 
     def _granted(self, event: e.GrantRead) -> Commands:
         wait = self._waits.get(event.waiter)
+        if not event.token:
+            if not event.waiter:
+                return self._ask_again()
+            return self._ask(event.waiter, wait.message) if wait is not None else []
         if wait is None:
             return self._give_back(event.name, event.waiter)
         if not wait.wants_item:

@@ -79,7 +79,10 @@ class OperationFailed(CoordinationEvent, frozen=True):
 
 
 class GrantRead(CoordinationEvent, frozen=True):
-    """The control store has handed a token to one who waited. `waiter`: as in `waiter_id`."""
+    """The control store has handed a token to one who waited. `waiter`: as in `waiter_id`.
+
+    Token 0: it has lost what it knew of this waiter (of all, if that is empty), which must ask again.
+    """
 
     waiter: str
     name: str

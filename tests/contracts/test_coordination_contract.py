@@ -344,7 +344,11 @@ def test_the_end_of_a_job_leaves_nothing(stores: Stores, a: Any, b: Any) -> None
     b.acquire(LOCK, B1, True)
     b.acquire(SEMAPHORE, B2, True)
     b.create("j2-d1-1", "lock", 1, Contents(1))
-    assert a.delete_job("j1") == 4
+    a.create("j1-d1-9", "guard", 3, Contents(1, b"na 2"))
+    b.acquire("j1-d1-9", "nb/w9/1", False)
+    assert a.delete_job("j1") == 5
+    assert b.end_process("nb/w9/") <= 1
+    assert a.end_node_life("na", True) == 0, "nothing is given back to what is gone"
     assert not a.exists(LOCK) and a.exists("j2-d1-1")
     assert not b.create(LOCK, "lock", 1, Contents(1))
     assert a.delete_job("j2") == 1

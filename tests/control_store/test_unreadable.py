@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import pytest
 
 from clusterpool.control_store.actor_registry import ActorRegistry
-from clusterpool.control_store.coordination import GRANTED, WAITING, CoordinationStore
+from clusterpool.control_store.coordination import GRANTED, WAITING, CarrierUnknown, CoordinationStore
+from clusterpool.control_store.foreign_keys import kind_of, type_of
 from clusterpool.control_store.job_registry import reconcile_jobs
 from clusterpool.control_store.port import ActorDefinition, EventsLost, package_digest
 from clusterpool.control_store.store import ControlStore
 from clusterpool.core.cluster_view import NodeLoad, NodeRecord
 from clusterpool.core.coordination_events import Contents
 from clusterpool.core.membership import HeartbeatAnswer
+from clusterpool.errors import LockLost
 from tests.control_store.servers import embedded_server
 
 RECORD = NodeRecord("n1", "10.0.0.1", 7000, "key", {"CPU": 4.0})
@@ -208,3 +211,168 @@ def test_grants_that_are_garbage_are_taken_out(coordination: Told) -> None:
     assert (grant.waiter, grant.name) == ("n1/w1/2", "j1-lock")
     assert coordination.kinds == ["grants"] * 3
     assert len(store.read_grants("0")) == 1 and coordination.kinds == ["grants"] * 3
+
+
+# --- keys of other types than ours
+
+OPERATIONS: list[tuple[str, Any]] = [
+    ("register_node", lambda s: s.register_node(RECORD)),
+    ("restore_node", lambda s: s.restore_node(RECORD, 1)),
+    ("heartbeat", lambda s: s.heartbeat("n1", 1, LOAD)),
+    ("list_nodes", lambda s: s.list_nodes()),
+    ("silent_nodes", lambda s: s.silent_nodes(1.0)),
+    ("register_job", lambda s: s.register_job("j1", b"{}")),
+    ("list_jobs", lambda s: s.list_jobs()),
+    ("finish_job", lambda s: s.finish_job("j1")),
+    ("create_actor", lambda s: s.create_actor(ACTOR, keeper="n1")),
+    ("restore_actor", lambda s: s.restore_actor(ACTOR, keeper=("n1", 1))),
+    ("update_actor", lambda s: s.update_actor("a1", (), "alive", {"address": "n1,w1"})),
+    ("start_life", lambda s: s.start_life("a1", 0, "n1,w1", keeper="n1")),
+    ("append_calls", lambda s: s.append_calls("a1", 0, 1, [b"call"])),
+    ("store_checkpoint", lambda s: s.store_checkpoint("a1", 0, 1, b"state")),
+    ("load_calls", lambda s: s.load_calls("a1")),
+    ("get_creation", lambda s: s.get_creation("a1")),
+    ("get_actor", lambda s: s.get_actor("a1")),
+    ("find_actor", lambda s: s.find_actor("", "name")),
+    ("list_actors", lambda s: s.list_actors()),
+    ("orphaned_actors", lambda s: s.orphaned_actors()),
+    ("end_life", lambda s: s.end_life("a1", 0, "over", teller="creator", keeper="n1")),
+    ("put_package", lambda s: s.put_package(package_digest(b"p"), b"p")),
+    ("get_package", lambda s: s.get_package(package_digest(b"p"))),
+    ("put_value", lambda s: s.put_value("v", b"1")),
+    ("get_value", lambda s: s.get_value("v")),
+    ("claim_value", lambda s: s.claim_value("v", b"1")),
+    ("release_value", lambda s: s.release_value("v", b"1")),
+    ("publish_event", lambda s: s.publish_event("greeting", {})),
+    ("last_event_id", lambda s: s.last_event_id()),
+    ("recent_events", lambda s: s.recent_events()),
+    ("create", lambda s: s.create(0, "j1-l", "lock", 1, Contents(tokens=1))),
+    ("acquire", lambda s: s.acquire(0, "j1-l", "n1@1/w1/1", True)),
+    ("waiting", lambda s: s.acquire(0, "j1-l", "n1@1/w2/1", True)),
+    ("exists", lambda s: s.exists("j1-l")),
+    ("value", lambda s: s.value("j1-l")),
+    ("release", lambda s: s.release(0, "j1-l", 1, "n1@1/w1/1")),
+    ("channel", lambda s: s.create(0, "j1-c", "channel", 0, Contents())),
+    ("get", lambda s: s.get(0, "j1-c", "n1@1/w1/2", True)),
+    ("put", lambda s: s.put(0, "j1-c", b"item")),
+    ("length", lambda s: s.length("j1-c")),
+    ("pop", lambda s: s.pop(0, "j1-c", "n1@1/w1/2")),
+    ("cell", lambda s: s.create(0, "j1-v", "cell", 0, Contents(content=b"0"))),
+    ("write_cell", lambda s: s.write_cell(0, "j1-v", b"1")),
+    ("read_cell", lambda s: s.read_cell("j1-v", 0)),
+    ("read_grants", lambda s: s.read_grants("0")),
+    ("end_process", lambda s: s.end_process(0, "n1@1/w1/")),
+    ("declare_node_dead", lambda s: s.declare_node_dead("n1", 1, "")),
+    ("end_node_life", lambda s: s.end_node_life(0, "n1@1", True)),
+    ("delete_job", lambda s: s.delete_job(0, "j1")),
+]  # fmt: skip
+ACTOR = ActorDefinition("a1", b"{}", "name", "", -1, True, b"creation")
+
+
+def all_keys(store: Any) -> list[bytes]:
+    return sorted(store._client.keys(store.keys.prefix + "*"))
+
+
+def dumps(store: Any, keys: list[bytes]) -> list[bytes]:
+    with store._client.pipeline() as pipeline:
+        for key in keys:
+            pipeline.dump(key)
+        return list(pipeline.execute())
+
+
+def set_back(store: Any, keys: list[bytes], contents: list[bytes]) -> None:
+    with store._client.pipeline() as pipeline:
+        pipeline.delete(*all_keys(store))
+        for key, content in zip(keys, contents, strict=True):
+            pipeline.restore(key, 0, content)
+        pipeline.execute()
+
+
+def test_no_operation_fails_whatever_type_of_key_it_finds(coordination: Told) -> None:
+    """Before each operation, each key that is there in turn becomes one of another type."""
+    store = coordination.store
+    store.serve("n1")
+    numbers = iter(range(1, 1 << 30))
+    plain_do = store._do
+    store._do = lambda script, _, name, *rest: plain_do(script, next(numbers), name, *rest)
+    seen = set()
+    for name, operation in OPERATIONS:
+        keys = all_keys(store)
+        contents = dumps(store, keys)
+        for key in keys:
+            is_string = type_of(key.decode()) == "string"
+            coordination.write("DEL", key)
+            coordination.write(*(("RPUSH", key, "x") if is_string else ("SET", key, "x")))
+            coordination.kinds.clear()
+            with contextlib.suppress(CarrierUnknown, LockLost, EventsLost):
+                operation(store)
+            if coordination.kinds:
+                kind = kind_of(key.decode())
+                seen.add(kind)
+                assert coordination.kinds == [kind], (name, key)
+                assert store._client.type(key).decode() in ("none", type_of(key.decode())), (name, key)
+            set_back(store, keys, contents)
+        operation(store)
+    unused = {"ended_job", "package", "coordination_run"}  # not looked at, or only by a new connection
+    assert seen >= {kind_of(key.decode()) for key in keys} - unused
+
+
+@pytest.mark.parametrize(
+    "kind", ["nodes", "node_incarnations", "node_heartbeats", "node_registrations", "jobs", "actors"]
+)
+def test_nodes_are_forgotten_and_not_fenced_when_a_key_of_theirs_is_lost(kind: str, told: Told) -> None:
+    store = told.store
+    incarnation = store.register_node(RECORD, 1)
+    told.write("DEL", getattr(store.keys, kind))
+    told.write("SET", getattr(store.keys, kind), "x")
+    store.list_nodes()
+    store.list_jobs()
+    store.list_actors()
+    other = ControlStore.connect(store.address)
+    other.on_unreadable = store.on_unreadable
+    other.register_node(OTHER, 1)
+    other.close()
+    assert store.heartbeat("n1", incarnation, LOAD) is HeartbeatAnswer.FORGOTTEN
+    assert store.restore_node(RECORD, incarnation)
+    assert store.heartbeat("n1", incarnation, LOAD) is HeartbeatAnswer.ACCEPTED
+    assert [entry.record for entry in store.list_nodes().nodes] == [RECORD, OTHER]
+    assert set(told.kinds) == {kind}
+
+
+def test_counters_that_were_replaced_go_on_above_what_they_gave(coordination: Told) -> None:
+    store = coordination.store
+    store.serve("n1")
+    first = store.register_node(RECORD)
+    store.publish_event("greeting", {})
+    for key in (store.keys.incarnation, store.keys.event_number, store.keys.prefix + "token_base"):
+        coordination.write("DEL", key)
+        coordination.write("RPUSH", key, "x")
+    last_id = store.last_event_id()
+    with pytest.raises(EventsLost):
+        store.read_events(1)
+    assert store.read_events(last_id) == []
+    assert store.register_node(OTHER) > first
+    store.create(1, "j1-l", "lock", 1, Contents(tokens=1))
+    assert store.acquire(2, "j1-l", "n1/w1/1", False)[1] > 1 << 40
+    assert sorted(coordination.kinds) == ["event_number", "token_base"]
+
+
+@pytest.mark.parametrize("kind", ["carrier", "waiters", "waits"])
+def test_who_waits_for_what_was_lost_is_told_so(kind: str, coordination: Told) -> None:
+    store = coordination.store
+    store.serve("n1")
+    life = f"n1@{store.register_node(RECORD)}"
+    store.register_job("j1", b"{}")
+    store.create(1, "j1-l", "lock", 1, Contents(tokens=1))
+    assert store.acquire(2, "j1-l", f"{life}/w1/1", True)[0] == GRANTED
+    assert store.acquire(3, "j1-l", f"{life}/w2/1", True)[0] == WAITING
+    key = {"carrier": "carrier:j1-l", "waiters": "waiters:j1-l", "waits": f"waits:{life}"}[kind]
+    coordination.write("DEL", store.keys.prefix + key)
+    coordination.write("SET", store.keys.prefix + key, "x")
+    with pytest.raises((CarrierUnknown, LockLost)):
+        store.release(4, "j1-l", 1, f"{life}/w1/1")
+        store.acquire(5, "j1-l", f"{life}/w3/1", True)
+    told = {(grant.waiter, grant.token) for grant in store.read_grants("0")}
+    assert (f"{life}/w2/1", 0) in told
+    with pytest.raises(CarrierUnknown):
+        store.acquire(6, "j1-l", f"{life}/w2/1", True)

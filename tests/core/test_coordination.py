@@ -98,6 +98,19 @@ def test_who_waits_hears_of_its_grant_once(node: Node) -> None:
     assert calls(node.handle(e.GrantRead("na/w1/1", LOCK, 9))) == [("give_back", LOCK, "na/w1/1")]
 
 
+def test_a_grant_of_nothing_has_one_or_all_ask_again(node: Node) -> None:
+    node.wait(c.AcquireToken(1, LOCK, True))
+    node.wait(c.GetItem(2, CHANNEL, True))
+    again = node.handle(e.GrantRead("na/w1/1", LOCK, 0))
+    assert calls(again) == [("acquire", LOCK, "na/w1/1", True)]
+    assert done(again) == []
+    assert calls(node.handle(e.GrantRead("", "", 0))) == [
+        ("acquire", LOCK, "na/w1/1", True), ("get", CHANNEL, "na/w1/2", True)
+    ]  # fmt: skip
+    assert node.handle(e.GrantRead("na/w1/9", LOCK, 0)) == []
+    assert failed(node.fail(again, "CarrierUnknown")) == [(1, "ObjectLost")]
+
+
 def test_a_grant_may_overtake_the_news_that_one_has_to_wait(node: Node) -> None:
     commands = node.hear(W1, c.AcquireToken(1, LOCK, True))
     assert done(node.handle(e.GrantRead("na/w1/1", LOCK, 3))) == [(1, 3, b"")]

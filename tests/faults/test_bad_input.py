@@ -260,6 +260,32 @@ def test_garbage_in_the_control_store_is_left_out(hosts: Hosts, work: Callable[[
     work()
 
 
+def test_keys_of_another_type_in_the_control_store_are_made_anew(hosts: Hosts, work: Callable[[], None]) -> None:
+    join = read_join_file(Path(hosts.join_file))
+    store = ControlStore.connect(
+        join.control_store_url, cluster_id=join.cluster_id, password=join.control_store_password
+    )
+    keys = store.keys
+    nodes, jobs = {part.node_id for part in hosts.known()}, store.list_jobs()
+    before = sum(rejected(hosts, role) for role in hosts.parts)
+    wrong = [
+        keys.nodes, keys.node_incarnations, keys.node_heartbeats, keys.node_loads, keys.jobs, keys.actors,
+        keys.actor_names, keys.actor_keepers, keys.events,
+    ]  # fmt: skip
+    try:
+        for key in wrong:
+            store._client.set(key, "mine")
+        store._client.delete(keys.incarnation)
+        store._client.rpush(keys.incarnation, "mine")
+        wait_for(lambda: sum(rejected(hosts, role) for role in hosts.parts) >= before + 3, what="they are counted")
+        wait_for(lambda: {entry.record.node_id for entry in store.list_nodes().nodes} == nodes, within_s=10)
+        wait_for(lambda: store.list_jobs().keys() == jobs.keys(), within_s=10, what="the jobs are on the list again")
+        wait_for(lambda: len(store.list_actors()) == 1, within_s=10, what="the actor is on the list again")
+        work()  # the actor lives: nobody was fenced
+    finally:
+        store.close()
+
+
 def test_another_version_is_told_so_and_sent_away(hosts: Hosts, work: Callable[[], None]) -> None:
     for version in (m.PROTOCOL_VERSION - 1, m.PROTOCOL_VERSION + 1):
         hello = m.Hello(version, Address(hosts.node_id("home"), "w0"), "worker", 1, "", "3.11.7", __version__)
