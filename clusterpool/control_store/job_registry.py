@@ -16,11 +16,13 @@ def reconcile_jobs(
     *,
     is_for_all: bool,
     tell: OnUnreadable = log_unreadable,
-) -> None:
-    """Take off the list what has ended while the store, or the node, was away.
+) -> dict[str, str]:
+    """Take off the list what has ended while the store, or the node, was away; what it was.
 
-    running: the jobs whose drivers are on this node. is_for_all: also those of nodes that are no more.
+    running: the jobs whose drivers are on this node. is_for_all: also those of nodes that are no more; with each job
+    that ended so the node, which may yet come back with the driver, else "".
     """
+    ended: dict[str, str] = {}
     listed: dict[str, JobRecord] = {}
     for job_id, record in store.list_jobs().items():
         with skipped_if_unreadable("jobs", job_id, tell):
@@ -31,5 +33,8 @@ def reconcile_jobs(
         if job.node_id == node_id:
             if job_id not in running:
                 store.finish_job(job_id, "its driver has ended")
+                ended[job_id] = ""
         elif is_for_all and job.node_id not in living:
             store.finish_job(job_id, f"its node {job.node_id} is gone")
+            ended[job_id] = job.node_id
+    return ended

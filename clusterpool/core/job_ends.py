@@ -4,7 +4,8 @@ requested here, or joined here --> known --driver ended--> ending --no worker le
 
 A node that was taken for dead, and one to which a message came back, only suppose that a driver has ended: the job is
 over here all the same, but what the whole cluster has of it is not theirs to remove. Nor is it when the driver's node
-was declared dead and has come back with the driver: see `JobGone.home`.
+was declared dead and has come back with the driver: see `JobGone.home`. (When it is lost once more, and nobody knows of
+the driver any more, whoever takes its job off the list of jobs removes what is left: `NodeActors.reconcile_jobs`.)
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ class JobEnds:
     def seen(self, driver: Address, job_id: str) -> None:
         """A driver has joined this node, or its job wants workers here."""
         self._job_by_driver[driver] = job_id
+        pending = self._ending.get(driver)
+        if pending is not None and (pending.home or not pending.is_known):
+            del self._ending[
+                driver
+            ]  # its end was only supposed; what its node's former life had here ends all the same
 
     def process_ended(self, address: Address, *, is_known: bool = True) -> None:
         """A process has ended, here or elsewhere, or so it seems; it need not be a driver."""

@@ -18,6 +18,7 @@ from clusterpool.core import membership as ms
 from clusterpool.core import messages as m
 from clusterpool.core.actor_keeper import ActorKeeper
 from clusterpool.core.actor_messages import ActorLoaded, ActorSaved, LoadActor, LogCalls, SaveActor
+from clusterpool.core.coordination_events import CallCoordination
 from clusterpool.core.leases import Worker
 from clusterpool.core.messages import Address
 from clusterpool.core.node_events import ActorEventRead, CallStore, Send, StoreRaised, StoreReturned
@@ -289,9 +290,14 @@ class NodeActors:
         return commands
 
     def reconcile_jobs(self, *, is_for_all: bool) -> Commands:
-        """Jobs may have ended while nobody could tell the store."""
+        """Jobs may have ended while nobody could tell the store, or remove what they have there."""
+
+        def on_done(ended: Any, _kind: str, _text: str) -> Commands:
+            jobs = ended.items() if ended else ()
+            return [CallCoordination(0, "delete_job", (job_id, home), False) for job_id, home in jobs]
+
         arguments = {"running": self.facts.job_ids, "is_for_all": is_for_all}
-        return self.call("reconcile_jobs", arguments, is_stubborn=True)
+        return self.call("reconcile_jobs", arguments, on_done, is_stubborn=True)
 
     def events_missed(self) -> Commands:
         """The change feed has a gap: ask for all that matters here."""

@@ -234,11 +234,11 @@ class StoreThread:
     def _op_finish_job(self, job_id: str) -> None:
         self._store.finish_job(job_id)
 
-    def _op_reconcile_jobs(self, running: list[str], is_for_all: bool) -> None:
+    def _op_reconcile_jobs(self, running: list[str], is_for_all: bool) -> dict[str, str]:
         from clusterpool.control_store.job_registry import reconcile_jobs
 
         node_id = self._config.node_id
-        reconcile_jobs(self._store, node_id, running, is_for_all=is_for_all, tell=self._unreadable)
+        return reconcile_jobs(self._store, node_id, running, is_for_all=is_for_all, tell=self._unreadable)
 
     # --- the change feed
 

@@ -274,8 +274,8 @@ class StoreClient:
     def _op_finish_job(self, fake: FakeControlStore, job_id: str) -> None:
         fake.finish_job(job_id)
 
-    def _op_reconcile_jobs(self, fake: FakeControlStore, running: list[str], is_for_all: bool) -> None:
-        reconcile_jobs(fake, self._node.node_id, running, is_for_all=is_for_all)
+    def _op_reconcile_jobs(self, fake: FakeControlStore, running: list[str], is_for_all: bool) -> dict[str, str]:
+        return reconcile_jobs(fake, self._node.node_id, running, is_for_all=is_for_all)
 
     # --- the change feed
 

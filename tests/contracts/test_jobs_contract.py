@@ -23,12 +23,12 @@ def store(connect: Connect) -> ControlStorePort:
 
 
 def test_jobs_whose_drivers_ended_during_an_outage_are_taken_off_the_list(store: ControlStorePort) -> None:
-    reconcile_jobs(store, "n1", ["j1"], is_for_all=False)
+    assert reconcile_jobs(store, "n1", ["j1"], is_for_all=False) == {"j2": ""}
     assert set(store.list_jobs()) == {"j1", "j3", "j4"}
-    reconcile_jobs(store, "n1", ["j1"], is_for_all=False)
+    assert reconcile_jobs(store, "n1", ["j1"], is_for_all=False) == {}
     assert set(store.list_jobs()) == {"j1", "j3", "j4"}
 
 
 def test_jobs_of_nodes_that_are_no_more_are_taken_off_by_one_of_the_others(store: ControlStorePort) -> None:
-    reconcile_jobs(store, "n2", ["j3"], is_for_all=True)
+    assert reconcile_jobs(store, "n2", ["j3"], is_for_all=True) == {"j4": "n3"}
     assert set(store.list_jobs()) == {"j1", "j2", "j3"}

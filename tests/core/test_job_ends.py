@@ -42,6 +42,25 @@ def test_a_job_that_only_seems_to_be_over_is_told_apart() -> None:
     assert jobs.take_over(nobody) == [JobGone("j2", is_known=False, home="n2"), JobGone("j1")]
 
 
+def test_a_driver_that_comes_back_with_its_node_has_not_ended() -> None:
+    jobs = JobEnds()
+    jobs.seen(ELSEWHERE, "j2")
+    jobs.node_lost("n2")
+    assert jobs.take_over(lambda _: True) == [], "its workers are being ended"
+    jobs.seen(ELSEWHERE, "j2")
+    assert jobs.take_over(nobody) == []
+    jobs.node_lost("n2")
+    assert jobs.take_over(nobody) == [JobGone("j2", home="n2")]
+
+
+def test_a_driver_that_has_ended_for_certain_does_not_come_back() -> None:
+    jobs = JobEnds()
+    jobs.seen(ELSEWHERE, "j2")
+    jobs.process_ended(ELSEWHERE)
+    jobs.seen(ELSEWHERE, "j2")  # a request that was under way for long
+    assert jobs.take_over(nobody) == [JobGone("j2")]
+
+
 def test_a_driver_that_ended_before_its_node_was_lost_has_ended_for_certain() -> None:
     jobs = JobEnds()
     for number, is_lost_first in enumerate((True, False)):

@@ -9,6 +9,7 @@ from clusterpool.core import membership as ms
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
 from clusterpool.core.cluster_view import NodeEntry, NodeLoad, NodeRecord, NodesSnapshot
+from clusterpool.core.coordination_events import CallCoordination
 from clusterpool.core.messages import Address, WorkerKind
 from clusterpool.core.node import NodeMachine
 from clusterpool.core.peer_messages import EndJob, JobEnded, LoadChanged
@@ -212,6 +213,18 @@ def test_the_workers_and_requests_of_a_lost_node_go() -> None:
     assert node.machine.scheduler.pending == []
     assert [command.node_id for command in of_type(commands, e.PeerLost)] == ["n2"]
     assert sent(commands, m.NodeLost, DRIVER_HERE) == [m.NodeLost("n2", "it was silent")]
+
+
+def test_what_the_drivers_of_a_lost_node_have_in_the_store_goes_with_their_jobs() -> None:
+    # Also of drivers of whom nobody here has heard: their node was lost before, and came back with them.
+    node = Node()
+    commands = node.handle(ms.NodeEventRead("node_died", "n2", 1, "it was silent"))
+    (call,) = [call for call in of_type(commands, e.CallStore) if call.operation == "reconcile_jobs"]
+    commands = node.handle(e.StoreReturned(call.tag, {"j2": "n2", "j3": ""}))
+    assert of_type(commands, CallCoordination) == [
+        CallCoordination(0, "delete_job", ("j2", "n2"), False),
+        CallCoordination(0, "delete_job", ("j3", ""), False),
+    ]
 
 
 def test_a_fenced_node_ends_its_workers_before_it_joins_anew() -> None:
