@@ -122,11 +122,11 @@ def test_scripts_are_sent_again_to_a_server_that_dropped_them() -> None:
         assert store.publish_event("tick", {}) == 2
 
 
-def test_foreign_keys_under_our_names_are_a_protocol_error() -> None:
+def test_what_a_server_does_not_understand_is_a_protocol_error() -> None:
     with embedded_server() as server, connected(server.url) as store:
-        store._client.execute_command("SET", store.keys.nodes, "not a hash")
-        with pytest.raises(ProtocolError, match="no other program"):
-            store.register_node(RECORD)
+        store.put_value("v", b"text")
+        with pytest.raises(ProtocolError, match="must be Redis 6.2 or later"):
+            store._run("INCR", store.keys.value("v"))
 
 
 def test_full_server_is_told_as_such() -> None:
