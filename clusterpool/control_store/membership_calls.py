@@ -37,6 +37,8 @@ class MembershipCalls:
             return ms.NodesRead(store.list_nodes())
         if isinstance(command, ms.ReadSilent):
             return ms.SilentRead(store.silent_nodes(command.silence_s))
+        if isinstance(command, ms.FindNode):
+            return ms.NodeFound(command.node_id, store.find_node(command.node_id))
         if isinstance(command, ms.DeclareNodeDead):
             store.declare_node_dead(command.node_id, command.incarnation, command.reason)
             return None

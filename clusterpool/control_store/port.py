@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from clusterpool.core.cluster_view import NodeLoad, NodeRecord, NodesSnapshot, SilenceReport
+from clusterpool.core.cluster_view import NodeEntry, NodeLoad, NodeRecord, NodesSnapshot, SilenceReport
 from clusterpool.core.membership import HeartbeatAnswer
 from clusterpool.errors import ClusterpoolError
 
@@ -91,6 +91,9 @@ class ControlStorePort(Protocol):
         """The node leaves of its own will."""
 
     def list_nodes(self) -> NodesSnapshot: ...
+
+    def find_node(self, node_id: str) -> NodeEntry | None:
+        """The entry of one node, without its load."""
 
     def silent_nodes(self, silence_s: float) -> SilenceReport:
         """Who has sent no heartbeat for longer than that, longest first: quick however many nodes there are."""

@@ -36,7 +36,7 @@ from clusterpool.control_store.unreadable import (
     skipped_if_unreadable,
     whole_number,
 )
-from clusterpool.core.cluster_view import NodeLoad, NodeRecord, NodesSnapshot, SilenceReport, SilentNode
+from clusterpool.core.cluster_view import NodeEntry, NodeLoad, NodeRecord, NodesSnapshot, SilenceReport, SilentNode
 from clusterpool.core.membership import HeartbeatAnswer
 from clusterpool.errors import NotConnected
 
@@ -166,6 +166,19 @@ class ControlStore(ActorOperations):
         nodes = read_nodes(records, incarnations, heartbeats, loads, now_us=now_us, tell=self.on_unreadable)
         last_event_id = number_or_zero(number, "event_number", self.on_unreadable)
         return NodesSnapshot(nodes=nodes, last_event_id=last_event_id, generation=_text(generation or b""))
+
+    def find_node(self, node_id: str) -> NodeEntry | None:
+        keys, name = self.keys, node_id.encode(errors="backslashreplace")
+        fields = [("HGET", key, name) for key in (keys.nodes, keys.node_incarnations)]
+        commands = [("TIME",), *fields, ("ZSCORE", keys.node_heartbeats, name)]
+        time_now, record, incarnation, beat = self._run_all(commands, at_once=True)
+        if record is None or incarnation is None:
+            return None
+        beats = {name: float(beat)} if beat is not None else {}
+        now_us = int(time_now[0]) * 1_000_000 + int(time_now[1])
+        tell = self.on_unreadable
+        nodes = read_nodes({name: record}, {name: incarnation}, beats, {}, now_us=now_us, tell=tell)
+        return nodes[0] if nodes else None
 
     def silent_nodes(self, silence_s: float) -> SilenceReport:
         answer = self._eval(scripts.SILENT_NODES, self.keys.for_nodes(), round(silence_s * 1e6))

@@ -38,17 +38,21 @@ from clusterpool.core.membership_events import (
     Event,
     EventsMissed,
     FenceSelf,
+    FindNode,
     HeartbeatAnswer,
     HeartbeatAnswered,
     HeartbeatDue,
     JoinRequested,
     LeaveRequested,
+    NodeAbsent,
     NodeDied,
     NodeEventRead,
     NodeEventsRead,
+    NodeFound,
     NodeHeard,
     NodeJoined,
     NodeLeft,
+    NodeSought,
     NodesRead,
     NodeSuspected,
     NodeTrusted,
@@ -136,6 +140,7 @@ class Membership:
         self._is_beat_pending = False
         self._is_read_pending = False
         self._is_report_pending = False
+        self._sought: dict[str, bool] = {}  # nodes that the store is asked for, and whether it must be asked once more
         self._listed_s = 0.0  # when the list was read last, and when it must be again; by the clock of the silences
         self._list_due_s = math.inf
         self._differing: tuple[int, int] | None = None  # what reports say of the cluster while we know another one
@@ -158,11 +163,16 @@ class Membership:
                 return [command for each in events for command in self._event_read(each)]
             case EventsMissed():
                 return self._events_missed()
+            case NodeSought(node_id):
+                return self._seek(node_id)
+            case NodeFound(node_id, entry):
+                return self._found(node_id, entry)
             case NodeHeard(node_id, incarnation):
                 self._heard(node_id, incarnation)
                 return []
             case StoreFailed():
                 self._is_beat_pending = self._is_read_pending = self._is_report_pending = False
+                self._sought.clear()
                 self._silences.failed()
                 return []
             case _:
@@ -265,6 +275,22 @@ class Membership:
             return []
         self._is_read_pending = True
         return [ReadNodes()]
+
+    def _seek(self, node_id: str) -> list[Command]:
+        if self.state is not State.MEMBER or node_id in self.view:
+            return []
+        if node_id in self._sought:
+            self._sought[node_id] = True  # the store may have answered before
+            return []
+        self._sought[node_id] = False
+        return [FindNode(node_id)]
+
+    def _found(self, node_id: str, entry: NodeEntry | None) -> list[Command]:
+        is_sought_again = self._sought.pop(node_id, False)
+        commands = self._seen(entry, 0.0) if entry is not None and self.state is State.MEMBER else []
+        if node_id in self.view:
+            return commands
+        return [*commands, *(self._seek(node_id) if is_sought_again else [NodeAbsent(node_id)])]
 
     def _events_missed(self) -> list[Command]:
         count = len(self._watch_by_node)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-from clusterpool.core.cluster_view import NodeLoad, NodeRecord, NodesSnapshot, NodeView, SilenceReport
+from clusterpool.core.cluster_view import NodeEntry, NodeLoad, NodeRecord, NodesSnapshot, NodeView, SilenceReport
 
 
 class HeartbeatAnswer(Enum):
@@ -79,6 +79,19 @@ class EventsMissed(NamedTuple):
     """The event stream was trimmed past this reader, or another server took over."""
 
 
+class NodeSought(NamedTuple):
+    """Something is to be sent to a node that is known to have ended; somebody seems to know of a new life of it."""
+
+    node_id: str
+
+
+class NodeFound(NamedTuple):
+    """The answer to `FindNode`; None: the store does not list it."""
+
+    node_id: str
+    entry: NodeEntry | None
+
+
 class NodeHeard(NamedTuple):
     """A peer has answered us itself: this life of it goes on (the answer to `ProbeNode`)."""
 
@@ -111,6 +124,8 @@ Event = (
     | NodeEventRead
     | NodeEventsRead
     | EventsMissed
+    | NodeSought
+    | NodeFound
     | NodeHeard
     | StoreFailed
     | WorkEnded
@@ -146,6 +161,18 @@ class ReadSilent(NamedTuple):
     """Read which nodes have sent no heartbeat for so long, and how many there are in all."""
 
     silence_s: float
+
+
+class FindNode(NamedTuple):
+    """Read the entry of one node."""
+
+    node_id: str
+
+
+class NodeAbsent(NamedTuple):
+    """For the routes: the store did not list the node, after it was last sought."""
+
+    node_id: str
 
 
 class ProbeNode(NamedTuple):
@@ -220,6 +247,8 @@ Command = (
     | SendHeartbeat
     | ReadNodes
     | ReadSilent
+    | FindNode
+    | NodeAbsent
     | ProbeNode
     | DeclareNodeDead
     | RemoveNode

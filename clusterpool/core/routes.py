@@ -3,7 +3,8 @@
     send --in the view--> Peers                       arrived --of the lives that both sides know--> let in
       |---not heard of yet--> [held] --joined--> Peers   |---of a life not heard of yet--> [early] --joined--> delivered
       |                          +----HOLD_S----> handed back   (or our own answer from the store is on its way)
-      +---known to be over--ENDED_HOLD_S--> handed back  +---of a life that is over, theirs or ours--> dropped
+      +---known to be over--> [held] --joined--> Peers   +---of a life that is over, theirs or ours--> dropped
+                                 +--not listed, or ENDED_HOLD_S--> handed back
 
 A node may be heard of before the control store has told us of it: another node passes on a request of a process there.
 A node that was fenced and has joined anew is another node under the same name: whatever was between it and others has
@@ -29,10 +30,10 @@ HELD_MAX = 10_000
 # one; whoever has the keys of the cluster must not fill its nodes with lives of its own making.
 EARLY_BYTES_MAX = 256 << 20
 EARLY_HOLD_S = 90.0
-# A node that joins anew after its end may be heard of by way of another that knows it already; we shall within a read
-# or two. What is meant for a node that stays dead comes back that much later; for as long after that, what follows
-# comes back at once. (Else tasks that were queued with arguments in the arena of a dead node would each wait this long,
-# one behind the other, when their workers ask for them.)
+# A node that joins anew after its end may be heard of by way of another that knows it already: the control store is
+# asked, and mostly answers in milliseconds. If it does not, what is meant for that node comes back after this time; for
+# as long after that, what follows comes back at once. (Else tasks that were queued with arguments in the arena of a
+# dead node would each wait this long, one behind the other, when their workers ask for them.)
 ENDED_HOLD_S = 1.0
 
 
@@ -57,12 +58,16 @@ class Routes:
         membership: Membership,
         hand_back: Callable[[Relay], None],
         deliver: Callable[[Relay], None],
+        *,
+        seek: Callable[[str], None] = lambda node_id: None,
         refuse: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._peers = peers
         self._membership = membership
         self._hand_back = hand_back
         self._deliver = deliver
+        self._seek = seek  # has the control store asked for a node that has ended; `absent` if it does not list it
+        self._sought_s: dict[str, float] = {}  # by node id, when it was sought
         self._refuse = refuse  # told why a message is dropped
         self._early: dict[str, list[tuple[float, Relay]]] = {}  # by node id, in order, each with the time it came
         self._early_count = self._early_bytes = 0
@@ -87,6 +92,20 @@ class Routes:
         else:
             self._held.setdefault(node_id, []).append((now_s, relay))
             self._held_count += 1
+            if membership.has_ended(node_id) and node_id not in self._sought_s:
+                self._sought_s[node_id] = now_s
+                self._seek(node_id)
+
+    def absent(self, node_id: str) -> None:
+        """The control store did not list the node when it was asked for it."""
+        asked_s = self._sought_s.pop(node_id, -math.inf)
+        if not self._membership.has_ended(node_id):
+            return
+        for came_s, relay in self._take(node_id):
+            if came_s <= asked_s:
+                self._hand_back(relay)
+            else:
+                self.send(relay, came_s)  # it is asked once more
 
     def _put(self, relay: Relay, address: tuple[str, int], life: int) -> None:
         stamped = Relay(relay.destination, relay.source, relay.body, self._membership.incarnation, life)
@@ -150,6 +169,7 @@ class Routes:
     def joined(self, node_id: str) -> None:
         """The node is in the view now."""
         self._returned_s.pop(node_id, None)
+        self._sought_s.pop(node_id, None)
         view = self._membership.view.get(node_id)
         if view is not None and node_id in self._held:
             self._release(node_id, view.address, view.incarnation)
@@ -174,6 +194,7 @@ class Routes:
             if node_id in self._held and now_s - held[0][0] >= hold_s:
                 if has_ended:
                     self._returned_s[node_id] = now_s
+                    self._sought_s.pop(node_id, None)
                 for _, relay in self._take(node_id):
                     self._hand_back(relay)
 

@@ -395,7 +395,7 @@ class Scheduler:
                 is_leased = False
             if is_of_job or is_leased:
                 commands.append(self._end(worker, "its owner has ended"))
-        for job_id in [job_id for job_id, idle in self.idle.items() if idle and idle[0].job.owner == address]:
+        for job_id in [job_id for job_id, idle in self.idle.items() if not idle or idle[0].job.owner == address]:
             del self.idle[job_id]
         return commands + self.advance()
 

@@ -30,7 +30,7 @@ from clusterpool.core.cluster_view import NodeRecord, NodeView
 from clusterpool.core.coordination_events import CoordinationCommand
 from clusterpool.core.environments import DropPackage, FetchPackage
 from clusterpool.core.joining import RegistrationRefused, mismatch
-from clusterpool.core.membership import JoinRequested, LeaveRequested
+from clusterpool.core.membership import JoinRequested, LeaveRequested, NodeAbsent, NodeSought
 from clusterpool.core.messages import Address, Message
 from clusterpool.core.node import TICK_S, NodeMachine
 from clusterpool.core.rejections import greeting_fault
@@ -93,6 +93,7 @@ class NodeShell:
         self.coordination = NodeCoordination(self)
         self.peers: Any = None
         self.routes: Routes | None = None
+        self._have_peers_changed = False  # since the store's route was told of them
 
     def open(self) -> None:
         """Listen, make the arena, and tell the launcher that the node is ready."""
@@ -124,6 +125,7 @@ class NodeShell:
         if self.peers is not None:
             self.routes = Routes(
                 self.peers, self.machine.membership, self._hand_back, self.post,
+                seek=lambda node_id: self.post(NodeSought(node_id)),
                 refuse=lambda text: self.reject("another life", text),
             )  # fmt: skip
         self._listener = stream.listen(paths.node_socket)
@@ -224,6 +226,8 @@ class NodeShell:
                     self.log_lines.time_passed(now_s)
                     if self.routes is not None:
                         self.routes.time_passed(now_s)
+                    if self._have_peers_changed:
+                        self._tell_route()
                     if not self.store.is_started and now_s - self._started_s > STORE_DELAY_S:
                         self.store.start()
         finally:
@@ -488,7 +492,7 @@ class NodeShell:
                 self.coordination.take(command)
             elif isinstance(command, e.RemoveJob):
                 self.descriptors.job_ended(command.job_id)
-            elif isinstance(command, (e.PeerJoined, e.PeerLost)):
+            elif isinstance(command, (e.PeerJoined, e.PeerLost, NodeAbsent)):
                 self._peer_changed(command)
             elif not self.disk.take(command, self.send):
                 self.store.put(command)
@@ -496,8 +500,11 @@ class NodeShell:
                 if isinstance(command, e.CallStore) and command.operation not in ("register_job", "finish_job"):
                     self.store.start()
 
-    def _peer_changed(self, command: e.PeerJoined | e.PeerLost) -> None:
+    def _peer_changed(self, command: e.PeerJoined | e.PeerLost | NodeAbsent) -> None:
         if self.routes is None:
+            return
+        if isinstance(command, NodeAbsent):
+            self.routes.absent(command.node_id)
             return
         if isinstance(command, e.PeerJoined):
             logger.info("node %s: node %s has joined", self.node_id, command.node_id)
@@ -507,6 +514,11 @@ class NodeShell:
             self.routes.lost(command.node_id)
             self.log_lines.forget(command.node_id)
             self.descriptors.tunnels.node_gone(command.node_id)
+        self._have_peers_changed = True
+
+    def _tell_route(self) -> None:
+        """Not at each join: a thousand nodes may join at once."""
+        self._have_peers_changed = False
         if self.store.route is not None:
             peers = self.machine.membership.view.trusted_peers()
             # The head is likely to be where the store is.

@@ -142,6 +142,9 @@ class FakeControlStore(FakeActors):
         ]
         return NodesSnapshot(nodes, self._event_number, self._generation)
 
+    def find_node(self, node_id: str) -> NodeEntry | None:
+        return next((entry for entry in self.list_nodes().nodes if entry.record.node_id == node_id), None)
+
     def silent_nodes(self, silence_s: float) -> SilenceReport:
         self._reach()
         now_us, silent = self._now_us(), []

@@ -15,7 +15,7 @@ from clusterpool.core import transfer_messages as t
 from clusterpool.core import wire
 from clusterpool.core.cluster_view import NodeRecord
 from clusterpool.core.coordination_events import CoordinationCommand
-from clusterpool.core.membership import JoinRequested, LeaveRequested
+from clusterpool.core.membership import JoinRequested, LeaveRequested, NodeAbsent, NodeSought
 from clusterpool.core.messages import Address, Message
 from clusterpool.core.node import TICK_S, NodeMachine
 from clusterpool.core.routes import Routes
@@ -55,7 +55,10 @@ class SimulatedNode(Party):
             process_ids=self._worker_names(),
         )
         self.machine.membership.small_max = world.small_max
-        self.routes = Routes(self, self.machine.membership, self._hand_back, self._posted.append)
+        self.routes = Routes(
+            self, self.machine.membership, self._hand_back, self._posted.append,
+            seek=lambda node_id: self._posted.append(NodeSought(node_id)),
+        )  # fmt: skip
         self.store = StoreClient(self)
         self.coordination = NodeCoordination(self)
         world.fabric.parties[node_id] = self
@@ -113,6 +116,8 @@ class SimulatedNode(Party):
             self._send(command.destination, command.message)
         elif isinstance(command, e.PeerJoined):
             self.routes.joined(command.node_id)
+        elif isinstance(command, NodeAbsent):
+            self.routes.absent(command.node_id)
         elif isinstance(command, e.ForkWorker):
             self._fork(command)
         elif isinstance(command, e.EndWorker):

@@ -64,6 +64,17 @@ def test_registered_node_is_listed_with_its_record(store: ControlStorePort) -> N
     assert 0 <= entry.silence_s < 5
 
 
+def test_one_node_is_found_by_its_name(store: ControlStorePort) -> None:
+    assert store.find_node("n1") is None
+    incarnation = store.register_node(record("n1"))
+    store.register_node(record("n2"))
+    found = store.find_node("n1")
+    assert found is not None
+    assert (found.record, found.incarnation) == (record("n1"), incarnation) and 0 <= found.silence_s < 5
+    store.declare_node_dead("n1", incarnation, "")
+    assert store.find_node("n1") is None
+
+
 def test_registration_that_is_made_again_is_the_same_one(store: ControlStorePort) -> None:
     first = store.register_node(record(), 1)
     assert store.register_node(record(), 1) == first

@@ -220,6 +220,7 @@ OPERATIONS: list[tuple[str, Any]] = [
     ("restore_node", lambda s: s.restore_node(RECORD, 1)),
     ("heartbeat", lambda s: s.heartbeat("n1", 1, LOAD)),
     ("list_nodes", lambda s: s.list_nodes()),
+    ("find_node", lambda s: s.find_node("n1")),
     ("silent_nodes", lambda s: s.silent_nodes(1.0)),
     ("register_job", lambda s: s.register_job("j1", b"{}")),
     ("list_jobs", lambda s: s.list_jobs()),

@@ -17,17 +17,21 @@ from clusterpool.core.membership import (
     DeclareNodeDead,
     EventsMissed,
     FenceSelf,
+    FindNode,
     HeartbeatAnswer,
     HeartbeatAnswered,
     HeartbeatDue,
     JoinRequested,
     LeaveRequested,
     Membership,
+    NodeAbsent,
     NodeDied,
     NodeEventRead,
+    NodeFound,
     NodeHeard,
     NodeJoined,
     NodeLeft,
+    NodeSought,
     NodesRead,
     NodeSuspected,
     NodeTrusted,
@@ -511,3 +515,38 @@ def test_registration_that_crossed_our_leaving_is_taken_back() -> None:
 def test_limits_must_be_in_order(suspect_after_s: float, dead_after_s: float) -> None:
     with pytest.raises(ValueError, match="suspect_after_s"):
         Membership("n1", suspect_after_s=suspect_after_s, dead_after_s=dead_after_s)
+
+
+# --- one node that is sought
+
+
+def test_a_sought_node_that_lives_again_has_joined_and_one_that_does_not_is_absent() -> None:
+    machine = member()
+    machine.handle(NodesRead(NodesSnapshot([entry("n1"), entry("n2")])), 0.0)
+    machine.handle(NodeEventRead("node_died", "n2", 1), 0.0)
+    assert machine.handle(NodeSought("n2"), 0.0) == [FindNode("n2")]
+    assert machine.handle(NodeFound("n2", None), 0.0) == [NodeAbsent("n2")]
+    assert machine.handle(NodeSought("n2"), 0.0) == [FindNode("n2")]
+    (joined,) = machine.handle(NodeFound("n2", entry("n2", incarnation=2)), 0.0)
+    assert isinstance(joined, NodeJoined) and joined.view.incarnation == 2
+    assert machine.handle(NodeSought("n2"), 0.0) == [], "it is known"
+
+
+def test_a_node_sought_again_before_the_answer_is_asked_for_again() -> None:
+    machine = member()
+    machine.handle(NodeEventRead("node_died", "n2", 1), 0.0)
+    machine.handle(NodeSought("n2"), 0.0)
+    assert machine.handle(NodeSought("n2"), 0.0) == []
+    assert machine.handle(NodeFound("n2", None), 0.0) == [FindNode("n2")]
+    assert machine.handle(NodeFound("n2", None), 0.0) == [NodeAbsent("n2")]
+    machine.handle(NodeSought("n2"), 0.0)
+    machine.handle(StoreFailed(), 0.0)
+    assert machine.handle(NodeSought("n2"), 0.0) == [FindNode("n2")], "the store was away"
+
+
+def test_a_sought_node_whose_ended_life_is_still_listed_is_absent() -> None:
+    machine = member()
+    machine.handle(NodeEventRead("node_died", "n2", 3), 0.0)
+    machine.handle(NodeSought("n2"), 0.0)
+    commands = machine.handle(NodeFound("n2", entry("n2", incarnation=3)), 0.0)
+    assert commands[-1] == NodeAbsent("n2") and isinstance(commands[0], DeclareNodeDead)

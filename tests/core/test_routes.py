@@ -40,7 +40,11 @@ class Setting:
         self.returned: list[Relay] = []
         self.delivered: list[bytes] = []
         self.refused: list[str] = []
-        self.routes = Routes(self.peers, self.membership, self.returned.append, self.deliver, self.refused.append)
+        self.sought: list[str] = []
+        self.routes = Routes(
+            self.peers, self.membership, self.returned.append, self.deliver,
+            seek=self.sought.append, refuse=self.refused.append,
+        )  # fmt: skip
 
     def deliver(self, relay: Relay) -> None:
         self.delivered.append(relay.body)
@@ -121,6 +125,32 @@ def test_the_second_message_to_a_dead_node_comes_back_at_once(setting: Setting) 
     setting.list_nodes("nb", life=2)
     setting.routes.joined("nb")
     assert [body for _, _, body in setting.peers.sent] == [b"3"]
+
+
+def test_the_store_says_at_once_whether_a_dead_node_lives_again(setting: Setting) -> None:
+    setting.list_nodes("nb")
+    setting.end("nb")
+    setting.routes.send(relay("nb", b"1"), 0.0)
+    setting.routes.send(relay("nb", b"2"), 0.1)
+    assert setting.sought == ["nb"], "asked once"
+    setting.routes.absent("nb")
+    assert [each.body for each in setting.returned] == [b"1"]
+    assert setting.sought == ["nb", "nb"], "what came later may have come after the store had looked"
+    setting.membership.handle(ms.NodeFound("nb", NodeEntry(record("nb"), 2, 1, 0.0)), 0.2)
+    setting.routes.joined("nb")
+    assert [body for _, _, body in setting.peers.sent] == [b"2"]
+    setting.end("nb", life=2)
+    setting.routes.send(relay("nb", b"3"), 0.3)
+    assert setting.sought == ["nb"] * 3
+    setting.routes.absent("nb")
+    assert [each.body for each in setting.returned] == [b"1", b"3"]
+
+
+def test_a_node_not_heard_of_yet_is_waited_for_whatever_the_store_lists(setting: Setting) -> None:
+    # A store that lost its memory does not list those that have not restored themselves yet.
+    setting.routes.send(relay("nb", b"1"), 0.0)
+    setting.routes.absent("nb")
+    assert setting.sought == [] and setting.returned == []
 
 
 def test_a_message_to_a_dead_node_that_was_heard_again_is_held(setting: Setting) -> None:

@@ -318,6 +318,15 @@ def test_idle_workers_of_a_driver_on_another_node_end_with_it() -> None:
     assert ended(node.scheduler.owner_ended(REMOTE)) == ["w1"]
 
 
+def test_nothing_is_kept_of_a_job_whose_idle_workers_had_ended_before_it() -> None:
+    node = Node(CPU=2)
+    (worker,) = node.lease()
+    node.release(worker.lease)
+    node.scheduler.worker_ended(WorkerEnded("w1", 0, "done"))
+    node.scheduler.owner_ended(DRIVER, ends_job="j1")
+    assert node.scheduler.idle == {}
+
+
 @pytest.mark.parametrize(
     ("has_joined", "ends", "ended_workers"),
     [
