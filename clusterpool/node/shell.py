@@ -30,6 +30,7 @@ from clusterpool.core.cluster_view import NodeRecord, NodeView
 from clusterpool.core.coordination_events import CoordinationCommand
 from clusterpool.core.environments import DropPackage, FetchPackage
 from clusterpool.core.joining import RegistrationRefused, mismatch
+from clusterpool.core.late_start import LateStart
 from clusterpool.core.membership import JoinRequested, LeaveRequested, NodeAbsent, NodeSought
 from clusterpool.core.messages import Address, Message
 from clusterpool.core.node import TICK_S, NodeMachine
@@ -37,6 +38,7 @@ from clusterpool.core.rejections import greeting_fault
 from clusterpool.core.routes import Routes
 from clusterpool.errors import ProtocolError
 from clusterpool.node.coordination import NodeCoordination
+from clusterpool.node.cpu_time import unused_cpu_s
 from clusterpool.node.descriptors import Descriptors
 from clusterpool.node.disk import DiskThread
 from clusterpool.node.log_lines import LogLineSender
@@ -54,9 +56,6 @@ from clusterpool.transport import stream
 from clusterpool.version import __version__
 
 logger = logging.getLogger(__name__)
-
-# The control store's client takes a tenth of a second of CPU to import: let the first tasks go first.
-STORE_DELAY_S = 0.3
 
 
 class NodeShell:
@@ -78,7 +77,7 @@ class NodeShell:
         self._is_reported = False  # to the launcher: a node of a cluster is ready once it is a member
         self._ready_facts: dict[str, Any] = {}
         self._last_tick_s = monotonic()
-        self._started_s = monotonic()
+        self._store_start = LateStart(monotonic())
         self.host = socket.gethostname()
         self.workers = WorkerProcesses(self, zygote)
         self.memory = MemoryWatch(self)
@@ -228,7 +227,7 @@ class NodeShell:
                         self.routes.time_passed(now_s)
                     if self._have_peers_changed:
                         self._tell_route()
-                    if not self.store.is_started and now_s - self._started_s > STORE_DELAY_S:
+                    if not self.store.is_started and self._store_start.is_due(unused_cpu_s(), now_s):
                         self.store.start()
         finally:
             self._close()
