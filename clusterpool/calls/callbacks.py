@@ -36,7 +36,8 @@ class CallbackThread:
     def run(self, call: Callable[[], Any]) -> None:
         """Queue `call`; returns at once. From any thread."""
         self._calls.put(call)
-        self.start()
+        if self._thread is None:
+            self._start()
 
     def stop(self) -> None:
         """End the thread after the calls that are queued now."""
@@ -73,8 +74,12 @@ class CallbackThread:
     def _run_queued(self) -> None:
         while not self._calls.empty():
             call = self._calls.get()
-            if call is not None:
-                _run_call(call)
+            if call is None:
+                continue
+            try:
+                call()
+            except BaseException:  # as in the thread
+                report_callback_error()
 
     def __del__(self) -> None:
         self._calls.put(None)
@@ -92,21 +97,21 @@ def _run_calls(calls: queue.SimpleQueue[Callable[[], Any] | None]) -> None:
 
     # Callbacks that come one upon another (joblib's, each of which submits the next batch) are fetched by this thread
     # itself, for it turns the client's loop in between: a hop from thread to thread costs more than a tiny callback.
-    ended_s, is_busy = 0.0, False
+    is_busy = False
     while True:
-        if calls.empty() and is_busy:
-            waiting.turn_for_soon(lambda: not calls.empty())
-        call = calls.get()
+        if calls.empty():
+            idle_s = monotonic()
+            if is_busy:
+                waiting.turn_for_soon(lambda: not calls.empty())
+            call = calls.get()
+            is_busy = monotonic() - idle_s < waiting.SOON_S
+        else:
+            call = calls.get()
+            is_busy = True
         if call is None:
             return
-        is_busy = monotonic() - ended_s < waiting.SOON_S
-        _run_call(call)
-        ended_s = monotonic()
+        try:
+            call()
+        except BaseException:  # The border to user code: a callback's error must not end the other callbacks.
+            report_callback_error()
         del call  # else the last result would stay alive until the next one
-
-
-def _run_call(call: Callable[[], Any]) -> None:
-    try:
-        call()
-    except BaseException:  # The border to user code: a callback's error must not end the other callbacks.
-        report_callback_error()

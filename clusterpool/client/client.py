@@ -28,16 +28,15 @@ from clusterpool.client import interruption
 from clusterpool.client.connections import Connections
 from clusterpool.client.deliveries import Deliveries, Delivery
 from clusterpool.client.loop import SIGNAL_SEEN_S, Loop
+from clusterpool.client.message_kinds import NOT_FOR_MACHINE, REPLIES, WORKER_MESSAGES
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core import wire
-from clusterpool.core.actor_messages import ActorLoaded, ActorSaved, CallsResumed, ResultsTaken
-from clusterpool.core.coordination_messages import CoordinationDone, CoordinationFailed, CountHeld, HeldCounted
+from clusterpool.core.coordination_messages import CountHeld, HeldCounted
 from clusterpool.core.dispatch import Task
 from clusterpool.core.joining import RegistrationRefused, mismatch
 from clusterpool.core.messages import Address, Message
 from clusterpool.core.owner import OwnerMachine
-from clusterpool.core.package_messages import PackageAnswer
 from clusterpool.core.rejections import Rejections
 from clusterpool.errors import NotConnected, ProtocolError, VersionMismatch
 from clusterpool.transport import stream
@@ -88,11 +87,12 @@ class Client:
         self._is_kicked = False
         self._drained_s = 0.0
         self._wakeup_s: float | None = None  # when the machine wants to hear that time has passed
+        self._is_wakeup_known = True  # else whoever turns the loop asks before it sleeps
         self._replies: dict[int, Callable[[Message], None]] = {}
         self.loop = Loop(
             process=self._process,
             after_turn=self.deliveries.run,
-            next_wakeup_s=lambda: self._wakeup_s,
+            next_wakeup_s=self._next_wakeup_s,
             on_taken=self._role_taken,
         )
         self._connections = Connections(
@@ -288,8 +288,12 @@ class Client:
         if self._unpinned:
             names = [self._unpinned.popleft() for _ in range(len(self._unpinned))]
             self._connections.send(self.node, m.UnpinObjects(names))
+        if self.loop.is_mine:
+            self._is_wakeup_known = False
+            return
         known_s, self._wakeup_s = self._wakeup_s, self.machine.next_wakeup_s(now_s)
-        if self._wakeup_s is not None and (known_s is None or self._wakeup_s < known_s) and not self.loop.is_mine:
+        self._is_wakeup_known = True
+        if self._wakeup_s is not None and (known_s is None or self._wakeup_s < known_s):
             self.loop.kick_poller()  # it sleeps for longer than that
 
     def ask_machine(self, question: Callable[[OwnerMachine], Any]) -> Any:
@@ -429,14 +433,25 @@ class Client:
             if wakeup_s is not None and wakeup_s <= monotonic():
                 self._execute(self.machine.handle(e.TimePassed(), monotonic()))
             self._is_kicked = False  # this turn may be the kick, with another having drained what it was for
+            self._is_wakeup_known = False
             if self._submitted or self._released or self._unpinned:
                 self._drain_locked()
-            else:
-                self._wakeup_s = self.machine.next_wakeup_s(monotonic())
         finally:
             self._unlock()
         if self._submitted or self._released or self._unpinned:
             self.drain()
+
+    def _next_wakeup_s(self) -> float | None:
+        while not self._is_wakeup_known:
+            self._take_lock()
+            try:
+                self._wakeup_s = self.machine.next_wakeup_s(monotonic())
+                self._is_wakeup_known = True
+            finally:
+                self._unlock()
+            if self._submitted or self._released or self._unpinned:
+                self.drain()  # what others left to us while we had the lock
+        return self._wakeup_s
 
     def _role_taken(self, is_thread: bool) -> None:
         # Whoever set it may have found nobody to kick, and what it had submitted handled by another: left as it is,
@@ -496,10 +511,12 @@ class Client:
 
     def _handle_message(self, source: Address, message: Message) -> None:
         kind = type(message)
-        if kind in _WORKER_MESSAGES:
+        if kind not in NOT_FOR_MACHINE:
+            self._execute(self.machine.handle(e.MessageArrived(source, message), monotonic()))
+        elif kind in WORKER_MESSAGES:
             if self.on_worker_message is not None:
                 self.on_worker_message(source, message)
-        elif kind in _REPLIES:
+        elif kind in REPLIES:
             callback = self._replies.pop(message.request, None)  # type: ignore[attr-defined]
             if callback is not None:
                 callback(message)
@@ -518,10 +535,9 @@ class Client:
             self.on_count_held(message)  # type: ignore[arg-type]
         elif kind is m.LeftNode:
             self._mark_closed("clusterpool was shut down")
-        elif kind is RegistrationRefused:
-            self._refused(message.text)  # type: ignore[attr-defined]
         else:
-            self._execute(self.machine.handle(e.MessageArrived(source, message), monotonic()))
+            assert kind is RegistrationRefused, kind
+            self._refused(message.text)  # type: ignore[attr-defined]
 
     def _holds_nothing(self, question: CountHeld) -> None:
         """This process has never had anything to do with semaphores."""
@@ -559,22 +575,3 @@ class Client:
                 self._connections.send(command.destination, command.message)
             else:
                 self.deliveries.take(command)
-
-
-_WORKER_MESSAGES = frozenset(
-    {
-        m.SetupWorker,
-        m.StartTasks,
-        m.ForgetFunctions,
-        m.TakeBackTasks,
-        m.CancelTasks,
-        m.RetireWorker,
-        m.StreamTaken,
-        ResultsTaken,
-        CallsResumed,
-    }
-)
-_REPLIES = frozenset(
-    {m.ObjectCreated, m.ObjectPinned, m.ObjectOnDisk, m.StoreFailed, m.ActorLocated, m.ClusterDescribed, PackageAnswer}
-    | {ActorSaved, ActorLoaded, CoordinationDone, CoordinationFailed}
-)

@@ -205,7 +205,7 @@ class TaskMaker:
         """
         if isinstance(function, _TABLED):
             number = table.number_of(function)
-            if not kwargs and extras is None and number not in table.held and all(map(_is_number, args)):
+            if not kwargs and extras is None and number not in table.held and _NUMBERS.issuperset(map(type, args)):
                 # A few numbers, the rule for many tiny tasks: a third of the way below.
                 payload = pickle.dumps((args, _EMPTY), 5)
                 if len(payload) <= INLINE_BYTES_MAX:
@@ -328,7 +328,3 @@ def _slot(value: Any, found: list[ObjectRef]) -> Any:
         return value
     found.append(value)
     return Slot(len(found) - 1)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in _NUMBERS

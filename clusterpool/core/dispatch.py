@@ -24,8 +24,9 @@ from clusterpool.core.messages import Address, TaskLimits, TaskResult, TaskSpec,
 BACKLOG_S = 0.002
 LONG_TASK_S = 0.010
 # Less work than this is not split between workers: to wake another for it costs about as much as it takes, and where
-# tasks are that tiny their owner is the slower side.
-SPLIT_MIN_S = 0.0001
+# tasks are that tiny their owner is the slower side. With 0.1 ms, the four no-ops that `joblib.Parallel(n_jobs=2)` has
+# under way were split or not from one moment to the next, which cost their owner a tenth more.
+SPLIT_MIN_S = 0.00015
 # Bounds what one message holds, and what is lost with a worker.
 OUTSTANDING_MAX = 2000
 # Bounds the same in bytes, whatever the arguments: far below the longest frame, and more saves no measurable time.
@@ -210,7 +211,7 @@ class Dispatcher:
         # Without workers too: what is cancelled must not make a closed set wait, or an idle one ask for workers.
         if not self._drop_cancelled() or not self.slots:
             return batches
-        open_slots = [slot for slot in self.slots.values() if slot.is_open]
+        open_slots = [slot for slot in self.slots.values() if not (slot.is_retiring or slot.is_blocked)]
         workers = len(open_slots)
         if workers > 1 and self._is_too_little_to_split():
             awake = self._awake_slot(open_slots, now_s)
@@ -218,14 +219,14 @@ class Dispatcher:
                 count = self._room(awake, workers)
                 if count > 0:
                     batches.append(self._take(awake, count, now_s))
-                    if not self._drop_cancelled():
+                    if not (self.queue and self._drop_cancelled()):
                         return batches
         # Emptiest first, so that every worker has something before any has a backlog.
         for slot in sorted(open_slots, key=_backlog) if workers > 1 else open_slots:
             count = self._room(slot, workers)
             if count > 0:
                 batches.append(self._take(slot, count, now_s))
-                if not self._drop_cancelled():
+                if not (self.queue and self._drop_cancelled()):
                     break
         return batches
 
@@ -235,8 +236,14 @@ class Dispatcher:
         (One that has not may be busy for long.) The fullest of these, so that the others fall asleep: messages become
         fewer and larger, and the owner has a CPU for itself.
         """
-        awake = [slot for slot in slots if now_s - slot.finished_s <= BACKLOG_S]
-        return max(awake, key=_wakefulness) if len(awake) > 1 else awake[0] if awake else None
+        found: WorkerSlot | None = None
+        most = (-1, 0.0)
+        for slot in slots:
+            if now_s - slot.finished_s <= BACKLOG_S:
+                wakefulness = (len(slot.outstanding), slot.finished_s)
+                if wakefulness > most:
+                    found, most = slot, wakefulness
+        return found
 
     def _is_too_little_to_split(self) -> bool:
         mean_s = self._mean_s.get(self.queue[0].spec.function)
@@ -267,16 +274,18 @@ class Dispatcher:
     def _room(self, slot: WorkerSlot, workers: int) -> int:
         """How many of the queue's tasks `slot` should get."""
         held = len(slot.outstanding)
-        if held and (slot.is_long or is_alone(self.queue[0].spec)):
+        spec = self.queue[0].spec
+        if held and (slot.is_long or (spec.extras is not None and is_alone(spec))):
             return 0
-        mean_s = self._mean_s.get(self.queue[0].spec.function)
+        mean_s = self._mean_s.get(spec.function)
         if mean_s is None or mean_s >= LONG_TASK_S:
             limit = 1
         else:
-            limit = 2 if mean_s >= BACKLOG_S else min(OUTSTANDING_MAX, int(BACKLOG_S / max(mean_s, 1e-7)) + 1)
+            mean_s = max(mean_s, 1e-7)
+            limit = 2 if mean_s >= BACKLOG_S else min(OUTSTANDING_MAX, int(BACKLOG_S / mean_s) + 1)
             # An equal share, so that a short queue of tiny tasks still uses every worker.
             share = -(-(len(self.queue) + self.outstanding_count) // workers)
-            limit = min(limit, max(share, int(SPLIT_MIN_S / max(mean_s, 1e-7))))
+            limit = min(limit, max(share, int(SPLIT_MIN_S / mean_s)))
         if limit > 2 and held * 2 > limit:
             return 0  # refill in halves: a message for every finished task would cost more than the tasks
         room = limit - held
@@ -293,23 +302,25 @@ class Dispatcher:
         first_function = queue[0].spec.function
         slot.is_long = first_mean_s is None or first_mean_s >= LONG_TASK_S
         size_bytes = 0
-        while queue and len(tasks) < count and size_bytes < BATCH_BYTES_MAX:
+        while queue and count and size_bytes < BATCH_BYTES_MAX:
             task = queue[0]
-            function, extras = task.spec.function, task.spec.extras
+            spec = task.spec
+            function, extras = spec.function, spec.extras
             is_for_itself = extras is not None and extras.limits is not None and extras.limits.travels_alone
-            if tasks and is_for_itself:
+            if is_for_itself and tasks:
                 break
             if function != first_function and self._mean_s.get(function, LONG_TASK_S) > (first_mean_s or 0) * 2:
                 break  # of unknown or longer duration: it gets a decision of its own
             queue.popleft()
             if task.is_cancelled:
                 continue
+            count -= 1
             task.worker = process_id
             tasks.append(task)
-            size_bytes += len(task.spec.payload)
+            size_bytes += len(spec.payload)
             if extras is not None:
                 size_bytes += sum(len(value.payload) for value in extras.arguments)
-            outstanding[task.spec.number] = task
+            outstanding[spec.number] = task
             if function and function not in sent:
                 sent.add(function)
                 functions.append(function)
@@ -322,16 +333,9 @@ class Dispatcher:
         slot.sent_s = now_s
         return Batch(slot, tasks, functions)
 
-    def has_room(self) -> bool:
-        """Whether a task submitted now would be sent at once (some worker has nothing to do)."""
-        for slot in self.slots.values():  # noqa: SIM110 (asked after each message, and `any` takes twice as long)
-            if not slot.outstanding and slot.is_open:
-                return True
-        return False
-
     def take_back(self, now_s: float) -> list[tuple[WorkerSlot, int]]:
         """Whom to ask for how many unstarted tasks, because another worker has nothing to do."""
-        if self.outstanding_count < 2 or self.queue or len(self.slots) < 2:
+        if self.outstanding_count < 2 or self.queue or len(self.slots) < 2 or not self.has_late(now_s):
             return []
         late = [
             slot
@@ -347,16 +351,25 @@ class Dispatcher:
             slot.is_taking_back = True
         return asked
 
+    def has_late(self, now_s: float) -> bool:
+        """Whether some worker has had a backlog for longer than was expected; else `take_back` has nothing to do."""
+        due_s = now_s - TAKE_BACK_AFTER_S
+        for slot in self.slots.values():  # noqa: SIM110 (asked after each message, and `any` takes twice as long)
+            if slot.sent_s <= due_s and len(slot.outstanding) > 1:
+                return True
+        return False
+
     def next_look_s(self, now_s: float) -> float | None:
         """When `take_back` is worth asking again, if ever; monotonic seconds."""
-        if self.outstanding_count < 2 or self.queue or not self.has_room():
+        if self.outstanding_count < 2 or self.queue:
             return None
-        times = [
-            slot.sent_s + TAKE_BACK_AFTER_S
-            for slot in self.slots.values()
-            if len(slot.outstanding) > 1 and not slot.is_taking_back
-        ]
-        return max(min(times), now_s) if times else None
+        has_room, sent_s = False, None
+        for slot in self.slots.values():
+            if not slot.outstanding:
+                has_room = has_room or not (slot.is_retiring or slot.is_blocked)
+            elif len(slot.outstanding) > 1 and not slot.is_taking_back and (sent_s is None or slot.sent_s < sent_s):
+                sent_s = slot.sent_s
+        return max(sent_s + TAKE_BACK_AFTER_S, now_s) if has_room and sent_s is not None else None
 
     def stuck_since_s(self) -> list[float]:
         """For each worker that has unstarted tasks: since when it may be that a long one is in their way."""
@@ -406,7 +419,3 @@ class Dispatcher:
 
 def _backlog(slot: WorkerSlot) -> int:
     return len(slot.outstanding)
-
-
-def _wakefulness(slot: WorkerSlot) -> tuple[int, float]:
-    return len(slot.outstanding), slot.finished_s

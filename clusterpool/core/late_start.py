@@ -8,7 +8,7 @@ from __future__ import annotations
 
 # Sooner, and it would fall between the start of the cluster and the first tasks, when the machine looks idle.
 DELAY_S = 0.9
-# A machine that is never idle: later would gain little, as the start is some per cent of what has been computed by then.
+# A machine that is never idle: to wait longer would gain little, some per cent of what has been computed by then.
 DELAY_MAX_S = 5.0
 # So much of a CPU unused over the last look: the start then takes nothing from anybody.
 SPARE_CPUS = 0.5

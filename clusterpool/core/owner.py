@@ -257,7 +257,7 @@ class OwnerMachine:
         if worker_set.notices:
             notices, worker_set.notices = worker_set.notices, []
             commands += self._checked(notices)
-        if not worker_set.is_quiet:
+        if not worker_set.is_quiet(now_s):
             commands += self._checked(worker_set.advance(now_s))
         return commands
 

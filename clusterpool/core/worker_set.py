@@ -127,19 +127,21 @@ class WorkerSet:
             return [FailTasks(tasks, "cancelled", "the pool was terminated before the task was started")]
         if self.failed_text:
             return [FailTasks(tasks, self.failed_kind, self.failed_text)]
-        if len(tasks) == 1 and self.size is not None and self.dispatcher.is_idle:
-            slot = self.dispatcher.idle_slot()
+        dispatcher = self.dispatcher
+        if len(tasks) == 1 and self.size is not None and dispatcher.is_idle:
+            slot = dispatcher.idle_slot()
             if slot is not None:  # the rule for programs that wait for each result
-                self.dispatcher.submit(tasks)
-                return self._sent(self.dispatcher.send_one(slot, now_s))
-        self.dispatcher.submit(tasks)
+                dispatcher.submit(tasks)
+                return self._sent(dispatcher.send_one(slot, now_s))
+        dispatcher.submit(tasks)
         return self.advance(now_s)
 
-    @property
-    def is_quiet(self) -> bool:
+    def is_quiet(self, now_s: float) -> bool:
         """Whether `advance` would find nothing to do after results have come."""
         dispatcher = self.dispatcher
-        if dispatcher.queue or dispatcher.outstanding_count > 1 or dispatcher.runs_max is not None:
+        if dispatcher.queue or dispatcher.runs_max is not None:
+            return False
+        if dispatcher.outstanding_count > 1 and (self.size is None or dispatcher.has_late(now_s)):
             return False
         if self.is_closing or self.requested or self._expected or self.stragglers is not None:
             return False
@@ -181,7 +183,7 @@ class WorkerSet:
             late_s = self.stragglers.next_look_s() if self.stragglers is not None else None
             times = (look_s, self.rescue.next_due_s(), self.stopping.next_due_s(), late_s)
             look_s = min((time_s for time_s in times if time_s is not None), default=None)
-        if self.is_group or self.dispatcher.queue:
+        if self.size is not None or self.dispatcher.queue:
             return look_s
         if look_s is None and not self.requested and self._may_start():
             # Another lease may be worth having; once it is asked for, its coming is the next thing to happen.

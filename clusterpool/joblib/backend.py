@@ -144,6 +144,8 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         self._lock = threading.Lock()
         self._idle_timeout_s = _IDLE_TIMEOUT_S
         self._batch_by_function: dict[Callable[..., Any], UniformBatch] = {}
+        self._nested: Any = None  # what `get_nested_backend` said at this nesting level
+        self._nested_level: int | None = None
 
     def __reduce__(self) -> Any:
         # Without the group: a backend that reaches a worker opens its own there.
@@ -258,13 +260,19 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
 
     # ------------------------------------------------------------------ batches
 
+    def get_nested_backend(self) -> Any:
+        """joblib's own answer; made once, for joblib asks for each batch."""
+        if self._nested is None or self._nested_level != self.nesting_level:
+            self._nested, self._nested_level = super().get_nested_backend(), self.nesting_level
+        return self._nested
+
     def submit(self, func: Any, callback: Callable[[Any], object] | None = None) -> Job:
         warm = self._warm
         if warm is None:
             # The call was aborted while one of its callbacks was about to submit; nobody waits for the batch.
             return Job(Callbacks(), None)
         job = Job(warm.callbacks, callback)
-        items = getattr(func, "items", ())
+        items: Any = getattr(func, "items", ())
         function = uniform_function(items)
         if function is None:
             warm.group.submit(run_batch, (func,), {}, job)
@@ -274,7 +282,10 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
             nested_backend, nested_n_jobs = self.get_nested_backend()
             batch = uniform_batch(function, nested_backend, nested_n_jobs)
             self._batch_by_function[function] = batch
-        warm.group.submit(*batch.call_for(items), job)
+        if len(items) == 1:
+            warm.group.submit(batch.one, items[0][1], items[0][2], job)
+        else:
+            warm.group.submit(*batch.call_for(items), job)
         return job
 
     apply_async = submit  # joblib before 1.5

@@ -25,9 +25,7 @@ class UniformBatch(NamedTuple):
     calls: Callable[[Sequence[tuple[Any, Any]]], list[Any]]  # [(args, kwargs), ...]
 
     def call_for(self, items: Sequence[tuple[Any, Any, Any]]) -> tuple[Callable[..., Any], Any, Any]:
-        """The (function, args, kwargs) that run a batch of (function, args, kwargs)."""
-        if len(items) == 1:
-            return self.one, items[0][1], items[0][2]
+        """The (function, args, kwargs) that run a batch of several (function, args, kwargs)."""
         if any(item[2] for item in items):
             return self.calls, ([(args, kwargs) for _, args, kwargs in items],), {}
         return self.many, ([args for _, args, _ in items],), {}
@@ -68,7 +66,7 @@ def uniform_function(items: Sequence[tuple[Any, Any, Any]]) -> Callable[..., Any
     Only functions: an object with `__call__`, or a bound method's, may have changed since the last batch, and
     must be sent as it is now.
     """
-    function: Any = items[0][0] if items else None
+    function: Callable[..., Any] | None = items[0][0] if items else None
     if type(function) is not FunctionType:  # which has no subclasses
         return None
     return function if len(items) == 1 or all(item[0] is function for item in items) else None

@@ -175,9 +175,10 @@ def test_nested_calls_run_in_threads_then_in_sequence():
         return name, Parallel(n_jobs=2)(delayed(leaf)() for _ in range(2))
 
     expected = ("ThreadingBackend", ["SequentialBackend"] * 2)
-    assert parallel()(delayed(inner)() for _ in range(3)) == [expected] * 3
+    # One after another: the fake's workers are threads and share the nested backend, of which real ones have copies.
+    assert parallel(pre_dispatch=1)(delayed(inner)() for _ in range(3)) == [expected] * 3
     # A callable that is no plain function takes the other way to the worker, to the same end.
-    assert parallel()(delayed(InnerCall(inner))() for _ in range(3)) == [expected] * 3
+    assert parallel(pre_dispatch=1)(delayed(InnerCall(inner))() for _ in range(3)) == [expected] * 3
 
 
 class InnerCall:
