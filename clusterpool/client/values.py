@@ -96,7 +96,7 @@ class Values:
         size_bytes = serialized.size_bytes
         client = self._client
         answer = self._ask(
-            lambda request: m.CreateObject(request, object_id, size_bytes),
+            lambda request: m.CreateObject(request, object_id, size_bytes, owner),
             lambda: client.send(client.node, m.AbortObject(object_id)),
         )
         if isinstance(answer, m.StoreFailed):

@@ -80,7 +80,7 @@ class NodeMachine:
         self.processes: dict[str, Process] = {}
         self.scheduler = Scheduler(self.node_id, record.host_name, record.resources, process_ids=process_ids)
         self.memory = MemoryMonitor(self.scheduler, threshold=memory_threshold)
-        self.objects = NodeObjects(self.node_id, arena_bytes)
+        self.objects = NodeObjects(self.node_id, arena_bytes, self.scheduler.watch)
         self.actors = NodeActors(self.node_id, self.scheduler)
         self.membership = ms.Membership(self.node_id)
         self.capacity = CapacityWatch(record, self.membership.view)
@@ -293,8 +293,7 @@ class NodeMachine:
     def _end_job(self, source: Address, message: EndJob, _now_s: float) -> Commands:
         self._departing[message.owner] = source
         self.jobs.process_ended(message.owner)
-        commands: Commands = list(self.scheduler.owner_ended(message.owner))
-        return commands + self._maybe_job_ended(message.owner, source)
+        return [*self.scheduler.owner_ended(message.owner), *self._maybe_job_ended(message.owner, source)]
 
     def _maybe_job_ended(self, owner: Address, home: Address) -> Commands:
         if self.scheduler.has_workers_of(owner):
@@ -333,6 +332,8 @@ class NodeMachine:
         if message.address.is_node:
             node_id = message.address.node_id
             lost = [*self.objects.node_lost(node_id, now_s), *self._expect_no_answer(node_id)]
+            for owner in self.scheduler.owners_on(node_id):  # what they have here came when the node had been lost
+                lost += self.scheduler.owner_ended(owner) + self.objects.process_left(owner.process_id, now_s)
             return lost + self.coordination.handle(ce.NodeUnreachable(node_id), now_s)
         self.jobs.process_ended(message.address, is_known=isinstance(message, m.ProcessEnded))
         commands: Commands = list(self.scheduler.owner_ended(message.address))

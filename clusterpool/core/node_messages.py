@@ -190,11 +190,12 @@ class LogLines(Message, frozen=True):
 
 
 class CreateObject(Message, frozen=True):
-    """Make room in the arena."""
+    """Make room in the arena. owner: who keeps account of the object, if that is another process than the sender."""
 
     request: int
     object_id: str
     size_bytes: SizeBytes
+    owner: Address | None = None
 
 
 class ObjectCreated(Message, frozen=True):

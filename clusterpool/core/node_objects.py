@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from clusterpool.core import messages as m
@@ -26,8 +27,11 @@ Commands = list[Any]
 class NodeObjects:
     """Creates, pins, pulls and frees objects for the processes of one node."""
 
-    def __init__(self, node_id: str, capacity_bytes: int) -> None:
+    def __init__(
+        self, node_id: str, capacity_bytes: int, watch: Callable[[Address], Commands] = lambda owner: []
+    ) -> None:
         self.node_id = node_id
+        self._watch = watch  # has this node told of the end of an owner elsewhere
         self.store = StoreIndex(capacity_bytes, reads_files=lambda client: not client.startswith(_SERVE))
         self.pulls = TransferTable()
         self.servings = ServingTable()
@@ -71,9 +75,10 @@ class NodeObjects:
         if owner in self._ended_owners:
             text = f"object {message.object_id} is not stored: the process {owner} that would own it has ended"
             return [Send(source, m.StoreFailed(message.request, s.Refusal.FREED.value, text))]
-        return self._put(
-            s.ObjectCreateRequested(source.process_id, message.request, message.object_id, message.size_bytes, True)
-        )
+        event = s.ObjectCreateRequested(source.process_id, message.request, message.object_id, message.size_bytes, True)
+        # Who calls an actor may have no other business on this node: without that nobody would free its results.
+        watch = self._watch(message.owner) if message.owner is not None else []
+        return [*watch, *self._put(event)]
 
     def _promote(self, owner: Address, object_id: str) -> Commands:
         if object_id not in self.store.objects:

@@ -51,14 +51,19 @@ class Scheduler:
         commands: list[Command] = []
         for owner in (pending.origin, pending.job.owner):
             # A lease of an owner elsewhere must end when that owner does; idle workers end with their driver.
-            is_node = owner.process_id == owner.node_id  # its end is told by membership
-            if owner.node_id != self.node_id and not is_node and owner not in self._watched:
-                self._watched.add(owner)
-                commands.append(Send(Address(owner.node_id, owner.node_id), m.WatchProcess(owner.process_id)))
+            commands += self.watch(owner)
         if pending.demand.kind == WorkerKind.GROUP and pending.hops == 0:
             return commands + self._place_group(pending)
         self.pending.append(pending)
         return commands + self.advance()
+
+    def watch(self, owner: Address) -> list[Command]:
+        """Have its node tell us when an owner ends that has something here."""
+        # The end of a node is told by membership.
+        if owner.node_id == self.node_id or owner.is_node or owner in self._watched:
+            return []
+        self._watched.add(owner)
+        return [Send(owner.node, m.WatchProcess(owner.process_id))]
 
     def _place_group(self, pending: Pending) -> list[Command]:
         counts = spread_group([self._self_candidate(), *self.peers], pending.amounts, pending.count)

@@ -404,7 +404,7 @@ class Client(Party):
     def store(self, object_id: str, content: bytes, owner: Address) -> Steps:
         """Write a value of `owner`'s to the node's store; where it is, or the Outcome that says why not."""
         answer = yield from self.ask(
-            lambda request: m.CreateObject(request, object_id, len(content)),
+            lambda request: m.CreateObject(request, object_id, len(content), owner),
             lambda: self.send(self.node, m.AbortObject(object_id)),
         )
         if isinstance(answer, m.StoreFailed):

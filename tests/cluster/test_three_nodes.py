@@ -29,6 +29,20 @@ def sum_of(array: Any) -> tuple[float, str]:
     return float(array.sum()), clusterpool.node_id()
 
 
+class Making:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def make(self) -> Any:
+        import numpy
+
+        self.count += 1
+        return numpy.ones(1 << 20)
+
+    def made(self) -> int:
+        return self.count
+
+
 # --- placement
 
 
@@ -227,3 +241,29 @@ def test_copies_on_other_nodes_go_when_nobody_wants_the_value_any_more(three_nod
         lambda: all(used <= before[node_id] for node_id, used in used_bytes().items()),
         what="the copies are gone",
     )
+
+
+def test_the_results_of_an_actor_go_with_the_caller_that_had_them(
+    three_nodes: Cluster, driver: None, tmp_path: Path
+) -> None:
+    def used_bytes() -> int:
+        return sum(int(node["store_used_bytes"]) for node in clusterpool.nodes())
+
+    options = {"num_cpus": 0, "scheduling": f"node:{three_nodes.second}", "namespace": "results"}
+    actor = clusterpool.remote(Making).options(name="making", **options).remote()
+    assert clusterpool.get(actor.made.remote(), timeout=30) == 0
+    before = used_bytes()
+    done = run_script(
+        tmp_path,
+        """
+        import os, signal
+        import clusterpool
+        actor = clusterpool.get_actor("making", namespace="results")
+        references = [actor.make.remote() for _ in range(3)]
+        clusterpool.wait(references, num_returns=3, timeout=30)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert clusterpool.get(actor.made.remote(), timeout=30) == 3
+    clusters.wait_for(lambda: used_bytes() <= before, what="the results are gone")

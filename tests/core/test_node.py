@@ -15,6 +15,7 @@ from tests.core.machines import DRIVER, JOB, NODE, T
 
 W1 = Address("n1", "w1")
 REMOTE = Address("n2", "d9")
+THERE = REMOTE.node
 NOW_S = 100.0
 TRANSFERS = itertools.count(1)
 
@@ -194,6 +195,21 @@ def test_copies_elsewhere_go_with_the_process_that_owned_the_object(node: Node) 
     node.hear(DRIVER, m.SealObject("d1.1"))
     node.hear(Address("n2", "n2"), t.OpenTransfer(next(TRANSFERS), "d1.1"))
     assert sent(node.handle(e.ProcessLeft(DRIVER)), m.FreeObjects, Address("n2", "n2"))
+
+
+@pytest.mark.parametrize("end", [m.ProcessEnded(REMOTE, "killed"), m.Undeliverable(REMOTE), m.Undeliverable(THERE)])
+def test_what_was_made_for_a_caller_elsewhere_goes_with_it(node: Node, end: m.Message) -> None:
+    # It calls an actor here that is another's, say, and has no lease on this node.
+    made = node.hear(W1, m.CreateObject(1, "d9.1", 4096, REMOTE))
+    reserved(node, made)
+    assert sent(made, m.WatchProcess, THERE) == [m.WatchProcess("d9")]
+    node.hear(W1, m.SealObject("d9.1"))
+    again = node.hear(W1, m.CreateObject(2, "d9.2", 4096, REMOTE))
+    reserved(node, again)
+    assert sent(again, m.WatchProcess) == [], "said once"
+    node.hear(W1, m.SealObject("d9.2"))
+    node.hear(THERE, end)
+    assert node.machine.load().arena_used_bytes == 0
 
 
 def test_what_was_let_go_is_refused_as_long_as_it_is_still_read(node: Node) -> None:
