@@ -45,6 +45,7 @@ _REPLIES = frozenset({
     CoordinationFailed,
 })  # fmt: skip
 _WORKER_MESSAGES = frozenset({
+    m.StreamTaken,
     m.SetupWorker, m.StartTasks, m.ForgetFunctions, m.TakeBackTasks, m.CancelTasks, m.RetireWorker, ResultsTaken,
     CallsResumed,
 })  # fmt: skip
@@ -546,7 +547,7 @@ class Client(Party):
         number = next(self.numbers)
         spec = TaskSpec(number, self.function_of(operation), TaskKind.CALL, encode_operation(operation))
         task = Task(spec, sink, 0, retries)
-        self._submit(task, set_number, "", arguments or [], inner or [])
+        self.submit_task(task, set_number, "", arguments or [], inner or [])
         if sink is not None:
             return None
         return Ref(self, Reference(self.address, number), is_counted=True)
@@ -558,10 +559,11 @@ class Client(Party):
         number = next(self.numbers)
         extras = TaskExtras(1, "call", 1, method="call")
         task = Task(TaskSpec(number, 0, TaskKind.ACTOR_CALL, encode_operation(operation), extras), None, 0, retries)
-        self._submit(task, 0, actor_id, arguments or [], [])
+        self.submit_task(task, 0, actor_id, arguments or [], [])
         return Ref(self, Reference(self.address, number), is_counted=True)
 
-    def _submit(self, task: Task, set_number: int, actor_id: str, arguments: list[Ref], inner: list[Ref]) -> None:
+    def submit_task(self, task: Task, set_number: int, actor_id: str, arguments: list[Ref], inner: list[Ref]) -> None:
+        """Submit a task to a set, or a call to an actor."""
         if not arguments and not inner:
             if actor_id:
                 self.event(e.ActorCallsSubmitted(actor_id, [task]))

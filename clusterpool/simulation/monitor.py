@@ -165,6 +165,7 @@ class Monitor:
         self._nothing(client.name, "borrowed objects", machine.objects.table.borrowed)
         self._nothing(client.name, "tasks that wait for arguments", machine.arguments.targets)
         self._nothing(client.name, "arguments", machine.objects._arguments)
+        self._nothing(client.name, "streams", machine.objects.streams)
         self._nothing(client.name, "questions about objects", machine.objects._asked)
         recovery = machine.recovery
         self._nothing(client.name, "lineage", recovery.lineage.by_task)

@@ -34,6 +34,8 @@ class Operation(msgspec.Struct, frozen=True, array_like=True):
     deaths: int = 0  # so often it ends its process
     lag_s: float = 0.0  # so much longer it takes the first time
     dies_late: bool = False  # when it does: soon after, instead of before it has done anything
+    stream: bytes = b""  # a generator, and what it yields (see stream_programs.py)
+    taking: bytes = b""  # a generator that it starts, and takes
     turn: bytes = b""  # what it does with a lock (see lock_programs.py); with `deaths` it dies while it holds it
     handle: bytes = b""  # an actor that it calls (see actor_programs.py)
 
@@ -51,6 +53,14 @@ class Outcome(NamedTuple):
     def is_lost(self) -> bool:
         """Whether a fault must have taken the value."""
         return self.kind not in ("ok", "error")
+
+
+class Failed(Exception):
+    """A task raises what it got, or cannot go on."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome.text)
+        self.outcome = outcome
 
 
 class Payload(msgspec.Struct, frozen=True, array_like=True):

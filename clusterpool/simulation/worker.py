@@ -19,6 +19,7 @@ from clusterpool.simulation.client import BLOCK_PATIENCE_S, Client
 from clusterpool.simulation.lock_programs import Turn, take_turns
 from clusterpool.simulation.party import Host
 from clusterpool.simulation.programs import (
+    Failed,
     Operation,
     Outcome,
     Payload,
@@ -29,6 +30,7 @@ from clusterpool.simulation.programs import (
 )
 from clusterpool.simulation.reading import Unreadable, View
 from clusterpool.simulation.references import Ref
+from clusterpool.simulation.stream_programs import StreamPaces, generate, take_in_task
 from clusterpool.simulation.threads import Disconnected, Interrupted, Pause, Steps, Thread, Wait
 
 if TYPE_CHECKING:
@@ -47,13 +49,6 @@ _ACTOR_KINDS = (m.TaskKind.CREATE_ACTOR, m.TaskKind.ACTOR_CALL)
 Key = tuple[Address, int]
 
 
-class _Failed(Exception):
-    """An input has no value: the task raises what it got."""
-
-    def __init__(self, outcome: Outcome) -> None:
-        self.outcome = outcome
-
-
 class Worker(Client):
     """A worker process."""
 
@@ -68,6 +63,7 @@ class Worker(Client):
         self.task_page = 0  # the number of the task that runs
         self.exit_code: int | None = None
         self.actor: Actor | None = None
+        self.paces = StreamPaces()
         self.early: list[tuple[Address, Message]] = []  # what callers say of an actor that is still being made
         self._is_made_known = False
         self._exit_code_wanted: int | None = None
@@ -203,7 +199,7 @@ class Worker(Client):
         operation = decode_operation(spec.payload)
         yield from self._work(operation)
         if operation.fails:
-            raise _Failed(Outcome("error", operation.salt))
+            raise Failed(Outcome("error", operation.salt))
         plan = extras.actor
         actor_id = operation.caller
         journal = Journal(self, plan) if plan is not None else None
@@ -218,7 +214,7 @@ class Worker(Client):
             self.after(TAKE_OVER_S, self._taken_over)
         lag_s = operation.lag_s if operation.lag_s and self.world.monitor.is_first(operation) else 0.0
         yield Pause(operation.duration_s + lag_s)
-        if not operation.turn:
+        if not operation.turn and not operation.stream:
             yield from self.maybe_die(operation)
 
     def maybe_die(self, operation: Operation) -> Steps:
@@ -248,6 +244,8 @@ class Worker(Client):
             if limits is not None and limits.timeout_s > 0:
                 self.send(owner, m.TaskStarted(spec.number))
             yield from self._work(operation)
+            if operation.stream:
+                return (yield from generate(self, owner, spec, operation, arguments))
             if self.actor is not None:
                 number = self.actor.called(operation, arguments)
                 return (yield from self._returned(owner, spec, operation, number, []))
@@ -256,11 +254,13 @@ class Worker(Client):
                 turn = msgspec.msgpack.decode(operation.turn, type=Turn)
                 failure = yield from take_turns(self, turn, operation)
                 if failure is not None:
-                    raise _Failed(failure)
+                    raise Failed(failure)
+            if operation.taking:
+                yield from take_in_task(self, operation)
             if operation.handle:
                 yield from call_from_task(self, operation, spec.extras.references if spec.extras is not None else [])
             if operation.fails:
-                raise _Failed(Outcome("error", operation.salt))
+                raise Failed(Outcome("error", operation.salt))
             references = yield from self._boxes_of(spec, operation)
             number = value_of(operation, arguments, inner, children)
             return (yield from self._returned(owner, spec, operation, number, references))
@@ -268,7 +268,7 @@ class Worker(Client):
             return TaskResult(spec.number, TaskStatus.CANCELLED, b"")
         except Unreadable as exc:
             return TaskResult(spec.number, TaskStatus.LOST, b"", ResultExtras(unreadable=exc.unreadable))
-        except _Failed as failed:
+        except Failed as failed:
             outcome = failed.outcome
             payload = Payload(outcome.kind, outcome.number, 8, outcome.text)
             return TaskResult(spec.number, TaskStatus.ERROR, encode_payload(payload))
@@ -295,7 +295,7 @@ class Worker(Client):
             for item in part:
                 yield from self.maybe_die(item)
                 if item.fails:
-                    raise _Failed(Outcome("error", item.salt))
+                    raise Failed(Outcome("error", item.salt))
                 numbers.append(item.salt)
             low += len(part)
             # A chunk that has killed a worker is run item by item.
@@ -348,7 +348,7 @@ class Worker(Client):
             for position, size_bytes in enumerate(operation.put_bytes):
                 put = yield from self.put(put_number(operation.salt, position), size_bytes)
                 if isinstance(put, Outcome):
-                    raise _Failed(put)
+                    raise Failed(put)
                 refs.append(put)
             if operation.peeks and spec.extras is not None:
                 refs += [Ref(self, reference, is_counted=False) for reference in spec.extras.references]
@@ -360,7 +360,8 @@ class Worker(Client):
             for ref in refs:
                 ref.drop()
 
-    def _hand_over(self, receiver: Address, references: list[Reference]) -> None:
+    def hand_over(self, receiver: Address, references: list[Reference]) -> None:
+        """References are on their way to another process."""
         self._drain()
         for command in self.machine.objects.hand_over(receiver, references):
             assert isinstance(command, e.Send)
@@ -374,12 +375,12 @@ class Worker(Client):
         try:
             part = yield from self.part_of(name, number, operation.result_bytes, references, owner)
             if isinstance(part, Outcome):
-                raise _Failed(part)
+                raise Failed(part)
         except BaseException:
             self.released.extend((reference.owner, reference.number) for reference in references)
             raise
         if references:
-            self._hand_over(owner, references)
+            self.hand_over(owner, references)
         if part.stored is None and not references:
             return TaskResult(spec.number, TaskStatus.OK, part.payload)
         return TaskResult(spec.number, TaskStatus.STORED, b"", ResultExtras(part))
@@ -495,7 +496,9 @@ class Worker(Client):
             self.send(source, m.TasksFinished(returned, 0, self._is_blocked))
         elif isinstance(message, m.CancelTasks):
             for number in message.numbers:
-                self._cancel((source, number))
+                self._cancel((source, number), interrupts=message.interrupt)
+        elif isinstance(message, m.StreamTaken):
+            self.paces.taken(source, message)
         elif isinstance(message, m.SetupWorker):
             if message.references:
                 self.event(e.ReferencesHeld(message.references))
@@ -509,9 +512,10 @@ class Worker(Client):
             self.is_retiring = True
             self._retired_by = source
 
-    def _cancel(self, key: Key) -> None:
+    def _cancel(self, key: Key, *, interrupts: bool) -> None:
         if key == self._current and self._main is not None:
-            self._main.interrupt(Interrupted())
+            if interrupts:
+                self._main.interrupt(Interrupted())
         elif any((source, spec.number) == key for source, spec in self.pending):
             self._cancelled.add(key)
 
@@ -529,5 +533,5 @@ def _references_of(spec: TaskSpec) -> list[Reference]:
 
 def _number(outcome: Outcome) -> int:
     if outcome.kind != "ok":
-        raise _Failed(outcome)
+        raise Failed(outcome)
     return outcome.number

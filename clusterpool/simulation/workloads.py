@@ -18,6 +18,7 @@ from clusterpool.simulation.ledger import Promise
 from clusterpool.simulation.lock_programs import locks
 from clusterpool.simulation.programs import Operation, Outcome, encode_operation, expected, mix, put_number
 from clusterpool.simulation.references import Ref
+from clusterpool.simulation.stream_programs import streaming_actor, streams
 from clusterpool.simulation.threads import Pause, Steps
 
 DURATIONS_S = (0.0, 0.0002, 0.004, 0.03, 0.2)
@@ -214,8 +215,8 @@ class Script:
             what = f"{self.name} task {index} of a group"
             driver.world.monitor.judge(driver, what, outcomes[index], expected(operation), was_cancelled=is_terminated)
 
-    def actor(self) -> Steps:
-        """An actor with calls in order."""
+    def open_actor(self) -> Steps:
+        """A new actor that is not made again; its id, and the reference that it lives by."""
         driver = self.driver
         actor_id = f"a{driver.world.next_number()}"
         part = m.ActorPart(actor_id, "Counter", {"call": 1}, None, "pending", job_id=driver.job.job_id)
@@ -231,6 +232,12 @@ class Script:
         lifetime = yield from driver.put(0, 8)
         assert isinstance(lifetime, Ref)
         driver.event(e.ActorOpened(part, demand, e.SetupPlan("Counter"), creation, None, lifetime.part.number))
+        return actor_id, lifetime
+
+    def actor(self) -> Steps:
+        """An actor with calls in order."""
+        driver = self.driver
+        actor_id, lifetime = yield from self.open_actor()
         calls: list[tuple[Ref, int]] = []
         for index in range(self.count(1, 20)):
             operation = self.operation(fails=False, result_bytes=8, caller=driver.name + actor_id, index=index)
@@ -305,4 +312,6 @@ PROGRAMS: dict[str, Callable[[Script], Steps]] = {
     "chunks": chunks,
     "limits": limits,
     "stragglers": stragglers,
+    "streams": streams,
+    "streaming_actor": streaming_actor,
 }

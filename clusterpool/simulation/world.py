@@ -25,6 +25,7 @@ from clusterpool.simulation.lock_programs import LockLedger
 from clusterpool.simulation.monitor import Monitor
 from clusterpool.simulation.node import SimulatedNode
 from clusterpool.simulation.party import Fabric, Host
+from clusterpool.simulation.stream_programs import StreamLedger
 from clusterpool.simulation.threads import Disconnected, Pause, Steps, Thread
 from clusterpool.simulation.timeline import Timeline, Trace, Violation
 from clusterpool.simulation.workloads import Script
@@ -62,6 +63,7 @@ class World:
         self.monitor = Monitor(self)
         self.ledger = ActorLedger(self)
         self.locks = LockLedger(self)
+        self.streams = StreamLedger(self)
         random = self.random("world")
         self._numbers = itertools.count(1)
         count = plan.nodes or random.choice((1, 2, 2, 3, 3, 4, 5, 8))

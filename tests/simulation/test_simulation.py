@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
+from clusterpool.core import messages as m
+from clusterpool.core.messages import Address
 from clusterpool.core.scheduler import Scheduler
 from clusterpool.simulation.__main__ import attempt, command_of, main
 from clusterpool.simulation.coverage import Coverage, machines
@@ -90,6 +93,28 @@ def test_a_state_that_is_not_restored_is_found(monkeypatch: pytest.MonkeyPatch) 
     # A next life that forgets the calls since the last checkpoint.
     monkeypatch.setattr(ActorLog, "load", lambda self, checkpoint, covered: None)
     assert main(["--seeds", "0-40", "--faults", "0", "--programs", "restarts"]) == 1
+
+
+def test_a_generator_that_does_not_wait_for_its_taker_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from clusterpool.core.stream_pace import ProducerPace
+
+    monkeypatch.setattr(ProducerPace, "has_room", True)
+    assert main(["--seeds", "0-40", "--faults", "0", "--programs", "streams"]) == 1
+
+
+def test_an_item_that_comes_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from clusterpool.core.owner_objects import OwnerObjects
+
+    # An owner that takes what a second run of a generator repeats for new items.
+    original = OwnerObjects.stream_item
+
+    def stream_item(self: OwnerObjects, source: Address, message: m.StreamItem) -> list[Any]:
+        stream = self.streams.get(message.number)
+        index = max(message.index, len(stream.items) if stream is not None else 0)
+        return original(self, source, m.StreamItem(message.number, index, message.value))
+
+    monkeypatch.setattr(OwnerObjects, "stream_item", stream_item)
+    assert main(["--seeds", "0-40", "--faults", "0", "--programs", "streams"]) == 1
 
 
 def test_what_was_let_go_is_not_fetched_into_what_is_still_read() -> None:
