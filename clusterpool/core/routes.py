@@ -71,7 +71,7 @@ class Routes:
         self._refuse = refuse  # told why a message is dropped
         self._early: dict[str, list[tuple[float, Relay]]] = {}  # by node id, in order, each with the time it came
         self._early_count = self._early_bytes = 0
-        self._now_s = 0.0  # at the last tick
+        self._now_s = 0.0  # when anything came last, or at the last tick
         self._held: dict[str, list[tuple[float, Relay]]] = {}  # by node id, each with the time it came
         self._held_count = 0
         self._returned_s: dict[str, float] = {}  # by node id, when what was held for one that had ended was handed back
@@ -111,8 +111,10 @@ class Routes:
         stamped = Relay(relay.destination, relay.source, relay.body, self._membership.incarnation, life)
         self._peers.send(relay.destination.node_id, address, wire.encode(stamped))
 
-    def arrived(self, node_id: str, relay: Relay) -> bool:
+    def arrived(self, node_id: str, relay: Relay, now_s: float) -> bool:
         """Whether to let in what a node has sent, now. What is early is delivered later; the rest is dropped."""
+        # A node hears others before its first tick.
+        self._now_s = max(self._now_s, now_s)
         early = self._early.get(node_id)
         is_let_in = None if early else self._is_let_in(node_id, relay)
         if is_let_in is None and relay.from_life > self._membership.ended_incarnation(node_id):

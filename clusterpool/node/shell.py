@@ -448,7 +448,7 @@ class NodeShell:
                 message = wire.decode(frame)
                 if not isinstance(message, m.Relay):
                     raise ProtocolError("nodes exchange relays only")
-                if self.routes.arrived(node_id, message):
+                if self.routes.arrived(node_id, message, monotonic()):
                     self._relay_of_peer(message)
             except (msgspec.MsgspecError, ProtocolError) as exc:
                 self.reject("another node", f"dropped a frame of node {node_id!r}: {exc}")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SLICE_S = 0.25
 STUCK_S = 1.0
+TOKENS_MAX = 1000
 
 
 class CarrierPart(msgspec.Struct, frozen=True, array_like=True):
@@ -70,7 +71,7 @@ class Carriers:
         client = self._client
         name = f"{client.job.job_id}-{client.name}-{client.world.next_number()}"
         self._node.coordination.thin[name] = ThinCarrier(kind, tokens, content)
-        return CarrierPart(name, kind, client.address.node_id, tokens)
+        return CarrierPart(name, kind, client.address.node_id, -1 if kind == "semaphore" else tokens)
 
     @property
     def _node(self) -> SimulatedNode:
@@ -83,7 +84,7 @@ class Carriers:
         if name in self._moved:
             return True
         if carrier.home != self._client.address.node_id:
-            maximum = carrier.total if carrier.kind == "lock" else 1000
+            maximum = carrier.total if carrier.total > 0 else TOKENS_MAX
             yield from self._ask(
                 lambda request: c.AdoptCarrier(request, carrier.kind, name, carrier.home, maximum, carrier.total)
             )
@@ -114,7 +115,7 @@ class Carriers:
     # --- semaphores
 
     def acquire(self, carrier: CarrierPart, patience_s: float) -> Steps:
-        """A Token, or None after so long."""
+        """A Token, or None after so long; at once if that is 0."""
         client, name = self._client, carrier.name
         deadline_s = client.now_s() + patience_s
         reported_s = client.now_s()
@@ -128,7 +129,7 @@ class Carriers:
             yield from client.wait_for(partial(self._is_changed, thin, page), SLICE_S)
             if thin.tokens > 0:
                 return self._taken_thin(carrier, thin)
-            if client.now_s() - reported_s >= STUCK_S:
+            if carrier.total >= 0 and client.now_s() - reported_s >= STUCK_S:
                 reported_s = client.now_s()
                 client.send(client.node, c.ReportStuck(name, carrier.total))
         if carrier.home == client.address.node_id:
@@ -139,12 +140,13 @@ class Carriers:
 
         def make(request: int) -> Message:
             requests.append(request)
-            return c.AcquireToken(request, name, True)
+            return c.AcquireToken(request, name, patience_s > 0)
 
         def give_back(_answer: c.CoordinationDone) -> None:
             client.send(client.node, c.ReturnToken(requests[0], name))
 
-        answer = yield from self._wait(make, max(0.0, deadline_s - client.now_s()), give_back)
+        left_s = max(0.0, deadline_s - client.now_s()) if patience_s > 0 else None
+        answer = yield from self._wait(make, left_s, give_back)
         return Token(carrier, requests[0], answer.number) if answer.number else None
 
     def _taken_thin(self, carrier: CarrierPart, thin: ThinCarrier) -> Token:
@@ -158,7 +160,7 @@ class Carriers:
         Raises: CoordinationError, `lock_lost` when it was taken from us.
         """
         carrier, name = token.carrier, token.carrier.name
-        maximum = max(1, carrier.total)
+        maximum = carrier.total if carrier.total > 0 else TOKENS_MAX
         if token.request:
             yield from self._ask(lambda request: c.ReleaseToken(request, name, maximum, token.request))
             return
@@ -170,6 +172,31 @@ class Carriers:
         if (yield from self._is_moved(carrier)) and thin.tokens > 0:
             thin.tokens -= 1
             yield from self._ask(lambda request: c.ReleaseToken(request, name, maximum, 0, True))
+
+    def post(self, carrier: CarrierPart) -> Steps:
+        """One token more, of a semaphore whose tokens belong to nobody."""
+        name = carrier.name
+        is_home = carrier.home == self._client.address.node_id
+        if is_home:
+            thin = self._thin(carrier)
+            if not (yield from self._is_moved(carrier)):
+                thin.tokens += 1
+                self._woken()
+                if not (yield from self._is_moved(carrier)) or thin.tokens == 0:
+                    return
+                thin.tokens -= 1
+        else:
+            yield from self._is_moved(carrier)
+        yield from self._ask(lambda request: c.ReleaseToken(request, name, TOKENS_MAX))
+
+    def value(self, carrier: CarrierPart) -> Steps:
+        """How many tokens nobody has, or items nobody has got."""
+        if (yield from self._is_moved(carrier)):
+            kind = c.CountItems if carrier.kind == "channel" else c.ReadValue
+            answer = yield from self._ask(lambda request: kind(request, carrier.name))
+            return answer.number
+        thin = self._thin(carrier)
+        return len(thin.items) if carrier.kind == "channel" else thin.tokens
 
     def count_held(self, message: c.CountHeld) -> None:
         """The node counts the tokens of a thin semaphore."""
@@ -212,7 +239,7 @@ class Carriers:
         self._woken()
 
     def get(self, carrier: CarrierPart, patience_s: float) -> Steps:
-        """The first item, or None after so long."""
+        """The first item, or None after so long; at once if that is 0."""
         client = self._client
         deadline_s = client.now_s() + patience_s
         while not (yield from self._is_moved(carrier)):
@@ -227,8 +254,9 @@ class Carriers:
         def give_back(answer: c.CoordinationDone) -> None:
             client.send(client.node, c.ReturnItem(carrier.name, answer.content))
 
-        left_s = max(0.0, deadline_s - client.now_s())
-        answer = yield from self._wait(lambda request: c.GetItem(request, carrier.name, True), left_s, give_back)
+        waits = patience_s > 0
+        left_s = max(0.0, deadline_s - client.now_s()) if waits else None
+        answer = yield from self._wait(lambda request: c.GetItem(request, carrier.name, waits), left_s, give_back)
         return answer.content if answer.number else None
 
     # --- questions
@@ -237,7 +265,7 @@ class Carriers:
         return _checked((yield from self._client.ask(make, lambda: None)))
 
     def _wait(
-        self, make: Callable[[int], Message], patience_s: float, give_back: Callable[[c.CoordinationDone], None]
+        self, make: Callable[[int], Message], patience_s: float | None, give_back: Callable[[c.CoordinationDone], None]
     ) -> Steps:
         client = self._client
         answers: list[Any] = []

@@ -219,7 +219,7 @@ class SimulatedNode(Party):
     def _frame_arrived(self, node_id: str, frame: bytes) -> None:
         message = wire.decode(frame)
         assert isinstance(message, m.Relay)
-        if self.routes.arrived(node_id, message):
+        if self.routes.arrived(node_id, message, self.now_s()):
             self._relay(message)
         self._read_posted()
 

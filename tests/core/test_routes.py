@@ -158,10 +158,10 @@ def test_a_message_to_a_dead_node_that_was_heard_again_is_held(setting: Setting)
     setting.end("nb", life=1)
     setting.routes.send(relay("nb", b"1"), 10.0)
     setting.routes.time_passed(10.0 + ENDED_HOLD_S)
-    assert not setting.routes.arrived("nb", from_there(1, 1, b"old"))
+    assert not setting.routes.arrived("nb", from_there(1, 1, b"old"), 0.0)
     setting.routes.send(relay("nb", b"2"), 11.1)
     assert [each.body for each in setting.returned] == [b"1", b"2"], "only its former life was heard"
-    assert not setting.routes.arrived("nb", from_there(2, 1, b"new"))
+    assert not setting.routes.arrived("nb", from_there(2, 1, b"new"), 0.0)
     setting.routes.send(relay("nb", b"3"), 11.2)
     setting.list_nodes("nb", life=2)
     setting.routes.joined("nb")
@@ -176,25 +176,25 @@ def test_messages_name_the_lives_of_both_nodes(setting: Setting) -> None:
 
 def test_news_of_a_node_are_not_let_in_after_the_news_of_its_end(setting: Setting) -> None:
     setting.list_nodes("nb", life=2)
-    assert setting.routes.arrived("nb", from_there(2, 1, b"1"))
+    assert setting.routes.arrived("nb", from_there(2, 1, b"1"), 0.0)
     setting.end("nb", life=2)
-    assert not setting.routes.arrived("nb", from_there(2, 1, b"2"))
+    assert not setting.routes.arrived("nb", from_there(2, 1, b"2"), 0.0)
     setting.list_nodes("nb", life=3)
     setting.routes.joined("nb")
-    assert not setting.routes.arrived("nb", from_there(2, 1, b"3"))  # it was under way for long
-    assert setting.routes.arrived("nb", from_there(3, 1, b"4"))
+    assert not setting.routes.arrived("nb", from_there(2, 1, b"3"), 0.0)  # it was under way for long
+    assert setting.routes.arrived("nb", from_there(3, 1, b"4"), 0.0)
     assert setting.delivered == []
 
 
 def test_news_of_a_life_not_heard_of_yet_wait_for_the_news_that_it_has_begun(setting: Setting) -> None:
     setting.list_nodes("nb", life=2)
-    assert not setting.routes.arrived("nb", from_there(3, 1, b"1"))
-    assert not setting.routes.arrived("nb", from_there(3, 1, b"2"))
+    assert not setting.routes.arrived("nb", from_there(3, 1, b"1"), 0.0)
+    assert not setting.routes.arrived("nb", from_there(3, 1, b"2"), 0.0)
     setting.list_nodes("nb", life=3)
-    assert not setting.routes.arrived("nb", from_there(3, 1, b"3"))  # it must not overtake the two
+    assert not setting.routes.arrived("nb", from_there(3, 1, b"3"), 0.0)  # it must not overtake the two
     setting.routes.joined("nb")
     assert setting.delivered == [b"1", b"2", b"3"]
-    assert setting.routes.arrived("nb", from_there(3, 1, b"4"))
+    assert setting.routes.arrived("nb", from_there(3, 1, b"4"), 0.0)
 
 
 def test_a_node_that_was_fenced_hears_nothing_meant_for_its_former_life_and_sends_nothing_from_it(
@@ -204,11 +204,11 @@ def test_a_node_that_was_fenced_hears_nothing_meant_for_its_former_life_and_send
     setting.membership.handle(ms.NodeEventRead("node_died", "na", 1, "it was silent"), 0.0)
     setting.routes.send(relay("nb", b"1"), 0.0)
     assert [each.body for each in setting.returned] == [b"1"] and setting.peers.sent == []
-    assert not setting.routes.arrived("nb", from_there(2, 1, b"2"))
+    assert not setting.routes.arrived("nb", from_there(2, 1, b"2"), 0.0)
     setting.membership.handle(ms.WorkEnded(), 0.0)
-    assert not setting.routes.arrived("nb", from_there(2, 3, b"3"))  # nb knows before we do
+    assert not setting.routes.arrived("nb", from_there(2, 3, b"3"), 0.0)  # nb knows before we do
     setting.membership.handle(ms.Registered(3), 0.0)
-    assert not setting.routes.arrived("nb", from_there(2, 1, b"4"))
+    assert not setting.routes.arrived("nb", from_there(2, 1, b"4"), 0.0)
     setting.routes.time_passed(0.5)
     assert setting.delivered == [b"3"]
     setting.routes.send(relay("nb", b"5"), 0.0)
@@ -233,23 +233,23 @@ def test_what_comes_from_or_for_a_life_that_is_over_is_refused_and_told(
 ) -> None:
     setting.list_nodes("nb", life=2)
     setting.end("nb", life=1)
-    assert not setting.routes.arrived("nb", from_there(from_life, to_life, b"again"))
+    assert not setting.routes.arrived("nb", from_there(from_life, to_life, b"again"), 0.0)
     (text,) = setting.refused
     assert f"from its life {from_life} to our life {to_life}" in text
-    assert setting.routes.arrived("nb", from_there(2, 1, b"now")) and len(setting.refused) == 1
+    assert setting.routes.arrived("nb", from_there(2, 1, b"now"), 0.0) and len(setting.refused) == 1
 
 
 def test_what_a_life_says_that_never_comes_is_held_for_so_long_and_no_more_of_it_than_fits(setting: Setting) -> None:
     setting.routes.time_passed(1.0)
     body = bytes(EARLY_BYTES_MAX // 4)
     for _ in range(5):
-        assert not setting.routes.arrived("nb", from_there(7, 1, body))
+        assert not setting.routes.arrived("nb", from_there(7, 1, body), 0.0)
     assert len(setting.refused) == 1, "the fifth does not fit"
     setting.routes.time_passed(0.5 + EARLY_HOLD_S)
     assert len(setting.refused) == 1
     setting.routes.time_passed(1.0 + EARLY_HOLD_S)
     assert len(setting.refused) == 5
-    assert not setting.routes.arrived("nb", from_there(7, 1, body))
+    assert not setting.routes.arrived("nb", from_there(7, 1, body), 0.0)
     assert len(setting.refused) == 5, "there is room again"
 
 
@@ -264,3 +264,13 @@ def test_the_body_is_not_looked_at(setting: Setting) -> None:
     message: Any = wire.encode(LeaveNode())
     setting.routes.send(relay("nb", message), 0.0)
     assert setting.peers.sent[0][2] == message
+
+
+def test_what_comes_early_before_the_first_tick_is_kept_as_long_as_any(setting: Setting) -> None:
+    up_s = 100_000.0  # of the host, long before this node began
+    assert not setting.routes.arrived("nb", from_there(2, 1, b"early"), up_s)
+    setting.routes.time_passed(up_s + 0.3)
+    assert setting.refused == []
+    setting.list_nodes("nb", life=2)
+    setting.routes.joined("nb")
+    assert setting.delivered == [b"early"]
