@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from clusterpool.simulation.world import World
 
 _REPLIES = frozenset({
-    m.ObjectCreated, m.ObjectPinned, m.StoreFailed, m.ActorLocated, ActorLoaded, ActorSaved, CoordinationDone,
-    CoordinationFailed,
+    m.ObjectCreated, m.ObjectPinned, m.ObjectOnDisk, m.StoreFailed, m.ActorLocated, ActorLoaded, ActorSaved,
+    CoordinationDone, CoordinationFailed,
 })  # fmt: skip
 _WORKER_MESSAGES = frozenset({
     m.StreamTaken,
@@ -450,13 +450,19 @@ class Client(Party):
             if answer.kind in ("lost", "freed"):
                 raise Unreadable(m.UnreadablePart(stored.object_id, answer.gone, answer.text, answer.dead))
             return Outcome(answer.kind, 0, text=answer.text), None
-        assert isinstance(answer, m.ObjectPinned)
-        content = self.node_party.arena.read(answer.offset, answer.size_bytes)
+        view = None
+        if isinstance(answer, m.ObjectOnDisk):
+            content = self.node_party.disk.read(stored.object_id)
+            if content is None:
+                return Outcome("disk_failed", 0, text=f"the file of {stored.object_id} cannot be read"), None
+        else:
+            assert isinstance(answer, m.ObjectPinned)
+            content = self.node_party.arena.read(answer.offset, answer.size_bytes)
+            view = View(self, stored.object_id, answer.offset, content)
         number = int.from_bytes(content[:8], "little")
         monitor = self.world.monitor
-        monitor.check(answer.size_bytes == stored.size_bytes, f"{stored.object_id} has another size than it had")
+        monitor.check(len(content) == stored.size_bytes, f"{stored.object_id} has another size than it had")
         monitor.check(content == content_of(number, stored.size_bytes), f"{stored.object_id} has been torn")
-        view = View(self, stored.object_id, answer.offset, content)
         return Outcome("ok", number, tuple(part.references)), view
 
     def put(self, number: int, size_bytes: int, references: list[Reference] | None = None) -> Steps:

@@ -35,6 +35,7 @@ EXCUSES: dict[str, frozenset[str]] = {
     "start_failed": _DEATHS | {"fork"},
     "store_full": frozenset({"memory"}) | _DEATHS,
     "disk_full": frozenset({"memory", "disk"}),
+    "disk_failed": frozenset({"disk"}),
     "too_large": frozenset({"memory"}),
     "not_connected": _DEATHS,
     "infeasible": _DEATHS,

@@ -29,6 +29,7 @@ FOUND = {
     3165: "a node that was fenced watched a driver for a dying worker's sake, unheard, and never again",
     3399: "a node wrote down the owner of an object that had been let go while it was being fetched",
     2018: "a node that was late to hear of another's death ended the job of a driver that had come back with its node",
+    306: "a message of a node that was not known yet, come before the first tick, was dropped at that tick",
     114: "an object was freed twice when a task that waited for it failed for its value, nobody else having it",
 }
 # The same, by programs: (seed, programs).
