@@ -19,12 +19,16 @@ process of another node unpickles it, it moves to the control store, once and fo
                                      |waits                          ^
                                      v      GrantRead                |
                                   waiting ---------------------------+
-                                     |CancelWait, ProcessGone
+                                     |CancelWait                     |
+                                     v      GrantRead                |
+                                 cancelled in the store -------------+
+                                     |so it is, or the store is silent; ProcessGone
                                      v
-                                 forgotten: cancelled in the store; a grant that comes all the same is given back
+                                 forgotten: a grant that comes all the same is given back
 
-So each grant that reaches the node is delivered or given back, and nothing about a cancelled wait need be kept. What a
-process holds (the token of a lock, an item that was reserved for it) the store knows, and gives back at its end.
+So each grant that reaches the node is delivered or given back. Who gives up waiting goes on when the store knows it:
+what others release from then on is there for whoever asks, and what they released before is its own. What a process
+holds (the token of a lock, an item that was reserved for it) the store knows, and gives back at its end.
 
 All waits bear the node's life, and end with it. A node that was declared dead and has not heard of it yet gets nothing
 (LIFE_OVER): its waits stay `asked`, and are asked anew in the name of the next life as soon as that has begun.
@@ -49,6 +53,8 @@ REFUSED, GRANTED, WAITING, LIFE_OVER = 0, 1, 2, 3
 # Of what processes held when it moved, the tokens are counted every two seconds: what a dead one held must come free
 # within five, and a count asks all processes of the node, if no single one holds all.
 _TICKS_A_LOOK = 4
+# So many half seconds, and not the first, a process that gives up waiting waits for the store's answer to that.
+_CANCEL_TICKS = 3
 # In the store, the holder of what processes of a carrier's home held when it moved; no process has such an id.
 THIN = "thin"
 
@@ -83,9 +89,8 @@ class CoordinationMachine:
             e.JobGone: self._job_gone,
             e.NodeGone: self._node_gone,
             e.NodeUnreachable: lambda event: self._home_unreachable(event.node_id),
-            e.SelfFenced: lambda _: self._call(
-                "end_node_life", (self.life, True)
-            ),  # those who wait: with the next life
+            # Those who wait: with the next life.
+            e.SelfFenced: lambda _: self._call("end_node_life", (self.life, True)),
             e.StoreChanged: lambda _: self._ask_again(),
             e.OperationAnswered: lambda event: self._answered(event.tag, event.value, "", ""),
             e.OperationFailed: lambda event: self._answered(event.tag, None, event.kind, event.text),
@@ -103,7 +108,9 @@ class CoordinationMachine:
             c.GetItem: self._wait_for,
             c.CancelWait: self._cancel,
             c.ReleaseToken: self._release,
-            c.ReturnToken: self._return_token,
+            c.ReturnToken: lambda source, message: self._give_back(
+                message.name, self._waiter(source, message.acquired)
+            ),
             c.ReadValue: lambda source, message: self._relay(source, message, "value", (message.name,)),
             c.PutItem: lambda source, message: self._relay(source, message, "put", (message.name, message.content)),
             c.ReturnItem: lambda _, message: self._call("put_back", (message.name, message.content)),
@@ -111,7 +118,7 @@ class CoordinationMachine:
             c.ReadCell: self._read_cell,
             c.WriteCell: self._write_cell,
             c.ForgetCarriers: lambda _, message: [e.RemoveCarriers(message.names)],
-            c.MoveCarrier: self._move_for_node,
+            c.MoveCarrier: lambda source, message: self._move(message, node=source),
             c.CarrierMoved: self._moved,
             c.ReportStuck: self._stuck,
             c.HeldCounted: self._census.answered,
@@ -185,9 +192,6 @@ class CoordinationMachine:
         if message.is_thin:
             return f"{self.life}/{THIN}"
         return self._waiter(source, message.acquired) if message.acquired else ""
-
-    def _return_token(self, source: Address, message: c.ReturnToken) -> Commands:
-        return self._give_back(message.name, self._waiter(source, message.acquired))
 
     def _write_cell(self, source: Address, message: c.WriteCell) -> Commands:
         arguments = (message.name, message.content, message.guard, self._holder(source, message))
@@ -275,14 +279,27 @@ class CoordinationMachine:
 
     def _cancel(self, source: Address, message: c.CancelWait) -> Commands:
         waiter = self._waiter(source, message.request)
-        wait = self._waits.pop(waiter, None)
+        wait = self._waits.get(waiter)
         if wait is None:
             return []  # its answer is on its way to the process
-        return [done(source, message), *self._call("cancel", (wait.message.name, waiter))]
+        wait.cancelled_ticks = wait.cancelled_ticks or 1
+        # If it did not wait in the store, it has been granted, and that comes.
+        return self._call(
+            "cancel",
+            (wait.message.name, waiter),
+            lambda was_waiting, kind, _: self._give_up([waiter] if kind or was_waiting else []),
+        )
+
+    def _give_up(self, waiters: list[str]) -> Commands:
+        waits = [self._waits.pop(waiter) for waiter in waiters if waiter in self._waits]
+        return [done(wait.source, wait.message) for wait in waits]
+
+    def _cancelled_for(self, ticks: int) -> list[str]:
+        return [waiter for waiter, wait in self._waits.items() if wait.cancelled_ticks >= ticks]
 
     def _ask_again(self) -> Commands:
         """Whoever waits must be known to the store; it takes a question that it knows for the same one."""
-        commands: Commands = []
+        commands = self._give_up(self._cancelled_for(1))
         waits = list(self._waits.values())
         self._waits = {self._waiter(wait.source, wait.message.request): wait for wait in waits}  # of this life now
         for waiter, wait in self._waits.items():
@@ -347,9 +364,6 @@ class CoordinationMachine:
         return commands
 
     # --- moves: carriers of this node
-
-    def _move_for_node(self, source: Address, message: c.MoveCarrier) -> Commands:
-        return self._move(message, node=source)
 
     def _move(
         self, message: c.MoveCarrier, *, process: tuple[Address, int] | None = None, node: Address | None = None
@@ -419,7 +433,10 @@ class CoordinationMachine:
     def _time_to_look(self, _event: e.TimeToLook) -> Commands:
         # A holder may have died before the move, when nobody waited who could tell, or a count have come to nothing.
         self._ticks += 1
-        return self._look(for_forks=self._ticks % _TICKS_A_LOOK != 0)
+        commands = self._give_up(self._cancelled_for(_CANCEL_TICKS))
+        for wait in self._waits.values():
+            wait.cancelled_ticks += wait.cancelled_ticks > 0
+        return commands + self._look(for_forks=self._ticks % _TICKS_A_LOOK != 0)
 
     def _look(self, *, for_forks: bool = False) -> Commands:
         """Who still holds what it had taken before a move? Those who wait for it, in the store, cannot report it."""

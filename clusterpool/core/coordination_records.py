@@ -39,6 +39,7 @@ class Wait:
         self.source = source
         self.message = message
         self.is_popping = False
+        self.cancelled_ticks = 0  # from 1 on, since the process has given up
 
     @property
     def wants_item(self) -> bool:

@@ -117,20 +117,46 @@ def test_a_grant_may_overtake_the_news_that_one_has_to_wait(node: Node) -> None:
     assert node.answer(commands, (WAITING, 0)) == []
 
 
-def test_a_cancelled_wait_is_answered_at_once_and_cancelled_in_the_store(node: Node) -> None:
+def test_a_cancelled_wait_ends_when_the_store_knows_of_it(node: Node) -> None:
+    # Else a token that another process gives back now would go to nobody for a moment.
     node.wait(c.AcquireToken(1, LOCK, True))
     commands = node.hear(W1, c.CancelWait(1))
-    assert done(commands) == [(1, 0, b"")]
-    assert calls(commands) == [("cancel", LOCK, "na/w1/1")]
+    assert (done(commands), calls(commands)) == ([], [("cancel", LOCK, "na/w1/1")])
+    assert done(node.answer(commands, True)) == [(1, 0, b"")]
+    assert calls(node.handle(e.GrantRead("na/w1/1", LOCK, 4))) == [("give_back", LOCK, "na/w1/1")], "nobody takes it"
 
 
 @pytest.mark.parametrize("is_read", [False, True])
-def test_a_token_that_comes_after_a_cancel_is_given_back(node: Node, is_read: bool) -> None:
+def test_what_was_granted_before_the_cancel_is_the_waiters(node: Node, is_read: bool) -> None:
     asked = node.hear(W1, c.AcquireToken(1, LOCK, True))
-    node.hear(W1, c.CancelWait(1))
+    cancel = node.hear(W1, c.CancelWait(1))
+    if is_read:
+        assert node.answer(cancel, False) == []
     late = node.handle(e.GrantRead("na/w1/1", LOCK, 4)) if is_read else node.answer(asked, (GRANTED, 4))
-    assert calls(late) == [("give_back", LOCK, "na/w1/1")]
-    assert done(late) == []
+    assert (done(late), calls(late)) == ([(1, 4, b"")], [])
+    if not is_read:
+        assert node.answer(cancel, False) == []
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_who_gives_up_waits_no_longer_for_a_store_that_is_silent(node: Node, is_refused: bool) -> None:
+    node.wait(c.AcquireToken(1, LOCK, True))
+    node.wait(c.AcquireToken(2, LOCK, True))
+    cancel = node.hear(W1, c.CancelWait(1))
+    if is_refused:
+        assert done(node.fail(cancel, "NotConnected")) == [(1, 0, b"")]
+    else:
+        answers = [done(node.handle(e.TimeToLook())) for _ in range(4)]
+        assert answers == [[], [], [(1, 0, b"")], []], "and the second still waits"
+    assert calls(node.handle(e.StoreChanged())) == [("acquire", LOCK, "na/w1/2", True)]
+    assert calls(node.handle(e.GrantRead("na/w1/1", LOCK, 4))) == [("give_back", LOCK, "na/w1/1")]
+
+
+def test_who_gives_up_does_not_ask_a_new_server(node: Node) -> None:
+    node.wait(c.AcquireToken(1, LOCK, True))
+    node.hear(W1, c.CancelWait(1))
+    commands = node.handle(e.StoreChanged())
+    assert (done(commands), calls(commands)) == ([(1, 0, b"")], [])
 
 
 def test_a_cancel_that_crosses_its_answer_changes_nothing(node: Node) -> None:
@@ -186,13 +212,24 @@ def test_who_waits_for_an_item_gets_the_one_that_was_reserved(node: Node) -> Non
 
 
 @pytest.mark.parametrize("is_popping", [False, True])
-def test_an_item_that_comes_after_a_cancel_is_put_back(node: Node, is_popping: bool) -> None:
+def test_an_item_that_was_reserved_before_the_cancel_is_the_waiters(node: Node, is_popping: bool) -> None:
     if is_popping:
         node.wait(c.GetItem(1, CHANNEL, True))
         late, value = node.handle(e.GrantRead("na/w1/1", CHANNEL, 2)), b"item"
     else:
         late, value = node.hear(W1, c.GetItem(1, CHANNEL, True)), (GRANTED, b"item")  # type: ignore[assignment]
-    assert done(node.hear(W1, c.CancelWait(1))) == [(1, 0, b"")]
+    assert done(node.hear(W1, c.CancelWait(1))) == []
+    assert done(node.answer(late, value)) == [(1, 1, b"item")]
+
+
+@pytest.mark.parametrize("is_popping", [False, True])
+def test_an_item_that_comes_when_nobody_is_there_is_put_back(node: Node, is_popping: bool) -> None:
+    if is_popping:
+        node.wait(c.GetItem(1, CHANNEL, True))
+        late, value = node.handle(e.GrantRead("na/w1/1", CHANNEL, 2)), b"item"
+    else:
+        late, value = node.hear(W1, c.GetItem(1, CHANNEL, True)), (GRANTED, b"item")  # type: ignore[assignment]
+    assert calls(node.handle(e.ProcessGone(W1))) == [("end_process", "na/w1/")]
     assert calls(node.answer(late, value)) == [("put_back", CHANNEL, b"item")]
 
 
@@ -505,13 +542,15 @@ def test_a_lock_has_one_holder_and_is_never_lost(seed: int) -> None:
     carrier = cluster.shared.carriers[LOCK]
     assert carrier.value == 1 - len(cluster.held)
     assert not cluster.waiting or cluster.held, "somebody waits for a lock that nobody holds"
-    # All who wait now give up, and the holder lets go: then it is free.
+    # All who wait now give up, and the holder lets go, and who got it before it had given up: then it is free.
     for waiter, request in list(cluster.waiting):
         cluster.handle(waiter.node_id, MessageArrived(waiter, c.CancelWait(request)))
-    for holder, _ in cluster.held:
-        cluster.handle(holder.node_id, MessageArrived(holder, c.ReleaseToken(next(cluster.requests), LOCK, 1)))
-    cluster.held.clear()
-    cluster.settle()
+    for _ in range(2):
+        for holder, _ in cluster.held:
+            cluster.handle(holder.node_id, MessageArrived(holder, c.ReleaseToken(next(cluster.requests), LOCK, 1)))
+        cluster.held.clear()
+        cluster.settle()
+    assert not cluster.waiting and not cluster.held
     assert (carrier.value, carrier.waiters, cluster.shared.holds) == (1, [], {})
 
 
