@@ -73,6 +73,13 @@ class ActorChannel:
         """Queue calls; `send_ready` sends them."""
         self.queue.extend(tasks)
 
+    def unsent(self) -> list[Task]:
+        """What the actor's worker has not been sent: the creation, if it is ours, and calls."""
+        if self.actor.state == "dead":
+            return []
+        creation = [self.creation] if self.creation is not None and not self.is_creation_sent else []
+        return [*creation, *(task for task in self.queue if not task.is_cancelled)]
+
     def send_ready(self, functions: dict[int, bytes]) -> list[tuple[list[Task], Send]]:
         """Batches to send now: everything up to the first call that waits for an argument."""
         address = self.actor.address

@@ -19,16 +19,13 @@ process of another node unpickles it, it moves to the control store, once and fo
                                      |waits                          ^
                                      v      GrantRead                |
                                   waiting ---------------------------+
-                                     |CancelWait                     |
-                                     v      GrantRead                |
-                                 cancelled in the store -------------+
-                                     |so it is, or the store is silent; ProcessGone
-                                     v
+                                     |CancelWait: cancelled in the store, which knows of no grant, or is silent;
+                                     v                       ProcessGone
                                  forgotten: a grant that comes all the same is given back
 
-So each grant that reaches the node is delivered or given back. Who gives up waiting goes on when the store knows it:
-what others release from then on is there for whoever asks, and what they released before is its own. What a process
-holds (the token of a lock, an item that was reserved for it) the store knows, and gives back at its end.
+So each grant that reaches the node is delivered or given back. Who gives up waiting goes on when the store knows it, so
+that what is released afterwards is there for whoever asks. What a process holds (the token of a lock, an item that was
+reserved for it) the store knows, and gives back at its end.
 
 All waits bear the node's life, and end with it. A node that was declared dead and has not heard of it yet gets nothing
 (LIFE_OVER): its waits stay `asked`, and are asked anew in the name of the next life as soon as that has begun.
@@ -412,8 +409,7 @@ class CoordinationMachine:
         contents = drained.contents
         if move.held:
             contents = contents._replace(content=f"{self.life} {move.held}".encode())
-        arguments = (name, move.kind, move.maximum, contents)
-        return self._call("create", arguments, on_created)
+        return self._call("create", (name, move.kind, move.maximum, contents), on_created)
 
     def _missing(self, event: e.CarrierMissing) -> Commands:
         move = self._moves.pop(event.name, None)

@@ -424,8 +424,10 @@ class OwnerMachine:
             commands += self._checked(worker_set.node_lost(message.node_id, message.text, now_s))
             commands += self.arguments.node_lost(worker_set, message.node_id, message.text, now_s)
             commands += self._checked(worker_set.advance(now_s))
-        commands += self.children.node_gone(message.node_id)
-        return commands + self.actors.node_gone(message.node_id, message.text)
+        commands += self.children.node_gone(message.node_id) + self.actors.node_gone(message.node_id, message.text)
+        for channel in list(self.actors.channels.values()):
+            commands += self.arguments.node_lost(channel, message.node_id, message.text, now_s)
+        return commands
 
     def ask_again(self, now_s: float) -> Commands:
         """What we have asked for may be lost: ask anew, and give back what comes for the old requests."""

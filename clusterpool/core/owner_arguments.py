@@ -54,23 +54,33 @@ class OwnerArguments:
 
     def await_again(self, task: Task, target: WorkerSet | ActorChannel, now_s: float) -> Commands:
         """The same for a task whose arguments are still held, but whose values may have changed, or be lost."""
+        if isinstance(target, ActorChannel):
+            target.queue.appendleft(task)
+        return self._await_in_place(task, target, now_s)
+
+    def _await_in_place(self, task: Task, target: WorkerSet | ActorChannel, now_s: float) -> Commands:
         number = task.spec.number
         self.targets[number] = target
-        if isinstance(target, ActorChannel):
-            target.waiting.add(number)
-            target.queue.appendleft(task)
-        else:
-            target.awaiting.add(number)
+        (target.waiting if isinstance(target, ActorChannel) else target.awaiting).add(number)
         commands, is_known = self._objects.await_values(task, self._owner.requests)
         return commands + self.known(task, now_s) if is_known else commands
 
-    def node_lost(self, target: WorkerSet, node_id: str, text: str, now_s: float) -> Commands:
-        """A node is gone. Queued tasks that would look for an argument there wait for another copy, or a rebuilt one.
+    def node_lost(self, target: WorkerSet | ActorChannel, node_id: str, text: str, now_s: float) -> Commands:
+        """A node is gone. Tasks that would look for an argument there wait for another copy, or a rebuilt one.
 
-        (A worker would notice, too, but only after it has tried, which takes a second.)
+        (A worker would notice, too, but only after it has tried, which takes a second.) A task that rests between two
+        attempts runs as soon as it can: what made it rest may have been that node.
         """
+
+        def is_meant(task: Task) -> bool:
+            return bool(_stored_only_on(task, node_id))
+
         commands: Commands = []
-        for task in target.dispatcher.take_out(lambda task: bool(_stored_only_on(task, node_id))):
+        if isinstance(target, ActorChannel):
+            tasks = [task for task in target.unsent() if task.spec.number not in target.waiting and is_meant(task)]
+        else:
+            tasks = target.dispatcher.take_out(is_meant) + target.rescue.take_out(is_meant)
+        for task in tasks:
             names = _stored_only_on(task, node_id)
             for reference in self._objects.arguments_of(task).dependencies:
                 value = self._objects.table.value_of(reference)
@@ -78,7 +88,7 @@ class OwnerArguments:
                     # Of what is our own this is known already.
                     gone = m.UnreadablePart(value.stored.object_id, [], f"its node is gone: {text}", [node_id])
                     commands += self._owner.recovery.unreadable(reference, gone)[0]
-            commands += self.await_again(task, target, now_s)
+            commands += self._await_in_place(task, target, now_s)
         return commands
 
     def known(self, task: Task, now_s: float) -> Commands:

@@ -13,8 +13,8 @@ does not count.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from heapq import heappop, heappush
+from collections.abc import Callable, Mapping
+from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 import msgspec
@@ -159,6 +159,15 @@ class Rescue:
             if not task.is_cancelled:
                 tasks.append(task)
         return tasks
+
+    def take_out(self, is_meant: Callable[[Task], bool]) -> list[Task]:
+        """Those of the resting that are meant: they will come by another way."""
+        taken = [item for item in self.resting if not item[2].is_cancelled and is_meant(item[2])]
+        if taken:
+            places = {place for _, place, _ in taken}
+            self.resting = [item for item in self.resting if item[1] not in places]
+            heapify(self.resting)
+        return [task for _, _, task in taken]
 
     def clear(self) -> list[Task]:
         """All of them: they shall not run."""

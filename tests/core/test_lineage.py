@@ -357,6 +357,71 @@ def test_a_queued_task_is_not_sent_with_an_argument_that_went_with_its_node(owne
     assert spec.extras is not None and [v.stored and v.stored.node_ids for v in spec.extras.arguments] == [["n3"]]
 
 
+def test_a_resting_task_whose_argument_went_with_its_node_has_it_made_again_at_once(owner: Lineages) -> None:
+    owner.submit_with(1024)
+    owner.run(made(1024))
+    owner.submit_with(2048, ref(1024))
+    owner.hear(NODE, m.WorkerExited(1, Address("n2", "w1"), -9, "killed"))
+    owner.grant(next(iter(owner.machine.sets[1].requested)), "w8", lease=8, node_id="n3")
+    owner.hear(NODE, m.WorkerExited(8, Address("n3", "w8"), -9, "killed"))
+    assert owner.machine.sets[1].rescue.count() == 1
+    owner.lose()
+    again = owner.grant(next(iter(owner.machine.sets[1].requested)), "w9", lease=9, node_id="n3")
+    assert attempts(again) == [(1024, 2)]
+    (spec,) = specs(owner.finish("w9", made(1024, "n3", attempt=2), node_id="n3"))
+    assert spec.extras is not None and (spec.number, spec.extras.attempt) == (2048, 3)
+    assert [v.stored and v.stored.node_ids for v in spec.extras.arguments] == [["n3"]]
+
+
+def actor_with_calls(owner: Lineages, *, is_met: bool, retries: int = 0) -> list[e.Command]:
+    """Call 2048 of an actor takes object 1024, which is on n2, and stands before call 3072."""
+    owner.submit_with(1024)
+    owner.run(made(1024))
+    address = Address("n3", "a1") if is_met else None
+    actor = m.ActorPart("a1", "C", {"f": 1}, address, "alive" if is_met else "pending", retries=retries)
+    commands = owner.handle(e.ActorMet(actor))
+    first, second = (make_task(n, sink=None, function=0, method="f", retries=retries) for n in (2048, 3072))
+    commands += owner.handle(e.TaskWithArgumentsSubmitted(0, "a1", first, e.TaskArguments([ref(1024)], [])))
+    return commands + owner.handle(e.ActorCallsSubmitted("a1", [second]))
+
+
+def test_a_call_that_waits_for_its_actor_has_an_argument_that_went_with_its_node_made_again(owner: Lineages) -> None:
+    (question,) = sent(actor_with_calls(owner, is_met=False), m.LocateActor)
+    owner.lose()
+    actor = m.ActorPart("a1", "C", {"f": 1}, Address("n3", "a1"), "alive")
+    assert specs(owner.hear(NODE, m.ActorLocated(question.request, actor))) == [], "the order of calls stays"
+    calls = owner.run(made(1024, "n3", attempt=2), node_id="n3")
+    (rebuilt, first, second) = specs(calls)
+    assert (rebuilt.number, first.number, second.number) == (1024, 2048, 3072)
+    assert first.extras is not None
+    assert [v.stored and v.stored.node_ids for v in first.extras.arguments] == [["n3"]]
+
+
+def test_the_creation_of_an_actor_has_an_argument_that_went_with_its_node_made_again(owner: Lineages) -> None:
+    owner.submit_with(1024)
+    owner.run(made(1024))
+    demand = m.WorkerDemand(m.WorkerKind.ACTOR, {}, actor_id="a1")
+    opened = e.ActorOpened(
+        m.ActorPart("a1", "C", {"f": 1}, None, "pending"), demand, e.SetupPlan(), make_task(2048, sink=None, name="C"),
+        e.TaskArguments([ref(1024)], []),
+    )  # fmt: skip
+    owner.handle(opened)
+    commands = owner.lose()
+    (request,) = [request for request in sent(commands, m.RequestWorkers) if request.demand == demand]
+    assert specs(owner.grant(request.request, "a1", lease=7, node_id="n3")) == []
+    assert [spec.number for spec in specs(owner.run(made(1024, "n3", attempt=2), node_id="n3"))] == [1024, 2048]
+
+
+def test_calls_that_are_sent_again_without_limit_wait_for_lost_arguments_too(owner: Lineages) -> None:
+    (spec, _) = specs(actor_with_calls(owner, is_met=True, retries=-1))
+    actor = Address("n3", "a1")
+    lost = TaskResult(spec.number, TaskStatus.LOST, b"", ResultExtras(unreadable=unreadable(1024, "n2")))
+    commands = owner.hear(actor, m.TasksFinished([lost], 0))
+    assert owner.value_of(ref(spec.number)) is None
+    commands += owner.run(made(1024, attempt=2))
+    assert [spec.number for spec in specs(commands)] == [1024, 2048]
+
+
 def test_a_cancelled_task_whose_argument_went_with_its_node_does_not_hold_up_the_closing(owner: Lineages) -> None:
     owner.submit_with(1024)
     owner.run(made(1024))
@@ -440,15 +505,10 @@ def test_the_node_is_lost_again_while_the_chain_is_rebuilt(owner: Lineages) -> N
     owner.want(2)
     owner.run(made(1, "n3", attempt=2), node_id="n3")
     # Task 2 is at w2 on n3, with its argument there: both go.
-    owner.hear(NODE, m.NodeLost("n3", "silent too"))
-    owner.now_s += 1
-    commands = owner.handle(e.TimePassed())  # it has rested
+    commands = owner.hear(NODE, m.NodeLost("n3", "silent too"))
     assert owner.value_of(ref(2)) is None
     (request,) = {message.request for message in sent(commands, m.RequestWorkers)}
-    owner.grant(request, "w4", lease=4, node_id="n4")
-    lost = TaskResult(2, TaskStatus.LOST, b"", ResultExtras(unreadable=unreadable(1, "n3", attempt=2)))
-    commands = owner.finish("w4", lost, node_id="n4")
-    assert attempts(commands) == [(1, 3)]
+    assert attempts(owner.grant(request, "w4", lease=4, node_id="n4")) == [(1, 3)]
     owner.finish("w4", made(1, "n4", attempt=3), node_id="n4")
     owner.finish("w4", made(2, "n4", attempt=3), node_id="n4")
     assert owner.value(2) == stored(2, "n4", attempt=3)
