@@ -92,7 +92,7 @@ class NodeShell:
         self.coordination = NodeCoordination(self)
         self.peers: Any = None
         self.routes: Routes | None = None
-        self._have_peers_changed = False  # since the store's route was told of them
+        self._have_peers_changed = False  # since the thread of the store was told of them
 
     def open(self) -> None:
         """Listen, make the arena, and tell the launcher that the node is ready."""
@@ -226,7 +226,7 @@ class NodeShell:
                     if self.routes is not None:
                         self.routes.time_passed(now_s)
                     if self._have_peers_changed:
-                        self._tell_route()
+                        self._tell_store()
                     if not self.store.is_started and self._store_start.is_due(unused_cpu_s(), now_s):
                         self.store.start()
         finally:
@@ -515,9 +515,10 @@ class NodeShell:
             self.descriptors.tunnels.node_gone(command.node_id)
         self._have_peers_changed = True
 
-    def _tell_route(self) -> None:
-        """Not at each join: a thousand nodes may join at once."""
+    def _tell_store(self) -> None:
+        """Whom there is. Not at each join: a thousand nodes may join at once."""
         self._have_peers_changed = False
+        self.store.nodes_count = len(self.machine.membership.view)
         if self.store.route is not None:
             peers = self.machine.membership.view.trusted_peers()
             # The head is likely to be where the store is.

@@ -16,7 +16,7 @@ from typing import Any
 
 from clusterpool.config import NodeConfig
 from clusterpool.control_store.actor_registry import ActorRegistry
-from clusterpool.control_store.membership_calls import MembershipCalls, feed_events
+from clusterpool.control_store.membership_calls import MembershipCalls, feed_events, feed_pause_s
 from clusterpool.control_store.unreadable import rejection
 from clusterpool.core import membership as ms
 from clusterpool.core import messages as m
@@ -49,6 +49,7 @@ class StoreThread:
     ) -> None:
         self._config = config
         self.route = NodeStoreRoute(open_tunnel, self._probe) if open_tunnel is not None else None
+        self.nodes_count = 1  # how many the cluster has; the shell says it
         self._relay: StoreRelay | None = None
         self._server: Any = None  # a StoreServer, where there is one to care for
         self._post = post
@@ -258,7 +259,9 @@ class StoreThread:
                 events = store.read_events(last_id, block_ms=1000)
                 for event in feed_events(events, self._unreadable):
                     self._post(event)
-                last_id = events[-1].id if events else last_id
+                if events:
+                    last_id = events[-1].id
+                    time.sleep(feed_pause_s(self.nodes_count))
             except EventsLost:
                 last_id = None
                 if time.monotonic() - begun_s < _RETRY_S:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from clusterpool.control_store.actor_registry import ActorRegistry
 from clusterpool.control_store.job_registry import reconcile_jobs
-from clusterpool.control_store.membership_calls import MembershipCalls, feed_events, node_event
+from clusterpool.control_store.membership_calls import MembershipCalls, feed_events, feed_pause_s, node_event
 from clusterpool.control_store.port import Event, EventsLost
 from clusterpool.control_store.records import JobRecord, encode_record
 from clusterpool.core import membership as ms
@@ -314,5 +314,8 @@ class StoreClient:
                 self._last_event = value[0][-1].id
             for event in feed_events(value[0], read=self._server.node_event):
                 self._node.event(event)
-            if self._is_feed_due or value[0]:
+            if value[0] and (pause_s := feed_pause_s(len(self._node.machine.membership.view))):
+                self._is_feed_busy = True
+                self._node.after(pause_s, self._read_feed)
+            elif self._is_feed_due or value[0]:
                 self._read_feed()
