@@ -38,7 +38,7 @@ class MembershipCalls:
         Raises: NotConnected; sent again, a registration whose answer was lost is no second one.
         """
         if isinstance(command, ms.RegisterNode):
-            return ms.Registered(store.register_node(command.record, self._registration))
+            return ms.Registered(store.register_node(command.record, self._registration, above=command.above))
         if isinstance(command, ms.RestoreNode):
             return ms.Restored(store.restore_node(command.record, command.incarnation))
         if isinstance(command, ms.SendHeartbeat):

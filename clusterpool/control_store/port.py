@@ -72,8 +72,9 @@ class ControlStorePort(Protocol):
 
     # Nodes
 
-    def register_node(self, record: NodeRecord, registration: int = 0) -> int:
-        """Enlist the node; the incarnation number is new and higher than any before in this cluster.
+    def register_node(self, record: NodeRecord, registration: int = 0, *, above: int = 0) -> int:
+        """Enlist the node; the incarnation number is new and higher than any before in this cluster, and than `above`,
+        should the store hold an older state than it did.
 
         registration: a number that the node counts up with each success. The same again, because the answer was
         lost, changes nothing and repeats the answer, unless that incarnation has ended meanwhile. 0: always a new one.

@@ -80,6 +80,11 @@ local function has_forgotten(incarnation, generation)
   return number_of(redis.call('GET', COUNTER)) < tonumber(incarnation)
 end
 
+-- A life that came before the caller's stands there: the store holds an older state than it once did.
+local function is_older(current, incarnation)
+  return current and number_of(current) < tonumber(incarnation)
+end
+
 -- The name of this history of the store; `fresh` if it has none.
 local function generation(fresh)
   local current = redis.call('GET', GENERATION)
@@ -87,7 +92,7 @@ local function generation(fresh)
   return current or fresh
 end
 
-local function next_incarnation()
+local function next_incarnation(above)
   local incarnation = redis.pcall('INCR', COUNTER)
   if type(incarnation) ~= 'number' or incarnation <= 0 or incarnation >= NUMBER_MAX then
     -- Somebody else has written to it: it goes on above those of the living.
@@ -96,6 +101,10 @@ local function next_incarnation()
       incarnation = math.max(incarnation, number_of(known))
     end
     incarnation = incarnation + 1
+    redis.call('SET', COUNTER, string.format('%.0f', incarnation))
+  end
+  if incarnation <= above then
+    incarnation = above + 1
     redis.call('SET', COUNTER, string.format('%.0f', incarnation))
   end
   return string.format('%.0f', incarnation)
@@ -110,8 +119,8 @@ local function enlist(node_id, record, incarnation)
 end
 """
 
-# ARGV: node_id, record, a fresh generation, the number of the registration (0: none). Returns {incarnation,
-# generation}.
+# ARGV: node_id, record, a fresh generation, the number of the registration (0: none), a number that the incarnation
+# must exceed. Returns {incarnation, generation}.
 REGISTER_NODE = Script(
     PUBLISH
     + _NODES
@@ -123,7 +132,7 @@ if current and ARGV[4] ~= '0' then
   if tonumber(ARGV[4]) <= registration then return {current, generation(ARGV[3])} end
 end
 redis.call('HSET', REGISTRATIONS, ARGV[1], ARGV[4])
-local incarnation = next_incarnation()
+local incarnation = next_incarnation(tonumber(ARGV[5]))
 enlist(ARGV[1], ARGV[2], incarnation)
 return {incarnation, generation(ARGV[3])}
 """
@@ -137,7 +146,7 @@ RESTORE_NODE = Script(
     + """
 local current = redis.call('HGET', INCARNATIONS, ARGV[1])
 if current ~= ARGV[4] then
-  if current or not has_forgotten(ARGV[4], ARGV[5]) then return {0, ''} end
+  if not is_older(current, ARGV[4]) and (current or not has_forgotten(ARGV[4], ARGV[5])) then return {0, ''} end
   if number_of(redis.call('GET', COUNTER)) < tonumber(ARGV[4]) then
     redis.call('SET', COUNTER, ARGV[4])
   end
@@ -159,7 +168,7 @@ if current == ARGV[2] then
   redis.call('HSET', LOADS, ARGV[1], ARGV[3])
   return 1
 end
-if not current and has_forgotten(ARGV[2], ARGV[4]) then return 2 end
+if is_older(current, ARGV[2]) or (not current and has_forgotten(ARGV[2], ARGV[4])) then return 2 end
 return 0
 """
 )

@@ -128,8 +128,8 @@ class ControlStore(ActorOperations):
 
     # Nodes
 
-    def register_node(self, record: NodeRecord, registration: int = 0) -> int:
-        arguments = (record.node_id, encode_record(record), new_request(), registration)
+    def register_node(self, record: NodeRecord, registration: int = 0, *, above: int = 0) -> int:
+        arguments = (record.node_id, encode_record(record), new_request(), registration, above)
         answer = self._change(scripts.REGISTER_NODE, self.keys.for_nodes(), *arguments)
         self._generation = _text(answer[1])
         return int(answer[0])

@@ -225,7 +225,9 @@ class Membership:
         assert self._record is not None
         self.state = State.JOINING
         self._is_beat_pending = True
-        return [RegisterNode(self._record)]
+        # A store that holds an older state than it did (restored from a backup) must not give a number a second time.
+        lives = [watch.incarnation for watch in self._watch_by_node.values()]
+        return [RegisterNode(self._record, max([self.incarnation, *self._ended_by_node.values(), *lives]))]
 
     def _tick(self, load: NodeLoad) -> list[Command]:
         if self.state not in (State.JOINING, State.MEMBER):

@@ -134,9 +134,10 @@ Event = (
 
 
 class RegisterNode(NamedTuple):
-    """Get a new incarnation number from the store."""
+    """Get a new incarnation number from the store. above: the highest of any node that we know of."""
 
     record: NodeRecord
+    above: int = 0
 
 
 class RestoreNode(NamedTuple):

@@ -67,22 +67,22 @@ class FakeControlStore(FakeActors):
         entry = self._entry_by_node.get(node_id)
         return entry.incarnation if entry is not None else 0
 
-    def register_node(self, record: NodeRecord, registration: int = 0) -> int:
+    def register_node(self, record: NodeRecord, registration: int = 0, *, above: int = 0) -> int:
         self._reach()
         current = self._entry_by_node.get(record.node_id)
         if current is not None and 0 < registration <= self._registration_by_node.get(record.node_id, 0):
             return current.incarnation
         self._registration_by_node[record.node_id] = registration
-        self._incarnation += 1
+        self._incarnation = max(self._incarnation, above) + 1
         self._enlist(record, self._incarnation)
         return self._incarnation
 
     def restore_node(self, record: NodeRecord, incarnation: int) -> bool:
         self._reach()
         current = self._entry_by_node.get(record.node_id)
-        if current is not None:
+        if current is not None and current.incarnation >= incarnation:
             return current.incarnation == incarnation
-        if not self._has_forgotten(record.node_id, incarnation):
+        if current is None and not self._has_forgotten(record.node_id, incarnation):
             return False
         self._incarnation = max(self._incarnation, incarnation)
         self._enlist(record, incarnation)
@@ -113,7 +113,8 @@ class FakeControlStore(FakeActors):
             has_forgotten = self._has_forgotten(node_id, incarnation)
             return HeartbeatAnswer.FORGOTTEN if has_forgotten else HeartbeatAnswer.FENCED
         if current.incarnation != incarnation:
-            return HeartbeatAnswer.FENCED
+            is_older = current.incarnation < incarnation  # than what it once held
+            return HeartbeatAnswer.FORGOTTEN if is_older else HeartbeatAnswer.FENCED
         self._hear(NodeEntry(current.record, incarnation, self._now_us(), 0.0, load))
         return HeartbeatAnswer.ACCEPTED
 

@@ -539,3 +539,20 @@ def test_unknown_sentinel_service_is_told() -> None:
         url = f"redis+sentinel://127.0.0.1:{port}/other"
         with pytest.raises(NotConnected, match="no sentinel in the list knows"):
             ControlStore.connect(url, password=PASSWORD, timeout_s=0.5)
+
+
+def test_a_store_that_was_set_back_to_an_older_state_fences_nobody_and_gives_no_number_twice() -> None:
+    with embedded_server() as server, connected(server.url) as store:
+        keys = store.keys
+        store.register_node(RECORD)
+        tables = (keys.node_incarnations, keys.incarnation, keys.nodes, keys.node_heartbeats, keys.generation)
+        backup = [(key, store._client.dump(key)) for key in tables]
+        incarnation = store.register_node(RECORD)
+        for key, content in backup:
+            store._client.restore(key, 0, content, replace=True)
+        assert store.heartbeat("n1", incarnation, LOAD) is HeartbeatAnswer.FORGOTTEN
+        assert store.restore_node(RECORD, incarnation)
+        assert store.heartbeat("n1", incarnation, LOAD) is HeartbeatAnswer.ACCEPTED
+        assert not store.restore_node(RECORD, incarnation - 1), "a former life is fenced all the same"
+        assert store.register_node(RECORD, above=incarnation + 5) == incarnation + 6
+        assert store.register_node(RECORD, above=2) == incarnation + 7
