@@ -216,7 +216,7 @@ class Dispatcher:
         if workers > 1 and self._is_too_little_to_split():
             awake = self._awake_slot(open_slots, now_s)
             if awake is not None:
-                count = self._room(awake, workers)
+                count = self._room(awake, 1, refills_in_halves=False)
                 if count > 0:
                     batches.append(self._take(awake, count, now_s))
                     if not (self.queue and self._drop_cancelled()):
@@ -271,8 +271,8 @@ class Dispatcher:
             queue.popleft()
         return bool(queue)
 
-    def _room(self, slot: WorkerSlot, workers: int) -> int:
-        """How many of the queue's tasks `slot` should get."""
+    def _room(self, slot: WorkerSlot, workers: int, *, refills_in_halves: bool = True) -> int:
+        """How many of the queue's tasks `slot` should get, which shares them with so many workers."""
         held = len(slot.outstanding)
         spec = self.queue[0].spec
         if held and (slot.is_long or (spec.extras is not None and is_alone(spec))):
@@ -286,8 +286,8 @@ class Dispatcher:
             # An equal share, so that a short queue of tiny tasks still uses every worker.
             share = -(-(len(self.queue) + self.outstanding_count) // workers)
             limit = min(limit, max(share, int(SPLIT_MIN_S / mean_s)))
-        if limit > 2 and held * 2 > limit:
-            return 0  # refill in halves: a message for every finished task would cost more than the tasks
+        if refills_in_halves and limit > 2 and held * 2 > limit:
+            return 0  # a message for every finished task would cost more than the tasks
         room = limit - held
         if slot.runs_left is not None:
             room = min(room, slot.runs_left)
