@@ -202,7 +202,11 @@ def _unpickled(name: str, home: str, size_bytes: int, arena_path: str, guard: Se
         made._arena_path = _arena_path(runtime)
         made._coordination = coordination = runtime.coordination
         if coordination.node_id == home:
-            if not made._open_at_home():
+            if made._open_at_home():
+                pass
+            elif coordination.is_moved(name):  # and then this node was taken for dead
+                made._adopt(coordination)
+            else:
                 raise ObjectLost(f"the shared memory {name} is gone: the job that made it has ended")
         elif guard is None:
             raise TypeError(

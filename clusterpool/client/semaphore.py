@@ -550,10 +550,13 @@ def _unpickled(name: str, home: str, kind: int, maximum: int, total: int, is_loc
         coordination = api.runtime().coordination
         if coordination.node_id == home:
             thin = _open_thin(made)
-            if thin is None:
+            if thin is not None:
+                thin, made.counted = held_by_nobody.pop(name, (thin, made.counted))
+                made._be_thin(thin, coordination)
+            elif coordination.is_moved(name):  # and then this node was taken for dead
+                made._be_moved(coordination)
+            else:
                 raise ObjectLost(f"the semaphore or lock {name} is gone: the job that made it has ended")
-            thin, made.counted = held_by_nobody.pop(name, (thin, made.counted))
-            made._be_thin(thin, coordination)
         else:
             kind_there = "lock" if is_lock else "guard" if made.is_owned else "semaphore"
             coordination.adopt(kind_there, name, home, maximum, total)

@@ -116,7 +116,7 @@ class CoordinationMachine:
             c.WriteCell: self._write_cell,
             c.ForgetCarriers: lambda _, message: [e.RemoveCarriers(message.names)],
             c.MoveCarrier: lambda source, message: self._move(message, node=source),
-            c.CarrierMoved: self._moved,
+            c.CarrierMoved: lambda _, message: self._adopted(message.name, message.error_kind, message.error_text),
             c.ReportStuck: self._stuck,
             c.HeldCounted: self._census.answered,
         }
@@ -329,9 +329,8 @@ class CoordinationMachine:
                 return self._adopted(name, kind, text)
             home = adoption.message.home
             if adoption.is_last_try:
-                text = (
-                    f"{adoption.message.kind} {name} was on node {home}, which is gone, and had not been used elsewhere"
-                )
+                what = f"{adoption.message.kind} {name}"
+                text = f"{what} was on node {home}, which is gone, and had not been used elsewhere"
                 return self._adopted(name, "ObjectLost", text)
             adoption.is_home_asked = True
             asked = adoption.message
@@ -339,9 +338,6 @@ class CoordinationMachine:
             return [Send(Address(home, home), move)]
 
         return self._call("exists", (name,), on_answer)
-
-    def _moved(self, _source: Address, message: c.CarrierMoved) -> Commands:
-        return self._adopted(message.name, message.error_kind, message.error_text)
 
     def _adopted(self, name: str, kind: str, text: str) -> Commands:
         adoption = self._adoptions.pop(name, None)
@@ -485,7 +481,10 @@ class CoordinationMachine:
         for name in [name for name in self._adoptions if name.startswith(prefix)]:
             commands += self._adopted(name, "ObjectLost", text)
         for name in [name for name in self._moves if name.startswith(prefix)]:
-            commands += self._tell(name, self._moves.pop(name), "ObjectLost", text)
+            if self._moves[name].is_done and (event.home or not event.is_known):
+                self._moves[name].held = 0  # the job may go on elsewhere, and come back: the store has it still
+            else:
+                commands += self._tell(name, self._moves.pop(name), "ObjectLost", text)
         if event.is_known:
             commands += self._call("delete_job", (event.job_id, event.home), starts=False)
         return commands

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+import clusterpool
 from clusterpool.multiprocessing import Value
 from tests.cluster.clusters import Cluster
 
@@ -43,9 +45,19 @@ clusterpool.shutdown()
 """
 
 
+def incremented(value: Any) -> int:
+    with value:
+        value.value += 1
+        return int(value.value)
+
+
 def test_a_holder_that_was_frozen_with_its_node_harms_nobody(
     mortal_nodes: Cluster, driver: None, tmp_path: Path
 ) -> None:
+    there = clusterpool.remote(num_cpus=0, scheduling=f"node:{mortal_nodes.third}")
+    made_there = clusterpool.get(there(lambda: Value("i", 5)).remote())
+    with made_there:
+        made_there.value += 1
     value = Value("i", 1)
     lock = value.get_lock()
     (tmp_path / "pickled").write_bytes(pickle.dumps((lock, value)))
@@ -77,6 +89,10 @@ def test_a_holder_that_was_frozen_with_its_node_harms_nobody(
         lock.release()
         assert frozen.stdout.readline() == "2\n"
         assert frozen.wait(LIMIT_S) == 0
+        # What was made there, and had moved before, is still its own.
+        assert clusterpool.get(there(incremented).remote(made_there), timeout=LIMIT_S) == 7
+        with made_there:
+            assert made_there.value == 7
     finally:
         frozen.kill()
         frozen.wait()

@@ -434,6 +434,17 @@ def test_a_node_that_only_supposes_that_a_job_has_ended_leaves_it_its_carriers(n
     assert node.handle(e.JobGone("j1", is_known=False)) == [e.RemoveJobCarriers("j1")]
 
 
+@pytest.mark.parametrize("end", [e.JobGone("j1", is_known=False), e.JobGone("j1", home="nb"), e.JobGone("j1")])
+def test_what_has_moved_is_known_to_its_home_when_a_job_comes_back(node: Node, end: e.JobGone) -> None:
+    moved_while_held(node)
+    node.hear(OTHER_NODE, c.MoveCarrier(CELL, "cell", 1))
+    node.handle(end)
+    may_come_back = end != e.JobGone("j1")
+    assert done(node.hear(W1, c.IsMoved(1, LOCK))) == [(1, int(may_come_back), b"")]
+    assert done(node.hear(W1, c.IsMoved(2, CELL))) == [(2, 0, b"")], "it was not in the store yet"
+    assert node.handle(e.TimeToLook()) == [], "nothing is held here any more"
+
+
 def test_the_store_is_told_that_only_the_loss_of_a_drivers_node_ends_a_job(node: Node) -> None:
     (call,) = of_type(node.handle(e.JobGone("j1", home=OTHER_NODE.node_id)), e.CallCoordination)
     assert (call.operation, call.arguments) == ("delete_job", ("j1", OTHER_NODE.node_id))
