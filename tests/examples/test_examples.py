@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.timeout(220)  # a program or two, each with some seconds of work on two CPUs
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
 FOREST = ("forest.py", "--trees", "20")
 WORDS = ("word_count.py", "--files", "40")
 
 
-def run(program: str, *arguments: str, timeout_s: float = 50) -> str:
+def run(program: str, *arguments: str, timeout_s: float = 100) -> str:
     """Standard output of the example, as a user starts it: by its path, from a folder of its own choosing."""
     process = subprocess.run(
         [sys.executable, EXAMPLES / program, *arguments],

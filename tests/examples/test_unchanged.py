@@ -17,7 +17,7 @@ import pytest
 
 from tests.cluster.clusters import Cluster, started_cluster
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(220)]
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples" / "unchanged"
 IMPORT = re.compile(r"^(from|import) multiprocessing\b", re.MULTILINE)
 ALL_IMPORTING_MULTIPROCESSING = (
@@ -43,7 +43,7 @@ def three_nodes(run_of_tests: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 

@@ -106,7 +106,11 @@ class Moments:
                 raise MomentMissed(f"not seen: {what}; the program said {self.program.said()!r}")
             return False
 
-        wait_for(is_there, within_s=REACHED_WITHIN_S, what=what, period_s=period_s)
+        try:
+            wait_for(is_there, within_s=REACHED_WITHIN_S, what=what, period_s=period_s)
+        except AssertionError as exc:
+            begun = [(one["name"], self.hosts.role_of(one["node"])) for one in read_executions(self.folder)]
+            raise AssertionError(f"{exc}; begun: {begun}; said: {self.program.said()!r}") from None
 
     def _wait_reached(self) -> None:
         self._wait((self.folder / "reached").exists, "the program is where it waits")

@@ -91,10 +91,18 @@ class Hosts:
         part = self.ask(role)
         return part.spilled_bytes if part is not None else 0
 
-    def known(self) -> list[NodePart]:
-        """The cluster as its head sees it."""
-        with NodeLink(self.address("head")) as link:
+    def known(self, role: str = "head") -> list[NodePart]:
+        """The cluster as one of its nodes sees it."""
+        with NodeLink(self.address(role)) as link:
             return link.describe()
+
+    def wait_until_home_knows_all(self) -> None:
+        """What is placed before that is placed on those that it knows."""
+        everybody = {part.node_id for part in self.parts.values()}
+        wait_for(
+            lambda: {part.node_id for part in self.known("home") if part.alive} == everybody,
+            what="the drivers' node knows all others",
+        )
 
     # --- deaths
 
@@ -115,6 +123,7 @@ class Hosts:
             within_s=DEAD_WITHIN_S + SLACK_S,
             what=f"{list(dead.values())} are known to be dead",
         )
+        self.wait_until_home_knows_all()
 
     def _start(self, role: str) -> None:
         held = self.run_of_tests.look()
@@ -166,6 +175,7 @@ def started_hosts(folder: Path, run_of_tests: Any) -> Iterator[Hosts]:
     held_before = list(run_of_tests.held)
     run_of_tests.held.append(run_of_tests.look())
     try:
+        hosts.wait_until_home_knows_all()
         yield hosts
     finally:
         end_cluster(run_of_tests, held_before)

@@ -89,4 +89,4 @@ def test_calls_do_not_wait_for_one_another_to_fail(calls: _StoreCalls, answers: 
     for tag in range(1, 11):
         calls.put(e.CallCoordination(tag, "value", ("name",)))
     assert sorted(answers.get(timeout=30).tag for _ in range(10)) == list(range(1, 11))
-    assert time.monotonic() - begin_s < 5 * PATIENCE_S
+    assert time.monotonic() - begin_s < 9 * PATIENCE_S  # one after another they would take ten

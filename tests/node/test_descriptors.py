@@ -36,7 +36,7 @@ def ask(nodes: Nodes, frame: bytes, fds: list[int] | None = None) -> tuple[d.Ans
         sock.connect(str(nodes.shells["na"].paths.folder / "fd.sock"))
         socket.send_fds(sock, [frame], fds or [])
         nodes.settle()
-        sock.settimeout(5)
+        sock.settimeout(30)
         answer, received, _, _ = socket.recv_fds(sock, 4096, 4)
     return (d.decode_answer(answer) if answer else None), list(received)
 
@@ -187,7 +187,7 @@ def line(nodes: Nodes) -> Iterator[tuple[socket.socket, str]]:
         sock.connect(str(nodes.shells["na"].paths.folder / "fd.sock"))
         sock.send(d.encode(d.OpenLine()))
         nodes.settle()
-        sock.settimeout(5)
+        sock.settimeout(30)
         answer = d.decode_answer(sock.recv(1000))
         assert answer.error_number == 0
         yield sock, answer.name

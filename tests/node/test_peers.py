@@ -32,7 +32,7 @@ def pair(keys: ClusterKeys) -> Iterator[tuple[Peers, Peers]]:
         peer.close()
 
 
-def received(peers: Peers, count: int, within_s: float = 10.0) -> list[tuple[str, bytes]]:
+def received(peers: Peers, count: int, within_s: float = 30.0) -> list[tuple[str, bytes]]:
     """The next `count` frames; fewer if no more come. As the node does: it waits on the descriptor alone."""
     frames: list[tuple[str, bytes]] = []
     poll = select.epoll()

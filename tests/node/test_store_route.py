@@ -61,7 +61,7 @@ def relay(folder: Path, server: Server) -> Iterator[StoreRelay]:
 
 def connected(folder: Path) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
-    connection.settimeout(10)
+    connection.settimeout(30)
     connection.connect(str(folder / RELAY_NAME))
     return connection
 
@@ -175,7 +175,7 @@ def test_connections_go_through_a_peer_until_the_direct_way_works_and_are_cut_th
     route.failed(had_no_answer=True)
     assert route.is_relayed
     with route.dial() as connection:
-        connection.settimeout(10)
+        connection.settimeout(30)
         assert tunnels.asked == ["head"]
         assert echoed(connection, b"PING") == b"PING"
         probe.is_there.set()
@@ -194,7 +194,7 @@ def test_a_peer_that_refuses_or_is_silent_is_an_error_and_the_next_is_tried(
     started_s = time.monotonic()
     with pytest.raises(TimeoutError, match="does not answer"):
         route.dial()
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < 15
     route.failed(had_no_answer=True)
     with pytest.raises(TimeoutError):
         route.dial()
@@ -210,14 +210,14 @@ def test_a_tunnel_that_opens_too_late_is_closed(route: NodeStoreRoute, tunnels: 
     ours, theirs = socket.socketpair()
     late[0](theirs.detach(), None)
     with ours:
-        ours.settimeout(10)
+        ours.settimeout(30)
         assert ours.recv(1) == b""
 
 
 def test_when_the_node_ends_nothing_goes_through_a_peer_any_more(route: NodeStoreRoute) -> None:
     route.failed(had_no_answer=True)
     with route.dial() as connection:
-        connection.settimeout(10)
+        connection.settimeout(30)
         route.stop()
         assert connection.recv(1) == b""
         with pytest.raises(ConnectionAbortedError):

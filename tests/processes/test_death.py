@@ -95,7 +95,7 @@ def test_only_the_process_that_was_meant_is_killed(sleeper: subprocess.Popen[byt
     identity = identity_of(sleeper.pid)
     assert not kill_process(dataclasses.replace(identity, start_ticks=1))
     assert sleeper.poll() is None
-    assert kill_process(identity, timeout_s=5)
+    assert kill_process(identity, timeout_s=30)
     assert process_identity(sleeper.pid) is None
     assert sleeper.wait(30) == -signal.SIGKILL
     assert not kill_process(identity)
@@ -149,7 +149,7 @@ def test_a_child_dies_with_its_parent_even_if_that_died_first() -> None:
             [sys.executable, "-c", program, argument],
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=50,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         )
         assert completed.stdout.strip() == expected, completed.stderr

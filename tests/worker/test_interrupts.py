@@ -49,9 +49,19 @@ def test_the_running_task_is_interrupted(interrupter: Interrupts) -> None:
 
 def test_another_task_is_not(interrupter: Interrupts) -> None:
     interrupter.current = KEY
-    later(0.02, interrupter.ask, OTHER)
-    later(0.04, signal.raise_signal, signal.SIGINT)
-    run(lambda: time.sleep(0.1))
+    has_asked = threading.Event()
+
+    def ask_for_another() -> None:
+        interrupter.ask(OTHER)
+        signal.raise_signal(signal.SIGINT)
+        has_asked.set()
+
+    def user() -> None:
+        assert has_asked.wait(20)
+        time.sleep(0.05)
+
+    later(0.02, ask_for_another)
+    run(user)
     assert interrupter.take(OTHER)
 
 
