@@ -30,6 +30,8 @@ class ActorRunner:
         self._loop_thread: threading.Thread | None = None
         self._threads: concurrent.futures.ThreadPoolExecutor | None = None
         self._running: dict[Key, concurrent.futures.Future[None]] = {}
+        # One of two threads that cancel the same call says so to its owner. Never held while something is sent.
+        self._cancelling = threading.Lock()
         # Not `inspect.getmembers` of the instance: that would run the user's properties.
         members = [inspect.getattr_static(type(instance), name, None) for name in dir(type(instance))]
         if any(inspect.iscoroutinefunction(member) or inspect.isasyncgenfunction(member) for member in members):
@@ -55,6 +57,11 @@ class ActorRunner:
         key = Key(owner, spec.number)
         self._running[key] = future
         future.add_done_callback(lambda _: self._running.pop(key, None))
+        # A cancel that found nothing running has asked for an interrupt, and looks once more after that: one of the two
+        # sees the other.
+        interrupts = self._runner.interrupts
+        if interrupts.is_wanted(key) and self.cancel(key):
+            interrupts.forget(key)
         return True
 
     def message(self, source: Address, message: m.Message) -> None:
@@ -64,14 +71,13 @@ class ActorRunner:
 
     def cancel(self, key: Key) -> bool:
         """Cancel a call that was taken; whether it was one that need not be told otherwise."""
-        future = self._running.get(key)
-        if future is None:
-            return False
-        if future.cancel():
+        with self._cancelling:
+            future = self._running.get(key)
+            # A thread cannot be interrupted, but a generator that it runs ends with its next item.
+            is_cancelled = future is not None and not future.cancelled() and future.cancel()
+        if is_cancelled:
             self._finished(key.owner, TaskResult(key.number, TaskStatus.CANCELLED, b""))
-            return True
-        # A thread cannot be interrupted, but a generator that it runs ends with its next item.
-        return False
+        return is_cancelled
 
     def close(self) -> None:
         """Finish what runs."""

@@ -327,8 +327,12 @@ class TaskRunner:
             return
         for number in message.numbers:
             key = Key(source, number)
-            if self.actor is None or not self.actor.cancel(key):
+            if self.actor is None:
                 self.interrupts.ask(key)
+            elif not self.actor.cancel(key):
+                self.interrupts.ask(key)
+                if self.actor.cancel(key):  # its loop or its threads have got it just now
+                    self.interrupts.forget(key)
 
     # --- references
 

@@ -290,15 +290,33 @@ def test_a_coroutine_is_cancelled() -> None:
         assert clusterpool.get(sleeper.hello.remote(), timeout=30) == "hello"
 
 
+def test_coroutines_are_cancelled_at_the_moment_when_they_begin() -> None:
+    import asyncio
+
+    class Sleeper:
+        async def sleep(self) -> None:
+            await asyncio.sleep(60)
+
+    sleeper = clusterpool.remote(Sleeper).options(max_concurrency=1000).remote()
+    refs = []
+    for _ in range(400):
+        refs.append(sleeper.sleep.remote())
+        clusterpool.cancel(refs[-1])
+    for ref in refs:
+        with pytest.raises(errors.TaskCancelled):
+            clusterpool.get(ref, timeout=20)
+
+
 def test_a_queued_call_is_cancelled(tmp_path: Path) -> None:
     counter = RemoteCounter.remote()
     running = counter.touch_and_wait.remote(str(tmp_path / "started"))
     queued = counter.add.remote(100)
     assert wait_for((tmp_path / "started").exists)
     clusterpool.cancel(queued)
+    time.sleep(0.3)  # else the one that runs may end before the cancel has come
+    (tmp_path / "started").unlink()
     with pytest.raises(errors.TaskCancelled):
         clusterpool.get(queued, timeout=30)
-    (tmp_path / "started").unlink()
     assert clusterpool.get([running, counter.add.remote()], timeout=30) == ["waited", 1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 import signal
 import threading
@@ -15,6 +16,7 @@ from clusterpool.core import messages as m
 from clusterpool.core.messages import Address, TaskKind, TaskSpec, TaskStatus
 from clusterpool.processes.task_page import ENDED
 from clusterpool.serialization.functions import dumps_function
+from clusterpool.worker.actor import ActorRunner
 from clusterpool.worker.interrupts import Key
 from clusterpool.worker.task_runner import TaskRunner
 
@@ -197,3 +199,37 @@ def test_a_cancel_reaches_the_task_in_between(runner: TaskRunner) -> None:
     """It is asked for after the main thread has taken the task, and before it runs."""
     runner.interrupts.ask(Key(OWNER, 1))
     assert runner.interrupts.take(Key(OWNER, 1))
+
+
+class Sleeper:
+    async def sleep(self) -> None:
+        await asyncio.sleep(100)
+
+
+@pytest.mark.parametrize("moment", ["before it is handed over", "while it is handed over", "after that"])
+def test_a_coroutine_is_cancelled_whenever_the_cancel_comes(
+    runner: TaskRunner, client: FakeClient, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The main thread hands a call over to the actor's loop while another thread hears that it is cancelled."""
+    cancel = m.CancelTasks([1], True)
+    hand_over = asyncio.run_coroutine_threadsafe
+
+    def hand_over_meanwhile(coroutine: Any, loop: Any) -> Any:
+        if moment.startswith("before"):
+            runner.message(OWNER, cancel)
+        future = hand_over(coroutine, loop)
+        if moment.startswith("while"):
+            runner.message(OWNER, cancel)
+        return future
+
+    runner.actor = ActorRunner(runner, Sleeper(), concurrency=2)
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", hand_over_meanwhile)
+    extras = m.TaskExtras(method="sleep")
+    runner.message(OWNER, m.StartTasks([], [TaskSpec(1, 0, TaskKind.ACTOR_CALL, pickle.dumps(((), {})), extras)]))
+    runner._run_pending()
+    if moment.startswith("after"):
+        runner.message(OWNER, cancel)
+    hand_over(asyncio.sleep(0), runner.actor._loop).result(20)  # the loop has heard of it
+    runner.actor.close()
+    assert statuses(client) == [(1, TaskStatus.CANCELLED)]
+    assert not runner.interrupts.is_wanted(Key(OWNER, 1))
