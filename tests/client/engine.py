@@ -46,7 +46,7 @@ def store_bytes() -> int:
     return sum(node["store_used_bytes"] + node["spilled_bytes"] for node in clusterpool.nodes())
 
 
-def check_nothing_left(timeout_s: float = HANGS_AFTER_S) -> None:
+def check_nothing_left(timeout_s: float = 15.0) -> None:
     """Fails unless all objects go, here and in the store, within `timeout_s`."""
     gc.collect()  # exceptions that a test has caught hold its frames, and those its references
     wait_for(lambda: not any(objects_left().values()) and store_bytes() == 0, timeout_s)

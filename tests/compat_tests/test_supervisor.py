@@ -132,14 +132,14 @@ def test_class_limit_ends_what_was_not_reached(tmp_path: Path, run) -> None:
     supervisor = Supervisor(
         "compat_tests.class_process",
         Subject("module", "multiprocessing"),
-        Limits(test_s=30.0, class_s=4.0),
+        Limits(test_s=60.0, class_s=8.0),
         folder=tmp_path,
         suite_folder=str(module.parent),
     )
     started_s = time.monotonic()
     outcome = supervisor.run("test.small_suite:TestAll", ["test_d_hangs", "test_i_passes"])
     assert outcomes(outcome) == {"test_d_hangs": HUNG, "test_i_passes": FAILED}
-    assert time.monotonic() - started_s < 25
+    assert time.monotonic() - started_s < 50
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def sort_deeper(item: Any) -> Any:
 def overflow_the_stack() -> Any:
     sys.setrecursionlimit(10**9)
     # From 3.12 on Python counts calls of this kind by itself, and raises long before an ordinary stack is full.
-    resource.setrlimit(resource.RLIMIT_STACK, (256 * 1024, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+    resource.setrlimit(resource.RLIMIT_STACK, (1 << 20, resource.getrlimit(resource.RLIMIT_STACK)[1]))
     return sort_deeper(1)
 
 
