@@ -84,6 +84,7 @@ class Client:
         self._submitted: deque[tuple[int | str | None, Any]] = deque()
         self._released: deque[tuple[Address, int]] = deque()
         self._unpinned: deque[str] = deque()
+        self._unsent: list[m.TasksUnsent] = []
         self._is_kicked = False
         self._drained_s = 0.0
         self._wakeup_s: float | None = None  # when the machine wants to hear that time has passed
@@ -103,6 +104,7 @@ class Client:
             loop=self.loop,
             # The machine must not be entered from within its own commands.
             on_unreachable=lambda peer, text: self._submitted.append((None, e.ProcessGone(peer, text))),
+            on_unsent=self._note_unsent,
         )
         self.on_thread_turn: Callable[[], None] = lambda: None
 
@@ -575,3 +577,11 @@ class Client:
                 self._connections.send(command.destination, command.message)
             else:
                 self.deliveries.take(command)
+        # Before anything else is heard of the process that they were for.
+        while self._unsent:
+            self._execute(self.machine.handle(e.MessageArrived(self.address, self._unsent.pop()), monotonic()))
+
+    def _note_unsent(self, destination: Address, message: Message) -> None:
+        unsent = wire.unsent_tasks(destination, message)
+        if unsent is not None:
+            self._unsent.append(unsent)

@@ -30,6 +30,7 @@ class Connections:
         processes_folder: str,
         loop: Loop,
         on_unreachable: Callable[[Address, str], None],
+        on_unsent: Callable[[Address, Message], None],
     ) -> None:
         self.address = address
         self.node = address.node
@@ -42,6 +43,7 @@ class Connections:
         self._processes_folder = processes_folder
         self._loop = loop
         self._on_unreachable = on_unreachable
+        self._on_unsent = on_unsent
         self._listener: socket.socket | None = None
 
     def open(self, node_socket: str) -> stream.Connection:
@@ -69,9 +71,9 @@ class Connections:
         """Send a message to a process here, or through the node to one elsewhere; lost when there is no way."""
         if destination.node_id == self.address.node_id:
             connection = self.by_process.get(destination.process_id) or self._connect(destination)
-            if connection is None:
+            if connection is None or not connection.send(message):
+                self._on_unsent(destination, message)
                 return
-            connection.send(message)
         else:
             connection = self.by_process.get(self.node.process_id)
             if connection is None:

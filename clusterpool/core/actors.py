@@ -63,6 +63,7 @@ class ActorChannel:
         self.is_retiring = False
         self._outstanding_bytes = 0
         self.streams: set[int] = set()  # numbers of unfinished calls that are generators
+        self.unsent: set[int] = set()  # numbers of calls under way that surely never got to the actor's process
 
     @property
     def address(self) -> Address | None:
@@ -148,13 +149,15 @@ class ActorChannel:
         for task in self.outstanding.values():
             if task is self.creation:
                 continue
-            if task.is_cancelled or (was_made and task.retries_left == 0):
+            may_have_begun = was_made and task.spec.number not in self.unsent
+            if task.is_cancelled or (may_have_begun and task.retries_left == 0):
                 failed.append(task)
                 continue
-            task.retries_left -= was_made  # below 0 without limit: how many there were is told from it
+            task.retries_left -= may_have_begun  # below 0 without limit: how many there were is told from it
             task.worker = ""
             again.append(task)
         self.outstanding.clear()
+        self.unsent.clear()
         self._outstanding_bytes = 0
         self.queue.extendleft(reversed(again))
         text = f"{text}; max_task_retries= would send the call to the actor's next life"

@@ -243,6 +243,13 @@ class StartTasks(Message, frozen=True):
     tasks: list[TaskSpec]
 
 
+class TasksUnsent(Message, frozen=True):
+    """A message that was to start these tasks in a process got nowhere. The process has ended, as will be heard."""
+
+    address: Address
+    numbers: list[int]
+
+
 class TasksFinished(Message, frozen=True):
     """Results, in the order in which the tasks ended.
 

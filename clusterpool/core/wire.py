@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Union
 
 import msgspec
@@ -18,7 +19,7 @@ from clusterpool.core import tunnel_messages as u
 
 AnyMessage = Union[  # noqa: UP007
     m.SetupWorker, m.WorkerReady, m.WorkerSetupFailed, m.StartTasks, m.TasksFinished, m.StreamItem, m.StreamTaken,
-    m.TaskStarted,
+    m.TaskStarted, m.TasksUnsent,
     m.ForgetFunctions, m.TakeBackTasks, m.CancelTasks, m.RetireWorker, m.ResolveObject, m.ObjectResolved, m.AddBorrower,
     m.RemoveBorrower, m.WatchProcess, m.ProcessEnded, m.NodeLost, m.Hello, m.RegisterProcess, m.Registered,
     m.LeaveNode, m.LeftNode, m.RequestWorkers, m.CancelRequest, m.WorkerGranted, m.RequestFailed, m.ReleaseWorkers,
@@ -56,3 +57,12 @@ def decode(frame: bytes | bytearray | memoryview) -> m.Message:
     except (UnicodeDecodeError, RecursionError) as exc:  # msgspec lets these two pass
         raise msgspec.DecodeError(f"malformed frame: {exc}") from exc
     return message
+
+
+def unsent_tasks(destination: m.Address, message: m.Message | bytes) -> m.TasksUnsent | None:
+    """What to tell the sender of a message that got nowhere; None if it was to start nothing there."""
+    with contextlib.suppress(msgspec.MsgspecError):  # of a relay, whose sender may have sent anything
+        message = decode(message) if isinstance(message, bytes) else message
+        if isinstance(message, m.StartTasks):
+            return m.TasksUnsent(destination, [spec.number for spec in message.tasks])
+    return None

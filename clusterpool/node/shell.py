@@ -417,11 +417,17 @@ class NodeShell:
             connection = self.connections.get(destination.process_id)
             if connection is not None and connection.has_unsent and self.log_lines.holds_back(relay):
                 pass
-            elif connection is not None:
-                connection.send(relay)
+            elif connection is not None and connection.send(relay):
                 self._watch_output(connection)
-            elif relay.source.node_id != self.node_id or relay.source.process_id != self.node_id:
-                self.send(relay.source, m.Undeliverable(destination))
+            elif relay.source != self.address:
+                self._tell_unsent(relay)
+                if connection is None:  # else there may be results in it that we have not read yet
+                    self.send(relay.source, m.Undeliverable(destination))
+
+    def _tell_unsent(self, relay: m.Relay) -> None:
+        unsent = wire.unsent_tasks(relay.destination, relay.body)
+        if unsent is not None:
+            self.send(relay.source, unsent)
 
     def _send_to_node(self, relay: m.Relay) -> None:
         if self.routes is None:
@@ -431,14 +437,14 @@ class NodeShell:
 
     def _hand_back(self, relay: m.Relay) -> None:
         """Tell the sender; by the queue, since the machine may be in the middle of its commands."""
-        undeliverable = m.Undeliverable(relay.destination)
         if relay.source.node_id != self.node_id:
             logger.debug("dropped a message of %s: node %s is gone", relay.source, relay.destination.node_id)
         elif relay.source == self.address:
             self.descriptors.tunnels.node_gone(relay.destination.node_id)
-            self.post(e.MessageArrived(self.address, undeliverable))
+            self.post(e.MessageArrived(self.address, m.Undeliverable(relay.destination)))
         else:
-            self.send(relay.source, undeliverable)
+            self._tell_unsent(relay)
+            self.send(relay.source, m.Undeliverable(relay.destination))
 
     def _peers_ready(self) -> None:
         assert self.routes is not None

@@ -194,7 +194,7 @@ class Client(Party):
     def send(self, destination: Address, message: Message) -> None:
         """Send a message; lost when there is no way."""
         if destination.node_id == self.address.node_id:
-            end = self.by_process.get(destination.process_id) or self._connect(destination)
+            end = self.by_process.get(destination.process_id) or self._connect(destination, message)
             if end is not None:
                 end.send(message)
             return
@@ -202,11 +202,13 @@ class Client(Party):
         if end is not None:
             end.send(m.Relay(destination, self.address, wire.encode(message)))
 
-    def _connect(self, destination: Address) -> End | None:
+    def _connect(self, destination: Address, message: m.Message) -> End | None:
         if destination == self.node or self.is_closed:
             return None
         listener = self.world.clients.get(destination.process_id)
         if listener is None or not listener.is_alive or listener.is_closed:
+            unsent = wire.unsent_tasks(destination, message)
+            self._submitted.extend([e.MessageArrived(self.address, unsent)] if unsent is not None else [])
             self._submitted.append(e.ProcessGone(destination, "it does not listen any more"))
             return None
         end, other = connect(self.world, self, listener)

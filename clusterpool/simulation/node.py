@@ -194,19 +194,25 @@ class SimulatedNode(Party):
             if end is not None:
                 end.send(relay)
             elif relay.source != self.address:
+                self._tell_unsent(relay)
                 self._send(relay.source, m.Undeliverable(destination))
+
+    def _tell_unsent(self, relay: m.Relay) -> None:
+        unsent = wire.unsent_tasks(relay.destination, relay.body)
+        if unsent is not None:
+            self._send(relay.source, unsent)
 
     def _send_to_node(self, relay: m.Relay) -> None:
         self.routes.send(relay, self.now_s())
 
     def _hand_back(self, relay: m.Relay) -> None:
-        undeliverable = m.Undeliverable(relay.destination)
         if relay.source.node_id != self.node_id:
             return
         if relay.source == self.address:
-            self._posted.append(e.MessageArrived(self.address, undeliverable))
+            self._posted.append(e.MessageArrived(self.address, m.Undeliverable(relay.destination)))
         else:
-            self._send(relay.source, undeliverable)
+            self._tell_unsent(relay)
+            self._send(relay.source, m.Undeliverable(relay.destination))
 
     def send(self, node_id: str, address: tuple[str, int], frame: bytes) -> None:
         """Of `Routes`: a frame to another node."""

@@ -72,16 +72,19 @@ class Connection:
         """How much waits for the other side to read."""
         return self._out_bytes
 
-    def send(self, message: Message) -> None:
-        """Send now as much as the kernel takes, the rest on `flush`. A broken connection swallows it."""
+    def send(self, message: Message) -> bool:
+        """Send now as much as the kernel takes, the rest on `flush`. A broken connection swallows it.
+
+        Returns: False if the other side surely gets nothing of it.
+        """
         scratch = self._scratch
         encode_into(message, scratch, 4)
         _LENGTH.pack_into(scratch, 0, len(scratch) - 4)
-        self._send_bytes(scratch)
+        return self._send_bytes(scratch)
 
-    def _send_bytes(self, frame: bytes | bytearray) -> None:
+    def _send_bytes(self, frame: bytes | bytearray) -> bool:
         if self.is_closed:
-            return
+            return False
         sent = 0
         if not self._out:
             try:
@@ -90,14 +93,15 @@ class Connection:
                 sent = 0
             except OSError:
                 # The reading side finds the end of the stream and reports it with its cause.
-                return
+                return False
             if sent == len(frame):
-                return
+                return True
         rest = memoryview(bytes(memoryview(frame)[sent:]))
         self._out.append(rest)
         self._out_bytes += len(rest)
         if self._out_bytes > UNSENT_BYTES_MAX:
             self._give_up()
+        return True
 
     def _give_up(self) -> None:
         """The other side does not read: cut it off. Our reading side finds the end of the stream and reports it."""

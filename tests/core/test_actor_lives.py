@@ -61,6 +61,19 @@ def test_calls_under_way_go_to_the_next_life_in_order_before_newer_ones_and_othe
     assert lost(owner, 1, 2, 4) == ["", "actor_unavailable", "actor_unavailable"], "each is sent again once"
 
 
+def test_a_call_that_never_got_to_its_actor_goes_to_the_next_life_and_keeps_its_retries() -> None:
+    owner = Owner()
+    owner.handle(e.ActorMet(ALIVE))
+    (begun, unsent, plain) = [*retrying(1, 2), *calls(3)]
+    owner.handle(e.ActorCallsSubmitted("a1", [begun, unsent, plain]))
+    assert owner.hear(Address("n1", "w1"), m.TasksUnsent(HOME, [2, 3])) == []
+    (question,) = sent(owner.hear(NODE, m.ProcessEnded(HOME, "killed")), m.LocateActor, NODE)
+    commands = owner.hear(NODE, m.ActorLocated(question.request, msgspec.structs.replace(ALIVE, address=AGAIN, life=1)))
+    assert started_at(commands, AGAIN) == [1, 2, 3]
+    (question,) = sent(owner.hear(NODE, m.ProcessEnded(AGAIN, "killed")), m.LocateActor, NODE)
+    assert lost(owner, 1, 2, 3) == ["actor_unavailable", "pending", "actor_unavailable"]
+
+
 def test_an_actor_that_does_not_return_is_the_end_of_the_calls_that_wait_for_it() -> None:
     owner = Owner()
     owner.handle(e.ActorMet(ALIVE))
