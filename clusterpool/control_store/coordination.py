@@ -16,7 +16,7 @@ from clusterpool.control_store.unreadable import skipped_if_unreadable, whole_nu
 from clusterpool.core.coordination_events import Contents
 from clusterpool.errors import ClusterpoolError, LockLost
 
-# What `acquire` and `get` answer, as in core/coordination.py.
+# What `acquire` and `get` answer, as in core/coordination_waits.py.
 REFUSED, GRANTED, WAITING, LIFE_OVER = 0, 1, 2, 3
 _GRANTS_READ_MAX = 1000
 # A read that waits must end before the connection takes the server for dead.

@@ -63,7 +63,7 @@ class ActorChannel:
         self.is_retiring = False
         self._outstanding_bytes = 0
         self.streams: set[int] = set()  # numbers of unfinished calls that are generators
-        self.unsent: set[int] = set()  # numbers of calls under way that surely never got to the actor's process
+        self.undelivered: set[int] = set()  # numbers of calls under way that surely never got to the actor's process
 
     @property
     def address(self) -> Address | None:
@@ -149,7 +149,7 @@ class ActorChannel:
         for task in self.outstanding.values():
             if task is self.creation:
                 continue
-            may_have_begun = was_made and task.spec.number not in self.unsent
+            may_have_begun = was_made and task.spec.number not in self.undelivered
             if task.is_cancelled or (may_have_begun and task.retries_left == 0):
                 failed.append(task)
                 continue
@@ -157,7 +157,7 @@ class ActorChannel:
             task.worker = ""
             again.append(task)
         self.outstanding.clear()
-        self.unsent.clear()
+        self.undelivered.clear()
         self._outstanding_bytes = 0
         self.queue.extendleft(reversed(again))
         text = f"{text}; max_task_retries= would send the call to the actor's next life"

@@ -1,4 +1,4 @@
-"""Semaphores, channels and cells, as one node sees them: who waits for what, and what has moved. Pure.
+"""Semaphores, channels and cells, as one node sees them: where each is, and what has moved. Pure.
 
 A carrier is born *thin*, in kernel objects of its home node, which its processes use without asking anybody. When a
 process of another node unpickles it, it moves to the control store, once and for ever: it is *fat* from then on.
@@ -12,23 +12,7 @@ process of another node unpickles it, it moves to the control store, once and fo
                                                   v              |once more, when the home is gone
                                                MoveCarrier to its home --CarrierMoved--> known, or failed
 
-    wait of a process          AcquireToken, GetItem
-                                     |
-                                     v      granted
-                                   asked -----------------------> answered (a token), or popping --> answered (an item)
-                                     |waits                          ^
-                                     v      GrantRead                |
-                                  waiting ---------------------------+
-                                     |CancelWait: cancelled in the store, which knows of no grant, or is silent;
-                                     v                       ProcessGone
-                                 forgotten: a grant that comes all the same is given back
-
-So each grant that reaches the node is delivered or given back. Who gives up waiting goes on when the store knows it, so
-that what is released afterwards is there for whoever asks. What a process holds (the token of a lock, an item that was
-reserved for it) the store knows, and gives back at its end.
-
-All waits bear the node's life, and end with it. A node that was declared dead and has not heard of it yet gets nothing
-(LIFE_OVER): its waits stay `asked`, and are asked anew in the name of the next life as soon as that has begun.
+Who waits for which of them is the part of coordination_waits.py.
 """
 
 from __future__ import annotations
@@ -39,19 +23,16 @@ from typing import Any
 from clusterpool.core import coordination_events as e
 from clusterpool.core import coordination_messages as c
 from clusterpool.core.census import TokenCensus
-from clusterpool.core.coordination_answers import answer, done, failed, life_of, waiter_id
-from clusterpool.core.coordination_records import Adoption, Move, Wait
+from clusterpool.core.coordination_answers import answer, done, failed, life_of
+from clusterpool.core.coordination_records import Adoption, Move
+from clusterpool.core.coordination_waits import Waits
 from clusterpool.core.messages import Address
 from clusterpool.core.node_events import MessageArrived, Send
 
 Commands = list[Any]
-# The store's answers to `acquire` and `get`.
-REFUSED, GRANTED, WAITING, LIFE_OVER = 0, 1, 2, 3
 # Of what processes held when it moved, the tokens are counted every two seconds: what a dead one held must come free
 # within five, and a count asks all processes of the node, if no single one holds all.
 _TICKS_A_LOOK = 4
-# So many half seconds, and not the first, a process that gives up waiting waits for the store's answer to that.
-_CANCEL_TICKS = 3
 # In the store, the holder of what processes of a carrier's home held when it moved; no process has such an id.
 THIN = "thin"
 
@@ -75,8 +56,7 @@ class CoordinationMachine:
         self._moves: dict[str, Move] = {}  # by name
         self._adoptions: dict[str, Adoption] = {}
         self._known: set[str] = set()  # adopted here: the store has them
-        self._waits: dict[str, Wait] = {}  # by waiter id
-        self._users: set[str] = set()  # ids of processes that the store may know of
+        self._waits = Waits(self._call, lambda: self.life)
         self._last_tag = 0
         self._ticks = 0
         self._calls: dict[int, Callable[[Any, str, str], Commands]] = {}
@@ -88,10 +68,10 @@ class CoordinationMachine:
             e.NodeUnreachable: lambda event: self._home_unreachable(event.node_id),
             # Those who wait: with the next life.
             e.SelfFenced: lambda _: self._call("end_node_life", (self.life, True)),
-            e.StoreChanged: lambda _: self._ask_again(),
+            e.StoreChanged: lambda _: self._waits.ask_again(),
             e.OperationAnswered: lambda event: self._answered(event.tag, event.value, "", ""),
             e.OperationFailed: lambda event: self._answered(event.tag, None, event.kind, event.text),
-            e.GrantRead: self._granted,
+            e.GrantRead: self._waits.granted,
             e.CarrierDrained: self._drained,
             e.CarrierMissing: self._missing,
             e.TimeToLook: self._time_to_look,
@@ -101,12 +81,12 @@ class CoordinationMachine:
         self._message_handlers: dict[type, Callable[[Address, Any], Commands]] = {
             c.IsMoved: lambda source, message: [done(source, message, int(message.name in self._moves))],
             c.AdoptCarrier: self._adopt,
-            c.AcquireToken: self._wait_for,
-            c.GetItem: self._wait_for,
-            c.CancelWait: self._cancel,
+            c.AcquireToken: self._waits.begin,
+            c.GetItem: self._waits.begin,
+            c.CancelWait: self._waits.cancel,
             c.ReleaseToken: self._release,
-            c.ReturnToken: lambda source, message: self._give_back(
-                message.name, self._waiter(source, message.acquired)
+            c.ReturnToken: lambda source, message: self._waits.give_back(
+                message.name, self._waits.waiter(source, message.acquired)
             ),
             c.ReadValue: lambda source, message: self._relay(source, message, "value", (message.name,)),
             c.PutItem: lambda source, message: self._relay(source, message, "put", (message.name, message.content)),
@@ -126,9 +106,6 @@ class CoordinationMachine:
         """In whose name the node's processes wait and hold: what ends one life cannot touch what is the next one's."""
         incarnation = self._incarnation()
         return self.node_id if incarnation is None else life_of(self.node_id, incarnation)
-
-    def _waiter(self, source: Address, request: int) -> str:
-        return waiter_id(self.life, source, request)
 
     def handle(self, event: Any, now_s: float) -> Commands:
         """Take note of `event`; what to do about it, in order."""
@@ -188,7 +165,7 @@ class CoordinationMachine:
     def _holder(self, source: Address, message: c.ReleaseToken | c.WriteCell) -> str:
         if message.is_thin:
             return f"{self.life}/{THIN}"
-        return self._waiter(source, message.acquired) if message.acquired else ""
+        return self._waits.waiter(source, message.acquired) if message.acquired else ""
 
     def _write_cell(self, source: Address, message: c.WriteCell) -> Commands:
         arguments = (message.name, message.content, message.guard, self._holder(source, message))
@@ -202,107 +179,6 @@ class CoordinationMachine:
             return [done(source, message, version, content)]
 
         return self._call("read_cell", (message.name, message.known_version), on_answer)
-
-    # --- waits
-
-    def _wait_for(self, source: Address, message: c.AcquireToken | c.GetItem) -> Commands:
-        waiter = self._waiter(source, message.request)
-        self._waits[waiter] = Wait(source, message)
-        self._users.add(source.process_id)
-        return self._ask(waiter, message)
-
-    def _ask(self, waiter: str, message: c.AcquireToken | c.GetItem) -> Commands:
-        operation = "get" if isinstance(message, c.GetItem) else "acquire"
-
-        def on_answer(value: Any, kind: str, text: str) -> Commands:
-            if kind:
-                return self._fail_wait(waiter, kind, text)
-            state, result = value
-            if state in (WAITING, LIFE_OVER):
-                return []
-            if operation == "get":
-                return self._item_came(waiter, message.name, result if state == GRANTED else None)
-            return self._token_came(waiter, message.name, result if state == GRANTED else 0)
-
-        return self._call(operation, (message.name, waiter, message.waits), on_answer)
-
-    def _granted(self, event: e.GrantRead) -> Commands:
-        wait = self._waits.get(event.waiter)
-        if not event.token:
-            if not event.waiter:
-                return self._ask_again()
-            return self._ask(event.waiter, wait.message) if wait is not None else []
-        if wait is None:
-            return self._give_back(event.name, event.waiter)
-        if not wait.wants_item:
-            return self._token_came(event.waiter, event.name, event.token)
-        if wait.is_popping:
-            return []
-        wait.is_popping = True
-
-        def on_popped(value: Any, kind: str, text: str) -> Commands:
-            if kind:
-                return self._fail_wait(event.waiter, kind, text)
-            if value is None and event.waiter in self._waits:
-                # What was reserved for it was given back, because this node was taken for dead.
-                wait.is_popping = False
-                return self._ask(event.waiter, wait.message)
-            return self._item_came(event.waiter, event.name, value)
-
-        return self._call("pop", (event.name, event.waiter), on_popped)
-
-    def _token_came(self, waiter: str, name: str, token: int) -> Commands:
-        wait = self._waits.pop(waiter, None)
-        if wait is not None:
-            return [done(wait.source, wait.message, token)]
-        return self._give_back(name, waiter) if token else []
-
-    def _item_came(self, waiter: str, name: str, item: bytes | None) -> Commands:
-        wait = self._waits.pop(waiter, None)
-        if wait is not None:
-            return [done(wait.source, wait.message, int(item is not None), item or b"")]
-        return self._call("put_back", (name, item)) if item is not None else []
-
-    def _give_back(self, name: str, waiter: str) -> Commands:
-        return self._call("give_back", (name, waiter))
-
-    def _fail_wait(self, waiter: str, kind: str, text: str) -> Commands:
-        wait = self._waits.pop(waiter, None)
-        if wait is None:
-            return []
-        # The store may have taken the question in, and only its answer got lost.
-        cancel = [] if kind == "CarrierUnknown" else self._call("cancel", (wait.message.name, waiter))
-        return [failed(wait.source, wait.message, kind, text), *cancel]
-
-    def _cancel(self, source: Address, message: c.CancelWait) -> Commands:
-        waiter = self._waiter(source, message.request)
-        wait = self._waits.get(waiter)
-        if wait is None:
-            return []  # its answer is on its way to the process
-        wait.cancelled_ticks = wait.cancelled_ticks or 1
-        # If it did not wait in the store, it has been granted, and that comes.
-        return self._call(
-            "cancel",
-            (wait.message.name, waiter),
-            lambda was_waiting, kind, _: self._give_up([waiter] if kind or was_waiting else []),
-        )
-
-    def _give_up(self, waiters: list[str]) -> Commands:
-        waits = [self._waits.pop(waiter) for waiter in waiters if waiter in self._waits]
-        return [done(wait.source, wait.message) for wait in waits]
-
-    def _cancelled_for(self, ticks: int) -> list[str]:
-        return [waiter for waiter, wait in self._waits.items() if wait.cancelled_ticks >= ticks]
-
-    def _ask_again(self) -> Commands:
-        """Whoever waits must be known to the store; it takes a question that it knows for the same one."""
-        commands = self._give_up(self._cancelled_for(1))
-        waits = list(self._waits.values())
-        self._waits = {self._waiter(wait.source, wait.message.request): wait for wait in waits}  # of this life now
-        for waiter, wait in self._waits.items():
-            wait.is_popping = False
-            commands += self._ask(waiter, wait.message)
-        return commands
 
     # --- adoptions: carriers of other nodes
 
@@ -420,15 +296,12 @@ class CoordinationMachine:
     # --- ends
 
     def _process_gone(self, event: e.ProcessGone) -> Commands:
-        return [*self._census.process_gone(event.address), *self._look(), *self._end_waits(event)]
+        return [*self._census.process_gone(event.address), *self._look(), *self._waits.process_gone(event)]
 
     def _time_to_look(self, _event: e.TimeToLook) -> Commands:
         # A holder may have died before the move, when nobody waited who could tell, or a count have come to nothing.
         self._ticks += 1
-        commands = self._give_up(self._cancelled_for(_CANCEL_TICKS))
-        for wait in self._waits.values():
-            wait.cancelled_ticks += wait.cancelled_ticks > 0
-        return commands + self._look(for_forks=self._ticks % _TICKS_A_LOOK != 0)
+        return self._waits.tick() + self._look(for_forks=self._ticks % _TICKS_A_LOOK != 0)
 
     def _look(self, *, for_forks: bool = False) -> Commands:
         """Who still holds what it had taken before a move? Those who wait for it, in the store, cannot report it."""
@@ -459,25 +332,12 @@ class CoordinationMachine:
                 given += self._call("release", (command.name, move.maximum, f"{self.life}/{THIN}"))
         return given
 
-    def _end_waits(self, event: e.ProcessGone) -> Commands:
-        if event.address.process_id not in self._users:
-            return []
-        self._users.discard(event.address.process_id)
-        for waiter in [waiter for waiter, wait in self._waits.items() if wait.source == event.address]:
-            del self._waits[waiter]
-        return self._call("end_process", (f"{self.life}/{event.address.process_id}/",))
-
     def _job_gone(self, event: e.JobGone) -> Commands:
         prefix = f"{event.job_id}-"
         self._known = {name for name in self._known if not name.startswith(prefix)}
         self._census.forget(lambda name: name.startswith(prefix))
-        commands: Commands = [e.RemoveJobCarriers(event.job_id)]
         text = "its job has ended"
-        # Only an actor that outlives its driver can still be there to hear it.
-        for waiter, wait in list(self._waits.items()):
-            if wait.message.name.startswith(prefix):
-                del self._waits[waiter]
-                commands.append(failed(wait.source, wait.message, "ObjectLost", text))
+        commands: Commands = [e.RemoveJobCarriers(event.job_id), *self._waits.job_gone(prefix, text)]
         for name in [name for name in self._adoptions if name.startswith(prefix)]:
             commands += self._adopted(name, "ObjectLost", text)
         for name in [name for name in self._moves if name.startswith(prefix)]:

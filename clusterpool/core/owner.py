@@ -125,7 +125,7 @@ class OwnerMachine:
             m.NodeLost: self._node_lost,
             m.CapacityChanged: self.following.changed,
             m.Undeliverable: lambda _, message, now_s: self._gone(message.address, "it has ended", now_s),
-            m.TasksUnsent: lambda _, message, __: self.actors.unsent(message),
+            m.TasksUnsent: lambda _, message, __: self.actors.undelivered(message),
             m.ActorLocated: lambda _, message, __: self.actors.located(message),
             **self.recovery.handlers_of_messages(),
         }

@@ -302,11 +302,11 @@ class OwnerActors:
             commands += self._locate(channel, actor.life + 1)
         return [*commands, e.ActorMoved(channel.actor), *self._let_go_if_done(channel)]
 
-    def unsent(self, message: m.TasksUnsent) -> Commands:
+    def undelivered(self, message: m.TasksUnsent) -> Commands:
         """Calls surely did not get to their actor: its next life may run them, retries or not."""
         channel = self.channel_of_process.get(message.address.process_id)
         if channel is not None:
-            channel.unsent.update(message.numbers)
+            channel.undelivered.update(message.numbers)
         return []
 
     def node_gone(self, node_id: str, text: str) -> Commands:

@@ -282,35 +282,34 @@ def test_interrupts_never_leave_the_client_half_changed() -> None:
         def f(x): return x
         clusterpool.init(num_cpus=2)
         clusterpool.get(f.remote(0))
-        is_done, caught, calls = False, 0, 0
+        INTERRUPTS = 60
+        is_working, calls, caught = False, 0, 0
         def interrupt():
-            # On a busy machine several become one, and calls that are quick elsewhere never come to their end.
-            number = 0
-            while (caught < 101 or calls < 11) and number < 3000:
-                number += 1
-                time.sleep((0.05 if number % 10 == 0 else 0.003) + 0.0001 * (number % 7))
+            for number in range(INTERRUPTS):
+                done = calls
+                # Where it is caught; and now and then it lets the program get on, however slow the machine is.
+                while not is_working or (number % 10 == 0 and calls == done):
+                    time.sleep(0.0005)
+                time.sleep(0.003 + 0.0001 * (number % 7))
                 os.kill(os.getpid(), signal.SIGINT)
-            global is_done
-            is_done = True
+                while caught == number:
+                    time.sleep(0.0005)
         threading.Thread(target=interrupt, daemon=True).start()
-        while not is_done:
+        while caught < INTERRUPTS:
             try:
-                refs = [f.remote(n) for n in range(20)]
-                assert clusterpool.get(refs, timeout=20) == list(range(20))
-                clusterpool.wait(refs)
-                calls += 1
+                is_working = True
+                while True:
+                    refs = [f.remote(n) for n in range(20)]
+                    assert clusterpool.get(refs, timeout=20) == list(range(20))
+                    clusterpool.wait(refs)
+                    calls += 1
             except KeyboardInterrupt:
+                is_working = False
                 caught += 1
-        while True:
-            try:
-                time.sleep(0.1)
-                break
-            except KeyboardInterrupt:
-                pass
-        print(caught > 100, calls > 10, clusterpool.get([f.remote(n) for n in range(5)], timeout=20))
+        print(clusterpool.get([f.remote(n) for n in range(5)], timeout=20))
         """
     )
-    assert (done.stdout, done.stderr) == ("True True [0, 1, 2, 3, 4]\n", "")
+    assert (done.stdout, done.stderr) == ("[0, 1, 2, 3, 4]\n", "")
 
 
 def test_a_killed_driver_leaves_nothing() -> None:

@@ -11,7 +11,8 @@ import pytest
 from clusterpool.control_store.coordination import CarrierUnknown
 from clusterpool.core import coordination_events as e
 from clusterpool.core import coordination_messages as c
-from clusterpool.core.coordination import GRANTED, LIFE_OVER, REFUSED, WAITING, CoordinationMachine
+from clusterpool.core.coordination import CoordinationMachine
+from clusterpool.core.coordination_waits import GRANTED, LIFE_OVER, REFUSED, WAITING
 from clusterpool.core.messages import Address, Message
 from clusterpool.core.node_events import MessageArrived, Send
 from clusterpool.simulation.fake_coordination import FakeCoordination
@@ -103,12 +104,13 @@ def test_a_grant_of_nothing_has_one_or_all_ask_again(node: Node) -> None:
     node.wait(c.GetItem(2, CHANNEL, True))
     again = node.handle(e.GrantRead("na/w1/1", LOCK, 0))
     assert calls(again) == [("acquire", LOCK, "na/w1/1", True)]
-    assert done(again) == []
+    assert done(again) == [] and node.answer(again, (WAITING, 0)) == []
     assert calls(node.handle(e.GrantRead("", "", 0))) == [
         ("acquire", LOCK, "na/w1/1", True), ("get", CHANNEL, "na/w1/2", True)
     ]  # fmt: skip
     assert node.handle(e.GrantRead("na/w1/9", LOCK, 0)) == []
-    assert failed(node.fail(again, "CarrierUnknown")) == [(1, "ObjectLost")]
+    node.wait(c.AcquireToken(3, LOCK, True))
+    assert failed(node.fail(node.handle(e.GrantRead("na/w1/3", LOCK, 0)), "CarrierUnknown")) == [(3, "ObjectLost")]
 
 
 def test_a_grant_may_overtake_the_news_that_one_has_to_wait(node: Node) -> None:
@@ -413,6 +415,27 @@ def test_after_a_change_of_the_store_all_who_wait_ask_again(node: Node) -> None:
     node.wait(c.AcquireToken(1, LOCK, True))
     commands = node.handle(e.StoreChanged())
     assert failed(node.fail(commands, "CarrierUnknown")) == [(1, "ObjectLost")]
+
+
+def test_a_call_under_way_when_the_store_changes_is_not_made_twice(node: Node) -> None:
+    """Else it would take two items, and give the second back behind those that were got meanwhile."""
+    node.wait(c.GetItem(1, CHANNEL, True))
+    popping = node.handle(e.GrantRead("na/w1/1", CHANNEL, 1))
+    assert calls(popping) == [("pop", CHANNEL, "na/w1/1")]
+    assert node.handle(e.StoreChanged()) == []
+    assert node.handle(e.GrantRead("na/w1/1", CHANNEL, 1)) == []
+    assert done(node.answer(popping, b"item")) == [(1, 1, b"item")]
+    assert node.handle(e.StoreChanged()) == []
+
+
+@pytest.mark.parametrize("message", [c.GetItem(1, CHANNEL, True), c.AcquireToken(1, CHANNEL, True)])
+def test_a_question_whose_answer_the_store_may_have_forgotten_is_put_again(node: Node, message: Any) -> None:
+    asking = node.hear(W1, message)
+    assert node.handle(e.StoreChanged()) == []
+    again = node.answer(asking, (WAITING, 0))
+    assert calls(again) == calls(asking)
+    assert node.answer(again, (WAITING, 0)) == []
+    assert calls(node.handle(e.StoreChanged())) == calls(asking)
 
 
 def test_the_end_of_a_job_forgets_everything_of_it(node: Node) -> None:
