@@ -124,7 +124,10 @@ class OwnerMachine:
             m.ProcessEnded: lambda _, message, now_s: self._gone(message.address, message.text, now_s),
             m.NodeLost: self._node_lost,
             m.CapacityChanged: self.following.changed,
-            m.Undeliverable: lambda _, message, now_s: self._gone(message.address, "it has ended", now_s),
+            # Of what we have a lease the node tells the cause, a moment later.
+            m.Undeliverable: lambda _, message, now_s: self._process_gone(
+                e.ProcessGone(message.address, "it has ended"), now_s
+            ),
             m.TasksUnsent: lambda _, message, __: self.actors.undelivered(message),
             m.ActorLocated: lambda _, message, __: self.actors.located(message),
             **self.recovery.handlers_of_messages(),

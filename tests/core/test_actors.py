@@ -227,6 +227,7 @@ def test_calls_of_an_actor_whose_worker_exits_fail_with_the_cause() -> None:
     owner.be_granted()
     owner.finish("w1", make_result(10))
     owner.call(1)
+    owner.hear(NODE, m.Undeliverable(HOME))  # says less
     owner.hear(NODE, m.WorkerExited(1, HOME, -9, "killed by signal 9"))
     value = owner.value_of(Reference(DRIVER, 1))
     assert value is not None
