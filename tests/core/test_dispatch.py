@@ -88,6 +88,15 @@ def test_tiny_work_goes_to_the_fullest_of_those_awake_so_that_the_others_sleep()
     assert numbers(dispatcher.fill(NOW_S)) == {"w2": [4, 5]}
 
 
+def test_it_goes_there_however_full_that_one_is() -> None:
+    dispatcher = dispatcher_with("w1", "w2", mean_s=SPLIT_MIN_S / 5)
+    dispatcher.slots["w1"].finished_s = NOW_S
+    dispatcher.submit(tasks_of(1, 2, 3))
+    assert numbers(dispatcher.fill(NOW_S)) == {"w1": [1, 2, 3]}
+    dispatcher.submit(tasks_of(4))
+    assert numbers(dispatcher.fill(NOW_S)) == {"w1": [4]}
+
+
 def test_among_idle_ones_tiny_work_goes_to_the_one_that_reported_last() -> None:
     dispatcher = dispatcher_with("w1", "w2", mean_s=SPLIT_MIN_S / 10)
     dispatcher.slots["w1"].finished_s, dispatcher.slots["w2"].finished_s = NOW_S - BACKLOG_S / 2, NOW_S
