@@ -325,11 +325,6 @@ class Client:
         """References go to another process with the next message to it: their owners are told first."""
         self.ask_machine(lambda machine: self._execute(machine.objects.hand_over(receiver, references)))
 
-    @property
-    def is_lock_mine(self) -> bool:
-        """Whether the calling thread is inside the machine."""
-        return self._lock_ident == threading.get_ident()
-
     def watch(self, reference: m.Reference, callback: Callable[[], None]) -> None:
         """Have `callback` called, as a delivery, once the object has a value; asks its owner for it if need be."""
         key = (reference.owner, reference.number)

@@ -122,7 +122,7 @@ class WorkerGroup:
         Raises: RuntimeError when the group is closed.
         """
         if self._is_closed or self._client.is_closed:
-            self._check_open()
+            self._check_open()  # only then: this is the way of each single task
         runtime = self._runtime
         extras = self._extras if timeout is None else extras_with(self._limits, timeout)
         try:

@@ -72,7 +72,7 @@ class ActorKeeper:
         worker = message.worker
         creation = next((item for item in self.creations.values() if item.request == message.request), None)
         if creation is None:
-            return [Send(_node_of(worker.address), m.ReleaseWorkers([worker.lease], True))]
+            return [Send(worker.address.node, m.ReleaseWorkers([worker.lease], True))]
         creation.worker = worker
         plan = creation.plan
         env = dict(plan.env)
@@ -104,7 +104,7 @@ class ActorKeeper:
         del self.creations[creation.actor.actor_id]
         assert creation.worker is not None
         actor = creation.actor
-        kill = Send(_node_of(source), m.KillWorker(creation.worker.lease, m.SIGKILL, "its actor is not wanted here"))
+        kill = Send(source.node, m.KillWorker(creation.worker.lease, m.SIGKILL, "its actor is not wanted here"))
         if result.status == TaskStatus.OK:
             arguments = {"actor_id": actor.actor_id, "life": actor.life, "address": source, "is_kept": True}
             # Refused: it was killed meanwhile, or others had taken us for dead and made it elsewhere.
@@ -153,7 +153,3 @@ class ActorKeeper:
     def _ended(self, creation: Creation, text: str) -> Commands:
         del self.creations[creation.actor.actor_id]
         return self._on_ended(creation.actor.actor_id, creation.actor.life, text)
-
-
-def _node_of(address: Address) -> Address:
-    return Address(address.node_id, address.node_id)

@@ -204,10 +204,6 @@ class OwnershipTable:
                 _append(dropped, self._maybe_free(record))
         return dropped
 
-    def owners_of_borrowed(self) -> set[Address]:
-        """The processes whose end would cost us values."""
-        return {owner for owner, _ in self.borrowed}
-
     def _maybe_free(self, record: OwnedObject) -> Dropped | None:
         # A pending object stays: its task still has to put its value somewhere.
         if record.value is None or not record.is_unused or record.waiting_tasks:
