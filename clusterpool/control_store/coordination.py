@@ -70,8 +70,11 @@ class CoordinationPort(Protocol):
     def cancel(self, number: int, name: str, waiter: str) -> bool:
         """False: it did not wait (any more), and a grant was made."""
 
-    def give_back(self, number: int, name: str, waiter: str) -> bool:
-        """What was granted to this waiter did not reach it."""
+    def give_back(self, number: int, name: str, waiter: str, has_one: bool = False) -> bool:
+        """What was granted to this waiter did not reach it. has_one: but it was told of a token all the same.
+
+        Then there is another only if tokens belong to nobody: the store does not know that one who asks again has one.
+        """
 
     def release(self, number: int, name: str, maximum: int, holder: str = "") -> bool:
         """False: there were `maximum` tokens.
@@ -164,8 +167,8 @@ class CoordinationStore(ControlStore):
     def cancel(self, number: int, name: str, waiter: str) -> bool:
         return bool(self._do(scripts.CANCEL, number, name, waiter)[0])
 
-    def give_back(self, number: int, name: str, waiter: str) -> bool:
-        return bool(self._do(scripts.GIVE_BACK, number, name, waiter)[0])
+    def give_back(self, number: int, name: str, waiter: str, has_one: bool = False) -> bool:
+        return bool(self._do(scripts.GIVE_BACK, number, name, waiter, int(has_one))[0])
 
     def release(self, number: int, name: str, maximum: int, holder: str = "") -> bool:
         return bool(self._do(scripts.RELEASE, number, name, maximum, holder)[0])

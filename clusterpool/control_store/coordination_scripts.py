@@ -236,11 +236,15 @@ return done(undo(ARGV[4]))
 """
 )
 
-# ARGV: ..., name, waiter: what was granted to it did not reach it. Returns {1}, or {0}: it had nothing.
+# ARGV: ..., name, waiter, 1 if it has one token: what was granted to it did not reach it. Returns {1}, or {0}: it had
+# nothing (more).
 GIVE_BACK = Script(
     _LIBRARY
     + """
-if redis.call('HGET', carrier(NAME), 'kind') ~= 'semaphore' then return done(undo(ARGV[4])) end
+if redis.call('HGET', carrier(NAME), 'kind') ~= 'semaphore' then
+  if ARGV[5] == '1' then return done(0) end
+  return done(undo(ARGV[4]))
+end
 free(NAME)
 return done(1)
 """

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 from clusterpool.core import coordination_events as e
 from clusterpool.core import coordination_messages as c
 from clusterpool.core.coordination_answers import done, failed, waiter_id
-from clusterpool.core.coordination_records import Wait
+from clusterpool.core.coordination_records import ToldTwice, Wait
 from clusterpool.core.messages import Address
 
 Commands = list[Any]
@@ -55,6 +55,7 @@ class Waits:
         self._call = call
         self._life = life
         self._waits: dict[str, Wait] = {}  # by waiter id
+        self.told_twice = ToldTwice()
         self._users: set[str] = set()  # ids of processes that the store may know of
 
     def __len__(self) -> int:
@@ -75,6 +76,7 @@ class Waits:
         message = wait.message
         wait.is_stale = False
         wait.calls += 1
+        wait.times_asked += 1
 
         def on_answer(value: Any, kind: str, text: str) -> Commands:
             wait.calls -= 1
@@ -128,6 +130,7 @@ class Waits:
     def _token_came(self, waiter: str, name: str, token: int) -> Commands:
         wait = self._waits.pop(waiter, None)
         if wait is not None:
+            self.told_twice.told(waiter, wait, token)
             return [done(wait.source, wait.message, token)]
         return self.give_back(name, waiter) if token else []
 
@@ -139,7 +142,7 @@ class Waits:
 
     def give_back(self, name: str, waiter: str) -> Commands:
         """What was granted to it does not reach it."""
-        return self._call("give_back", (name, waiter))
+        return self._call("give_back", (name, waiter, *self.told_twice.flag(waiter)))
 
     def _fail_wait(self, waiter: str, kind: str, text: str) -> Commands:
         wait = self._waits.pop(waiter, None)
@@ -196,6 +199,7 @@ class Waits:
         if event.address.process_id not in self._users:
             return []
         self._users.discard(event.address.process_id)
+        self.told_twice.process_gone(event.address)
         for waiter in [waiter for waiter, wait in self._waits.items() if wait.source == event.address]:
             del self._waits[waiter]
         return self._call("end_process", (f"{self._life()}/{event.address.process_id}/",))

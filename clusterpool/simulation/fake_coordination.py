@@ -206,13 +206,13 @@ class FakeCoordinationClient:
         is_waiting = name in self._shared.carriers and waiter in self._shared.carriers[name].waiters
         return bool(self._once(number, lambda: is_waiting and self._shared.undo(waiter)))
 
-    def give_back(self, number: int, name: str, waiter: str) -> bool:
+    def give_back(self, number: int, name: str, waiter: str, has_one: bool = False) -> bool:
         def do() -> bool:
             carrier = self._shared.carriers.get(name)
             if carrier is not None and carrier.kind == "semaphore":
                 self._shared.free(name)
                 return True
-            return bool(self._shared.undo(waiter))
+            return not has_one and bool(self._shared.undo(waiter))
 
         return bool(self._once(number, do))
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PATIENCE_S = 60.0
 
 
-class Turn(msgspec.Struct, frozen=True, array_like=True):
+class Turn(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """What a task does with carriers: `rounds` times it adds one to the cell under the lock, or moves an item."""
 
     lock: CarrierPart

@@ -32,6 +32,7 @@ from clusterpool.simulation.reading import Unreadable, View
 from clusterpool.simulation.references import Ref
 from clusterpool.simulation.stream_programs import StreamPaces, generate, take_in_task
 from clusterpool.simulation.threads import Disconnected, Interrupted, Pause, Steps, Thread, Wait
+from clusterpool.simulation.token_programs import Stint, do_stint
 
 if TYPE_CHECKING:
     from clusterpool.simulation.node import SimulatedNode
@@ -251,10 +252,7 @@ class Worker(Client):
                 return (yield from self._returned(owner, spec, operation, number, []))
             children = yield from self._children_of(operation)
             if operation.turn:
-                turn = msgspec.msgpack.decode(operation.turn, type=Turn)
-                failure = yield from take_turns(self, turn, operation)
-                if failure is not None:
-                    raise Failed(failure)
+                yield from self._take_part(operation)
             if operation.taking:
                 yield from take_in_task(self, operation)
             if operation.handle:
@@ -277,6 +275,16 @@ class Worker(Client):
             for view in views:
                 view.close()
             self.drop_references(spec)
+
+    def _take_part(self, operation: Operation) -> Steps:
+        """Do what there is to do with locks, semaphores or queues."""
+        turn: Turn | Stint = msgspec.msgpack.decode(operation.turn, type=Turn | Stint)
+        if isinstance(turn, Turn):
+            failure = yield from take_turns(self, turn, operation)
+        else:
+            failure = yield from do_stint(self, turn, operation)
+        if failure is not None:
+            raise Failed(failure)
 
     def _run_chunk(self, spec: TaskSpec) -> Steps:
         """Map over a chunk, or over the span of it that was asked for; in parts, of which the node can read."""

@@ -20,6 +20,7 @@ from clusterpool.simulation.programs import Operation, Outcome, encode_operation
 from clusterpool.simulation.references import Ref
 from clusterpool.simulation.stream_programs import streaming_actor, streams
 from clusterpool.simulation.threads import Pause, Steps
+from clusterpool.simulation.token_programs import queues, semaphores, signals
 
 DURATIONS_S = (0.0, 0.0002, 0.004, 0.03, 0.2)
 CPU = {"CPU": 1.0}
@@ -312,6 +313,9 @@ PROGRAMS: dict[str, Callable[[Script], Steps]] = {
     "chunks": chunks,
     "limits": limits,
     "stragglers": stragglers,
+    "semaphores": semaphores,
+    "signals": signals,
+    "queues": queues,
     "streams": streams,
     "streaming_actor": streaming_actor,
 }

@@ -28,6 +28,7 @@ from clusterpool.simulation.party import Fabric, Host
 from clusterpool.simulation.stream_programs import StreamLedger
 from clusterpool.simulation.threads import Disconnected, Pause, Steps, Thread
 from clusterpool.simulation.timeline import Timeline, Trace, Violation
+from clusterpool.simulation.token_programs import TokenLedger
 from clusterpool.simulation.workloads import Script
 
 # After everything was healed, all work must end within this time: longer than any patience of the machines (a transfer
@@ -64,6 +65,7 @@ class World:
         self.ledger = ActorLedger(self)
         self.locks = LockLedger(self)
         self.streams = StreamLedger(self)
+        self.tokens = TokenLedger(self)
         random = self.random("world")
         self._numbers = itertools.count(1)
         count = plan.nodes or random.choice((1, 2, 2, 3, 3, 4, 5, 8))

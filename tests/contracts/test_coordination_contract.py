@@ -223,6 +223,16 @@ def test_a_grant_that_came_too_late_goes_to_the_next(a: Any, b: Any, name: str) 
     assert grants(b) == [(B1, name)]
 
 
+def test_a_grant_to_one_who_has_a_token_is_another_only_of_signals(a: Any) -> None:
+    assert a.acquire(LOCK, A1, True)[0] == GRANTED == a.acquire(LOCK, A1, True)[0]
+    assert not a.give_back(LOCK, A1, True)
+    assert a.value(LOCK) == 0
+    a.release(SEMAPHORE, UNBOUNDED)
+    assert a.acquire(SEMAPHORE, A2, True)[0] == GRANTED
+    assert a.give_back(SEMAPHORE, A2, True)
+    assert a.value(SEMAPHORE) == 1
+
+
 def test_a_lock_given_back_by_one_who_does_not_hold_it_stays_locked(a: Any, b: Any) -> None:
     a.acquire(LOCK, A1, True)
     assert not b.give_back(LOCK, B1)

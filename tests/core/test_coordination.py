@@ -119,6 +119,27 @@ def test_a_grant_may_overtake_the_news_that_one_has_to_wait(node: Node) -> None:
     assert node.answer(commands, (WAITING, 0)) == []
 
 
+@pytest.mark.parametrize("is_read_first", [True, False])
+def test_a_token_that_is_told_of_twice_stays_with_its_holder(node: Node, is_read_first: bool) -> None:
+    node.wait(c.AcquireToken(1, LOCK, True))
+    asked = node.handle(e.StoreChanged())
+    assert calls(asked) == [("acquire", LOCK, "na/w1/1", True)]
+
+    def read() -> list[Any]:
+        return node.handle(e.GrantRead("na/w1/1", LOCK, 4))
+
+    def answered() -> list[Any]:
+        return node.answer(asked, (GRANTED, 4))
+
+    first, second = (read, answered) if is_read_first else (answered, read)
+    assert done(first()) == [(1, 4, b"")]
+    told_again = second()
+    # If it is of signals, which belong to nobody, the store has given a second one.
+    assert calls(told_again) == [("give_back", LOCK, "na/w1/1", True)] and done(told_again) == []
+    node.hear(W1, c.ReleaseToken(2, LOCK, 1, acquired=1))
+    assert calls(read()) == [("give_back", LOCK, "na/w1/1")]
+
+
 def test_a_cancelled_wait_ends_when_the_store_knows_of_it(node: Node) -> None:
     # Else a token that another process gives back now would go to nobody for a moment.
     node.wait(c.AcquireToken(1, LOCK, True))

@@ -38,6 +38,8 @@ FOUND_BY = {
     (103, ("restarts", "detached")): "the same, of an actor that its creator starts again",
     (18, ("locks",)): "a node that was taken for dead removed the locks of living jobs from the control store",
     (40, ("locks",)): "a process died with a lock before that moved: nobody who waited could say so, for ever",
+    (52, ("semaphores", "signals", "queues")): "a token that was told of twice was given back while it was held",
+    (114, ("semaphores", "signals", "queues")): "the same, told of in the other order",
     (400, ("restarts", "detached")): "an actor that was entered while its node was taken for dead, nobody made",
 }
 # Programs that end no process themselves.
