@@ -124,10 +124,7 @@ class OwnerMachine:
             m.ProcessEnded: lambda _, message, now_s: self._gone(message.address, message.text, now_s),
             m.NodeLost: self._node_lost,
             m.CapacityChanged: self.following.changed,
-            # Of what we have a lease the node tells the cause, a moment later.
-            m.Undeliverable: lambda _, message, now_s: self._process_gone(
-                e.ProcessGone(message.address, "it has ended"), now_s
-            ),
+            m.Undeliverable: self._undeliverable,
             m.TasksUnsent: lambda _, message, __: self.actors.undelivered(message),
             m.ActorLocated: lambda _, message, __: self.actors.located(message),
             **self.recovery.handlers_of_messages(),
@@ -414,6 +411,11 @@ class OwnerMachine:
         if is_leased or self.actors.has_lease(address) or self.objects.is_watched(address):
             return []
         return self._gone(address, event.text, now_s)
+
+    def _undeliverable(self, source: m.Address, message: m.Undeliverable, now_s: float) -> Commands:
+        if source == message.address.node:  # of what we have a lease this tells the cause, a moment later
+            return self._process_gone(e.ProcessGone(message.address, "it has ended"), now_s)
+        return self._gone(message.address, "it has ended", now_s)
 
     def _gone(self, address: m.Address, text: str, now_s: float) -> Commands:
         """A process ended. Its node reports a worker's exit with the cause, so tasks wait for that report."""

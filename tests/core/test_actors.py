@@ -237,6 +237,21 @@ def test_calls_of_an_actor_whose_worker_exits_fail_with_the_cause() -> None:
     )
 
 
+def test_calls_that_our_own_node_cannot_pass_on_fail_at_once() -> None:
+    """Nobody will tell the cause: the actor's node is gone, or ours was, and the actor has ended with that."""
+    there = make_worker("w1", node_id="n2")
+    owner = Creator()
+    owner.create()
+    owner.hear(NODE, m.WorkerGranted(1, there))
+    owner.hear(there.address, m.TasksFinished([make_result(10)], 1))
+    owner.call(1)
+    owner.hear(there.address.node, m.Undeliverable(there.address))
+    assert owner.value_of(Reference(DRIVER, 1)) is None, "its node will tell the cause"
+    owner.hear(NODE, m.Undeliverable(there.address))
+    value = owner.value_of(Reference(DRIVER, 1))
+    assert value is not None and value.lost_kind == "actor_died"
+
+
 @pytest.mark.parametrize(
     ("answer", "is_sent"),
     [(ALIVE, True), (msgspec.structs.replace(PENDING, state="dead", text="gone"), False)],
