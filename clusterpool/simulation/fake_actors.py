@@ -144,7 +144,10 @@ class FakeActors:
         is_as_left = entry.state == DEAD or (entry.state == "restarting" and current == life + 1)
         if made.told[0] == request and is_as_left:
             return made.told[1]
-        if entry.state == DEAD or current != life or (address and entry.fields.get("address", "") != address):
+        if entry.state == DEAD or current != life:
+            return "none"
+        there = entry.fields.get("address", "")
+        if address and there != address and not (made.is_detached and not there):
             return "none"
         if teller == "host" and not made.is_detached and made.restarts:
             return "none"

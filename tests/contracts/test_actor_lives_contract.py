@@ -48,6 +48,16 @@ def test_a_life_is_ended_once_and_its_ender_starts_the_next(store: ControlStoreP
     assert not store.start_life("a1", 1, "n2,w2")
 
 
+def test_a_life_whose_start_the_store_has_forgotten_is_ended_by_its_node(store: ControlStorePort) -> None:
+    """The last second may be lost with a server; nobody else would ever tell of that end."""
+    store.create_actor(ActorDefinition("a1", b"{}", restarts=2, is_detached=True), keeper="n1")
+    assert store.end_life("a1", 0, "killed", teller="host", keeper="n2", address="n2,w1") == "restart"
+    assert store.start_life("a1", 1, "n1,w2", keeper="n1")
+    assert store.end_life("a1", 1, "killed", teller="host", keeper="n2", address="n2,w2") == "none", "not there"
+    store.create_actor(ActorDefinition("a2", b"{}"), keeper="n1")
+    assert store.end_life("a2", 0, "killed", teller="host", keeper="n2", address="n2,w1") == "none", "its creator tells"
+
+
 def test_the_next_life_of_an_ordinary_actor_is_its_creators_to_start(store: ControlStorePort) -> None:
     store.create_actor(ActorDefinition("a1", b"{}", restarts=-1), keeper="n1")
     store.start_life("a1", 0, "n2,w1")

@@ -40,6 +40,7 @@ FOUND_BY = {
     (40, ("locks",)): "a process died with a lock before that moved: nobody who waited could say so, for ever",
     (52, ("semaphores", "signals", "queues")): "a token that was told of twice was given back while it was held",
     (114, ("semaphores", "signals", "queues")): "the same, told of in the other order",
+    (51, ("restarts", "detached")): "a store that had forgotten that a life had begun did not let it end",
     (400, ("restarts", "detached")): "an actor that was entered while its node was taken for dead, nobody made",
 }
 # Programs that end no process themselves.
