@@ -41,6 +41,10 @@ HELPERS_OF_OTHERS = (
     "multiprocessing.forkserver",
 )
 
+# A shell's job in the background ignores Ctrl-C, and so do all that it starts; tests of Ctrl-C must not find it so.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @dataclass(frozen=True)
 class Leftovers:

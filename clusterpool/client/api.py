@@ -283,7 +283,7 @@ def _runtime_of(refs: list[ObjectRef]) -> Runtime:
     here = current.get_if_any()
     for ref in refs:
         ref.check_client(here.client if here is not None else None)
-    return runtime()
+    return here if here is not None and refs else runtime()
 
 
 def _known_parts(here: Runtime, wanted: list[ObjectRef], timeout: float | None) -> list[ValuePart]:
@@ -329,7 +329,7 @@ def wait(
         check_distinct(wanted)
     if not 1 <= num_returns <= len(wanted):
         raise ValueError(f"num_returns must be between 1 and the number of refs ({len(wanted)}): {num_returns}")
-    client = _runtime_of([] if is_own else wanted).client
+    client = here.client if here is not None and is_own else _runtime_of(wanted).client
     with Readiness(client, wanted, count_max=num_returns, is_own=is_own) as readiness:
         client.wait_until(readiness.are_enough, timeout)
         return readiness.parted()

@@ -355,6 +355,39 @@ def test_a_killed_node_is_told_to_the_driver() -> None:
     assert done.stdout == "told\nFalse\n", done
 
 
+def test_what_a_program_has_of_a_killed_node_is_told_by_that_and_not_by_a_new_one() -> None:
+    done = run_script(
+        """
+        import clusterpool, os, signal, time
+        from clusterpool import errors
+        clusterpool.init(num_cpus=2)
+        class Echo:
+            def say(self, value): return value
+        say, echo = clusterpool.remote(Echo().say), clusterpool.remote(Echo).remote()
+        known, late = say.remote(1), echo.say.remote(2)
+        assert clusterpool.get([known, late]) == [1, 2]
+        sleeping = clusterpool.remote(time.sleep).remote(60)
+        os.kill(clusterpool.nodes()[0]["pid"], signal.SIGKILL)
+        try:
+            clusterpool.get(sleeping, timeout=20)
+        except errors.NotConnected:
+            pass
+        # Nothing has started another cluster until now, and nothing of the former one does.
+        for question in (
+            lambda: clusterpool.get(echo.say.remote(3), timeout=20),
+            lambda: clusterpool.get(sleeping, timeout=20),
+        ):
+            try:
+                print(question())
+            except errors.NotConnected as exc:
+                print("has ended" in str(exc))
+        print(clusterpool.wait([known, sleeping], num_returns=2, timeout=20) == ([known, sleeping], []))
+        print(clusterpool.get(known), clusterpool.get(say.remote(4), timeout=20))
+        """
+    )
+    assert (done.stdout, done.stderr) == ("True\nTrue\nTrue\n1 4\n", "")
+
+
 @pytest.mark.usefixtures("started")
 def test_the_control_store_of_a_killed_node_ends_with_it() -> None:
     (node,) = clusterpool.nodes()
