@@ -146,14 +146,15 @@ class ActorOperations:
         answer: bytes = self._change(scripts.END_LIFE, self._actor_keys(actor_id), *arguments)
         return answer.decode()
 
-    def orphaned_actors(self) -> list[str]:
+    def orphaned_actors(self, living: Collection[str] = ()) -> list[str]:
         """As in the port."""
         tables = (self.keys.actor_keepers, self.keys.node_incarnations)
         keepers, incarnations = self._run_all([("HGETALL", key) for key in tables], at_once=True)
         orphans = []
         for actor_id, keeper in keepers.items():
             node_id, _, incarnation = keeper.rpartition(b":")
-            if incarnation != b"0" and incarnations.get(node_id) != incarnation:
+            is_there = incarnation == b"0" or incarnations.get(node_id) == incarnation
+            if not is_there and keeper.decode(errors="backslashreplace") not in living:
                 orphans.append(actor_id.decode(errors="backslashreplace"))
         return sorted(orphans)
 

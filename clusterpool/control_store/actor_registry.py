@@ -107,10 +107,10 @@ class ActorRegistry:
         loaded = self._store.load_calls(actor_id)
         return loaded.checkpoint, loaded.calls, loaded.log
 
-    def adopt_orphans(self) -> list[tuple[str, m.ActorPart, bytes]]:
-        """Those detached actors that we are to make again now, their nodes being gone."""
+    def adopt_orphans(self, living: list[str]) -> list[tuple[str, m.ActorPart, bytes]]:
+        """Those detached actors that we are to make again now, their nodes being gone. living: as in the port."""
         adopted = []
-        for actor_id in self._store.orphaned_actors():
+        for actor_id in self._store.orphaned_actors(living):
             actor = self.get_actor(actor_id)
             if actor is None:
                 continue

@@ -157,8 +157,11 @@ class ControlStorePort(Protocol):
         "orphan", anybody, which counts when the keeper's incarnation is over. `address`: only if it lives there.
         """
 
-    def orphaned_actors(self) -> list[str]:
-        """The living actors whose keeper's incarnation is over, by id."""
+    def orphaned_actors(self, living: Collection[str] = ()) -> list[str]:
+        """The living actors whose keeper's incarnation is over, by id.
+
+        living: incarnations that go on though the store may have forgotten them, each as `node_id:incarnation`.
+        """
 
     def get_creation(self, actor_id: str) -> bytes: ...
 

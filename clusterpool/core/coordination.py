@@ -338,7 +338,10 @@ class CoordinationMachine:
         self._known = {name for name in self._known if not name.startswith(prefix)}
         self._census.forget(lambda name: name.startswith(prefix))
         text = "its job has ended"
-        commands: Commands = [e.RemoveJobCarriers(event.job_id), *self._waits.job_gone(prefix, text)]
+        commands: Commands = [e.RemoveJobCarriers(event.job_id)]
+        # A node that was taken for dead has lost sight of the driver's: who waits asks the store in its next life.
+        if event.is_known or not event.home:
+            commands += self._waits.job_gone(prefix, text)
         for name in [name for name in self._adoptions if name.startswith(prefix)]:
             commands += self._adopted(name, "ObjectLost", text)
         for name in [name for name in self._moves if name.startswith(prefix)]:

@@ -487,6 +487,11 @@ class Membership:
             return [NodeLeft(node_id, watch.incarnation)]
         return [NodeDied(node_id, watch.incarnation, reason)]
 
+    @property
+    def living(self) -> list[tuple[str, int]]:
+        """This node and those in its view, with their incarnations."""
+        return [(self.node_id, self.incarnation), *((view.node_id, view.incarnation) for view in self.view)]
+
     def _remember_end(self, node_id: str, incarnation: int) -> None:
         newest = max(incarnation, self._ended_by_node.pop(node_id, 0))
         self._ended_by_node[node_id] = newest

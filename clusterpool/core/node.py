@@ -81,7 +81,7 @@ class NodeMachine:
         self.scheduler = Scheduler(self.node_id, record.host_name, record.resources, process_ids=process_ids)
         self.memory = MemoryMonitor(self.scheduler, threshold=memory_threshold)
         self.objects = NodeObjects(self.node_id, arena_bytes, self.scheduler.watch)
-        self.actors = NodeActors(self.node_id, self.scheduler)
+        self.actors = NodeActors(self.node_id, self.scheduler, lambda: self.membership.living)
         self.membership = ms.Membership(self.node_id)
         self.capacity = CapacityWatch(record, self.membership.view)
         self.environments = env.Environments()

@@ -9,7 +9,7 @@ one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -48,11 +48,17 @@ class _Waiter:
 
 
 class NodeActors:
-    """Asks the control store for the processes of one node. Records there are ActorParts."""
+    """Asks the control store for the processes of one node. Records there are ActorParts.
 
-    def __init__(self, node_id: str, scheduler: Scheduler) -> None:
+    living: the nodes that this one knows to live, itself too, with their incarnations.
+    """
+
+    def __init__(
+        self, node_id: str, scheduler: Scheduler, living: Callable[[], Iterable[tuple[str, int]]] = tuple
+    ) -> None:
         self.node_id = node_id
         self._scheduler = scheduler
+        self._living = living
         self._last_tag = 0
         self._calls: dict[int, tuple[OnAnswer | None, CallStore, bool]] = {}
         self._waiting: dict[str, list[_Waiter]] = {}  # by actor id
@@ -381,7 +387,9 @@ class NodeActors:
         def on_adopted(values: Any, kind: str, text: str) -> Commands:
             return [command for value in values or () for command in self._begin_next(value, kind, text)]
 
-        return self.call("adopt_orphans", {}, on_adopted, is_stubborn=True)
+        # A store that has lost its memory does not know all nodes again at once, but we do.
+        living = [f"{node_id}:{incarnation}" for node_id, incarnation in self._living()]
+        return self.call("adopt_orphans", {"living": living}, on_adopted, is_stubborn=True)
 
     def fenced(self) -> Commands:
         """The others take this node for dead."""

@@ -24,9 +24,11 @@ def field(store: ControlStorePort, name: str) -> str:
     return entry.state if name == "state" else entry.fields.get(name, "")
 
 
-def kill_node(store: ControlStorePort, node_id: str) -> None:
+def kill_node(store: ControlStorePort, node_id: str) -> int:
+    """Returns: its incarnation."""
     incarnation = next(node.incarnation for node in store.list_nodes().nodes if node.record.node_id == node_id)
     assert store.declare_node_dead(node_id, incarnation, "silent")
+    return incarnation
 
 
 def test_a_life_is_ended_once_and_its_ender_starts_the_next(store: ControlStorePort) -> None:
@@ -78,8 +80,9 @@ def test_the_detached_actors_of_a_dead_node_are_one_others_and_the_ordinary_ones
     store.create_actor(ActorDefinition("a2", b"{}", restarts=2), keeper="n2")
     assert store.orphaned_actors() == []
     assert store.end_life("a1", 0, "no", teller="orphan", keeper="n3") == "none"
-    kill_node(store, "n2")
+    incarnation = kill_node(store, "n2")
     assert store.orphaned_actors() == ["a1", "a2"]
+    assert store.orphaned_actors([f"n2:{incarnation}"]) == [], "who knows better than the store"
     outcomes = [store.end_life("a1", 0, "gone", teller="orphan", keeper=node_id) for node_id in ("n2", "n3", "n1")]
     assert outcomes == ["none", "restart", "none"], "n2 is no member, n3 was first"
     assert store.end_life("a2", 0, "gone", teller="orphan", keeper="n3") == "dead"

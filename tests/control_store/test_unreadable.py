@@ -182,7 +182,7 @@ def test_actors_without_anything_else_are_left_out(told: Told) -> None:
     told.write("HSET", store.keys.actor_keepers, "a1", b"\xff", b"\xff", b":")
     assert store.list_actors() == [] and store.find_actor("", "name") is None
     posted: list[Any] = []
-    assert ActorRegistry(store, "n1", posted.append).adopt_orphans() == []
+    assert ActorRegistry(store, "n1", posted.append).adopt_orphans([]) == []
     assert store.load_calls("a1").checkpoint == b""
     assert store.append_calls("a1", 0, 1, [b"call"]) in ("gone", "fenced")
 

@@ -459,6 +459,13 @@ def test_a_question_whose_answer_the_store_may_have_forgotten_is_put_again(node:
     assert calls(node.handle(e.StoreChanged())) == calls(asking)
 
 
+def test_a_node_that_lost_sight_of_a_driver_lets_others_wait_on(node: Node) -> None:
+    node.wait(c.AcquireToken(1, LOCK, True))
+    assert failed(node.handle(e.JobGone("j1", is_known=False, home="nb"))) == []
+    assert calls(node.handle(e.StoreChanged())) == [("acquire", LOCK, "na/w1/1", True)]
+    assert failed(node.handle(e.JobGone("j1"))) == [(1, "ObjectLost")]
+
+
 def test_the_end_of_a_job_forgets_everything_of_it(node: Node) -> None:
     node.answer(adopt(node), True)
     node.hear(OTHER_NODE, c.MoveCarrier(LOCK, "lock", 1))
