@@ -74,12 +74,8 @@ class CallbackThread:
     def _run_queued(self) -> None:
         while not self._calls.empty():
             call = self._calls.get()
-            if call is None:
-                continue
-            try:
-                call()
-            except BaseException:  # as in the thread
-                report_callback_error()
+            if call is not None:
+                _run_call(call)
 
     def __del__(self) -> None:
         self._calls.put(None)
@@ -110,8 +106,12 @@ def _run_calls(calls: queue.SimpleQueue[Callable[[], Any] | None]) -> None:
             is_busy = True
         if call is None:
             return
-        try:
-            call()
-        except BaseException:  # The border to user code: a callback's error must not end the other callbacks.
-            report_callback_error()
+        _run_call(call)
         del call  # else the last result would stay alive until the next one
+
+
+def _run_call(call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except BaseException:  # The border to user code: a callback's error must not end the other callbacks.
+        report_callback_error()

@@ -162,7 +162,7 @@ class ControlStore(ActorOperations):
         commands = [("TIME",), ("GET", keys.event_number), ("GET", keys.generation), *hashes, beats]
         time_now, number, generation, records, incarnations, loads, scores = self._run_all(commands, at_once=True)
         heartbeats = dict(zip(scores[::2], map(float, scores[1::2]), strict=True))
-        now_us = int(time_now[0]) * 1_000_000 + int(time_now[1])
+        now_us = _microseconds(time_now)
         nodes = read_nodes(records, incarnations, heartbeats, loads, now_us=now_us, tell=self.on_unreadable)
         last_event_id = number_or_zero(number, "event_number", self.on_unreadable)
         return NodesSnapshot(nodes=nodes, last_event_id=last_event_id, generation=_text(generation or b""))
@@ -175,7 +175,7 @@ class ControlStore(ActorOperations):
         if record is None or incarnation is None:
             return None
         beats = {name: float(beat)} if beat is not None else {}
-        now_us = int(time_now[0]) * 1_000_000 + int(time_now[1])
+        now_us = _microseconds(time_now)
         tell = self.on_unreadable
         nodes = read_nodes({name: record}, {name: incarnation}, beats, {}, now_us=now_us, tell=tell)
         return nodes[0] if nodes else None
@@ -514,3 +514,8 @@ def _text(value: bytes) -> str:
 def fields_of(pairs: Any) -> dict[bytes, bytes]:
     """Of an entry of a stream: redis-py makes a dict of them where it knows the command."""
     return pairs if isinstance(pairs, dict) else dict(zip(pairs[::2], pairs[1::2], strict=True))
+
+
+def _microseconds(time_now: Any) -> int:
+    """The answer to TIME, seconds and microseconds, as one number."""
+    return int(time_now[0]) * 1_000_000 + int(time_now[1])

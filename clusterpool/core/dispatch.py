@@ -211,7 +211,7 @@ class Dispatcher:
         # Without workers too: what is cancelled must not make a closed set wait, or an idle one ask for workers.
         if not self._drop_cancelled() or not self.slots:
             return batches
-        open_slots = [slot for slot in self.slots.values() if not (slot.is_retiring or slot.is_blocked)]
+        open_slots = [slot for slot in self.slots.values() if slot.is_open]
         workers = len(open_slots)
         if workers > 1 and self._is_too_little_to_split():
             awake = self._awake_slot(open_slots, now_s)
@@ -366,7 +366,7 @@ class Dispatcher:
         has_room, sent_s = False, None
         for slot in self.slots.values():
             if not slot.outstanding:
-                has_room = has_room or not (slot.is_retiring or slot.is_blocked)
+                has_room = has_room or slot.is_open
             elif len(slot.outstanding) > 1 and not slot.is_taking_back and (sent_s is None or slot.sent_s < sent_s):
                 sent_s = slot.sent_s
         return max(sent_s + TAKE_BACK_AFTER_S, now_s) if has_room and sent_s is not None else None

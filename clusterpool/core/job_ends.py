@@ -28,9 +28,8 @@ class JobEnds:
         self._job_by_driver[driver] = job_id
         pending = self._ending.get(driver)
         if pending is not None and (pending.home or not pending.is_known):
-            del self._ending[
-                driver
-            ]  # its end was only supposed; what its node's former life had here ends all the same
+            # Its end was only supposed; what its node's former life had here ends all the same.
+            del self._ending[driver]
 
     def process_ended(self, address: Address, *, is_known: bool = True) -> None:
         """A process has ended, here or elsewhere, or so it seems; it need not be a driver."""

@@ -414,7 +414,7 @@ class NodeMachine:
         if isinstance(event, (ms.Registered, ms.Restored)):
             # Until then others may have ended waits of this node's processes, as those of a dead one.
             commands += self.coordination.handle(ce.StoreChanged(), now_s)
-        commands += self.actors.membership_heard(event, self.membership, is_alone=self.is_embedded)
+        commands += self.actors.membership_heard(event, is_alone=self.is_embedded)
         if self.membership.view.version != version or self._is_member != was_member:
             commands += self.scheduler.peers_changed(candidate_of(view) for view in self._peers())
             commands += self.capacity.look(self.processes)

@@ -9,7 +9,7 @@ one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -269,7 +269,7 @@ class NodeActors:
             )
         return self._get(actor_id, self._waited(actor_id)) if is_of_interest else []
 
-    def membership_heard(self, event: Any, membership: ms.Membership, *, is_alone: bool) -> Commands:
+    def membership_heard(self, event: Any, *, is_alone: bool) -> Commands:
         """What the membership has just handled may mean that the store knows less than it did, or we do."""
         commands: Commands = []
         if isinstance(event, (ms.Registered, ms.EventsMissed)) and not is_alone:
@@ -280,12 +280,12 @@ class NodeActors:
             for actor_id, life in taken:
                 commands += self._life_ended_here(actor_id, life, f"its node {self.node_id} was taken for dead")
         if isinstance(event, ms.Registered) or (isinstance(event, ms.Restored) and event.is_accepted):
-            incarnations = {view.node_id: view.incarnation for view in membership.view}
-            commands += self._tell_again({**incarnations, self.node_id: membership.incarnation})
+            commands += self._tell_again()
         return commands
 
-    def _tell_again(self, incarnations: Mapping[str, int]) -> Commands:
-        """The store has taken this node up, and may not know of its jobs and actors. incarnations: of living nodes."""
+    def _tell_again(self) -> Commands:
+        """The store has taken this node up, and may not know of its jobs and actors."""
+        incarnations = dict(self._living())
         commands: Commands = []
         for operation, arguments in self.facts.restore():
             if operation == "restore_actor":

@@ -183,7 +183,7 @@ class WorkerSet:
             late_s = self.stragglers.next_look_s() if self.stragglers is not None else None
             times = (look_s, self.rescue.next_due_s(), self.stopping.next_due_s(), late_s)
             look_s = min((time_s for time_s in times if time_s is not None), default=None)
-        if self.size is not None or self.dispatcher.queue:
+        if self.is_group or self.dispatcher.queue:
             return look_s
         if look_s is None and not self.requested and self._may_start():
             # Another lease may be worth having; once it is asked for, its coming is the next thing to happen.

@@ -150,16 +150,7 @@ def _item(worker: Worker, owner: Address, spec: TaskSpec, plan: StreamPlan, what
     attempt = spec.extras.attempt if spec.extras is not None else 1
     name = f"{object_id(owner.process_id, spec.number, attempt)}s{index}"
     number = item_number(salt, index, arguments)
-    try:
-        part = yield from worker.part_of(name, number, plan.sizes_bytes[index], references, owner)
-        if isinstance(part, Outcome):
-            raise Failed(part)
-    except BaseException:
-        worker.released.extend((reference.owner, reference.number) for reference in references)
-        raise
-    if references:
-        worker.hand_over(owner, references)
-    return part
+    return (yield from worker.part_for(owner, name, number, plan.sizes_bytes[index], references))
 
 
 def item_number(salt: int, index: int, arguments: list[int]) -> int:

@@ -368,7 +368,7 @@ class Worker(Client):
             for ref in refs:
                 ref.drop()
 
-    def hand_over(self, receiver: Address, references: list[Reference]) -> None:
+    def _hand_over(self, receiver: Address, references: list[Reference]) -> None:
         """References are on their way to another process."""
         self._drain()
         for command in self.machine.objects.hand_over(receiver, references):
@@ -380,18 +380,23 @@ class Worker(Client):
     ) -> Steps:
         attempt = spec.extras.attempt if spec.extras is not None else 1
         name = object_id(owner.process_id, spec.number, attempt)
+        part = yield from self.part_for(owner, name, number, operation.result_bytes, references)
+        if part.stored is None and not references:
+            return TaskResult(spec.number, TaskStatus.OK, part.payload)
+        return TaskResult(spec.number, TaskStatus.STORED, b"", ResultExtras(part))
+
+    def part_for(self, owner: Address, name: str, number: int, size_bytes: int, references: list[Reference]) -> Steps:
+        """A value that goes to its owner, with the references in it. Raises: Failed."""
         try:
-            part = yield from self.part_of(name, number, operation.result_bytes, references, owner)
+            part = yield from self.part_of(name, number, size_bytes, references, owner)
             if isinstance(part, Outcome):
                 raise Failed(part)
         except BaseException:
             self.released.extend((reference.owner, reference.number) for reference in references)
             raise
         if references:
-            self.hand_over(owner, references)
-        if part.stored is None and not references:
-            return TaskResult(spec.number, TaskStatus.OK, part.payload)
-        return TaskResult(spec.number, TaskStatus.STORED, b"", ResultExtras(part))
+            self._hand_over(owner, references)
+        return part
 
     # --- results
 

@@ -305,13 +305,13 @@ def test_a_node_that_joins_anew_gives_up_the_lives_that_it_was_making(node: Node
     # The registry may have entered the actor while this node was not a member: then nobody takes it for an orphan.
     (call,) = calls_of(node.hear(DRIVER, m.RegisterActor(7, DETACHED, False, CREATION)), "create_actor")
     answer(node, call, None)
-    actors, membership = node.machine.actors, node.machine.membership
+    actors = node.machine.actors
     actors.fenced()
-    (ended,) = calls_of(actors.membership_heard(ms.Registered(2), membership, is_alone=False), "end_life")
+    (ended,) = calls_of(actors.membership_heard(ms.Registered(2), is_alone=False), "end_life")
     assert (ended.arguments["life"], ended.arguments["teller"]) == (0, "host")
     again = msgspec.structs.replace(DETACHED, life=1)
     assert len(sent(answer(node, ended, ("restart", again, CREATION)), m.RequestWorkers)) == 1
-    assert not calls_of(actors.membership_heard(ms.Registered(3), membership, is_alone=False), "end_life")
+    assert not calls_of(actors.membership_heard(ms.Registered(3), is_alone=False), "end_life")
 
 
 def test_a_creator_hears_that_its_actor_was_killed(node: Node) -> None:
