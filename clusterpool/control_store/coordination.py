@@ -16,8 +16,6 @@ from clusterpool.control_store.unreadable import skipped_if_unreadable, whole_nu
 from clusterpool.core.coordination_events import Contents
 from clusterpool.errors import ClusterpoolError, LockLost
 
-# What `acquire` and `get` answer, as in core/coordination_waits.py.
-REFUSED, GRANTED, WAITING, LIFE_OVER = 0, 1, 2, 3
 _GRANTS_READ_MAX = 1000
 # A read that waits must end before the connection takes the server for dead.
 _BLOCK_MS_MAX = 2000
@@ -55,7 +53,7 @@ class CoordinationPort(Protocol):
 
     def acquire(self, number: int, name: str, waiter: str, waits: bool) -> tuple[int, int]:
         """REFUSED; GRANTED and the fencing token; WAITING: a grant will be read; or LIFE_OVER: that life of the node is
-        not the one that is registered.
+        not the one that is registered (constants of core/coordination_events.py).
 
         A waiter known already is not entered twice. The token of a "lock" or "guard" is held by the waiter until it is
         released.
@@ -70,10 +68,10 @@ class CoordinationPort(Protocol):
     def cancel(self, number: int, name: str, waiter: str) -> bool:
         """False: it did not wait (any more), and a grant was made."""
 
-    def give_back(self, number: int, name: str, waiter: str, has_one: bool = False) -> bool:
-        """What was granted to this waiter did not reach it. has_one: but it was told of a token all the same.
+    def give_back(self, number: int, name: str, waiter: str, token: int = 0) -> bool:
+        """This token, which was granted to the waiter, did not reach it; 0: whichever it has.
 
-        Then there is another only if tokens belong to nobody: the store does not know that one who asks again has one.
+        False: the waiter does not hold it. The tokens of a "semaphore" nobody holds: there is one more of them.
         """
 
     def release(self, number: int, name: str, maximum: int, holder: str = "") -> bool:
@@ -167,8 +165,8 @@ class CoordinationStore(ControlStore):
     def cancel(self, number: int, name: str, waiter: str) -> bool:
         return bool(self._do(scripts.CANCEL, number, name, waiter)[0])
 
-    def give_back(self, number: int, name: str, waiter: str, has_one: bool = False) -> bool:
-        return bool(self._do(scripts.GIVE_BACK, number, name, waiter, int(has_one))[0])
+    def give_back(self, number: int, name: str, waiter: str, token: int = 0) -> bool:
+        return bool(self._do(scripts.GIVE_BACK, number, name, waiter, token)[0])
 
     def release(self, number: int, name: str, maximum: int, holder: str = "") -> bool:
         return bool(self._do(scripts.RELEASE, number, name, maximum, holder)[0])

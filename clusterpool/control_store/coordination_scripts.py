@@ -35,8 +35,12 @@ local function items(name) return PREFIX .. 'items:' .. name end
 -- A waiter is '<life>/<process>/<request>', a life '<node>@<incarnation>' (without the number where a node is alone).
 local function life_of(waiter) return string.match(waiter, '^[^/]+') end
 local function node_of(waiter) return string.match(waiter, '^[^/@]+') end
--- Of one life: what each wait of its processes has, 'w<name>' while it waits, 'h<name>' while it holds something.
+-- Of one life: what each wait of its processes has, 'w:<name>' while it waits, 'h<token>:<name>' while it holds that.
 local function waits(waiter) return PREFIX .. 'waits:' .. life_of(waiter) end
+-- 'w' or 'h', the token and the name; nothing if it has nothing.
+local function state_of(waiter)
+  return string.match(redis.call('HGET', waits(waiter), waiter) or '', '^([wh])(%d*):(.*)$')
+end
 local function grants(node_id) return PREFIX .. 'grants:' .. node_id end
 -- The incarnation under which a node is registered, or false.
 local function registered(node_id) return redis.call('HGET', PREFIX .. 'node_incarnations', node_id) end
@@ -64,7 +68,7 @@ local function grant(name, waiter)
   if kind == 'semaphore' then
     redis.call('HDEL', waits(waiter), waiter)
   else
-    redis.call('HSET', waits(waiter), waiter, 'h' .. name)
+    redis.call('HSET', waits(waiter), waiter, string.format('h%.0f:%s', token, name))
     if kind == 'lock' then redis.call('HSET', carrier(name), 'holder', waiter) end
   end
   return token
@@ -102,16 +106,16 @@ local function holder_of(name, holder)
   if string.match(holder, '^[^/]+/thin$') then
     holder = holder .. '/' .. name .. '#' .. (redis.call('HGET', carrier(name), 'thin') or 0)
   end
-  return redis.call('HGET', waits(holder), holder) == 'h' .. name and holder
+  local state, _, held = state_of(holder)
+  return state == 'h' and held == name and holder
 end
 
 -- A wait is over without success: it waits, and holds, no more.
 local function undo(waiter)
-  local state = redis.call('HGET', waits(waiter), waiter)
+  local state, _, name = state_of(waiter)
   if not state then return 0 end
   redis.call('HDEL', waits(waiter), waiter)
-  local name = string.sub(state, 2)
-  if string.sub(state, 1, 1) == 'w' then
+  if state == 'w' then
     redis.call('LREM', waiters(name), 1, waiter)
   elseif is_there(name) and redis.call('HGET', carrier(name), 'kind') ~= 'semaphore' then
     redis.call('HDEL', carrier(name), 'holder')
@@ -129,7 +133,7 @@ local function take(waiter, is_patient)
   end
   if not is_patient then return 0 end
   redis.call('RPUSH', waiters(NAME), waiter)
-  redis.call('HSET', waits(waiter), waiter, 'w' .. NAME)
+  redis.call('HSET', waits(waiter), waiter, 'w:' .. NAME)
   return -1
 end
 """.replace("LAST_OPERATION_TTL_S", str(LAST_OPERATION_TTL_S))
@@ -166,7 +170,7 @@ if ARGV[4] == 'lock' or ARGV[4] == 'guard' then
   local home, count = string.match(ARGV[7], '^(%S+) (%d+)$')
   for index = 1, tonumber(count or 0) do
     local holder = home .. '/thin/' .. NAME .. '#' .. index
-    redis.call('HSET', waits(holder), holder, 'h' .. NAME)
+    redis.call('HSET', waits(holder), holder, 'h0:' .. NAME)
     redis.call('HSET', carrier(NAME), 'thin', index, 'home', home)
     if ARGV[4] == 'lock' then redis.call('HSET', carrier(NAME), 'holder', holder) end
   end
@@ -184,11 +188,9 @@ ACQUIRE = Script(
     + """
 local waiter = ARGV[4]
 if is_over(waiter) then return done(3) end
-local state = redis.call('HGET', waits(waiter), waiter)
-if state then
-  if string.sub(state, 1, 1) == 'w' then return done(2) end
-  return done(1, tonumber(redis.call('HGET', carrier(NAME), 'token')))
-end
+local state, held = state_of(waiter)
+if state == 'w' then return done(2) end
+if state then return done(1, tonumber(held)) end
 local token = take(waiter, ARGV[5] == '1')
 if token > 0 then return done(1, token) end
 return done(token == 0 and 0 or 2)
@@ -202,8 +204,8 @@ GET = Script(
     + """
 local waiter = ARGV[4]
 if is_over(waiter) then return done(3) end
-local state = redis.call('HGET', waits(waiter), waiter)
-if state and string.sub(state, 1, 1) == 'w' then return done(2) end
+local state = state_of(waiter)
+if state == 'w' then return done(2) end
 if not state then
   local token = take(waiter, ARGV[5] == '1')
   if token <= 0 then return done(token == 0 and 0 or 2) end
@@ -218,9 +220,8 @@ POP = Script(
     _LIBRARY
     + _KNOWN
     + """
-local state = redis.call('HGET', waits(ARGV[4]), ARGV[4])
 -- It may wait again, since what was reserved for it was given back.
-if not state or string.sub(state, 1, 1) == 'w' then return done(0) end
+if state_of(ARGV[4]) ~= 'h' then return done(0) end
 redis.call('HDEL', waits(ARGV[4]), ARGV[4])
 return done(1, redis.call('LPOP', items(NAME)))
 """
@@ -230,23 +231,23 @@ return done(1, redis.call('LPOP', items(NAME)))
 CANCEL = Script(
     _LIBRARY
     + """
-local state = redis.call('HGET', waits(ARGV[4]), ARGV[4])
-if not state or string.sub(state, 1, 1) ~= 'w' then return done(0) end
+if state_of(ARGV[4]) ~= 'w' then return done(0) end
 return done(undo(ARGV[4]))
 """
 )
 
-# ARGV: ..., name, waiter, 1 if it has one token: what was granted to it did not reach it. Returns {1}, or {0}: it had
-# nothing (more).
+# ARGV: ..., name, waiter, token (0: whichever it has): what was granted to it did not reach it. Returns {1}, or {0}: it
+# has that no more. Of signals the store does not know who has which.
 GIVE_BACK = Script(
     _LIBRARY
     + """
-if redis.call('HGET', carrier(NAME), 'kind') ~= 'semaphore' then
-  if ARGV[5] == '1' then return done(0) end
-  return done(undo(ARGV[4]))
+if redis.call('HGET', carrier(NAME), 'kind') == 'semaphore' then
+  free(NAME)
+  return done(1)
 end
-free(NAME)
-return done(1)
+local _, token = state_of(ARGV[4])
+if ARGV[5] ~= '0' and ARGV[5] ~= token then return done(0) end
+return done(undo(ARGV[4]))
 """
 )
 

@@ -87,7 +87,7 @@ local function drop_carrier(prefix, name)
   for _, life in ipairs(lives(prefix)) do
     local waits = list('HGETALL', prefix .. 'waits:' .. life)
     for index = 1, #waits, 2 do
-      if string.sub(waits[index + 1], 2) == name then
+      if string.match(waits[index + 1], '^[wh]%d*:(.*)$') == name then
         server.call('HDEL', prefix .. 'waits:' .. life, waits[index])
         tell_waiter(prefix, waits[index], name)
       end

@@ -86,7 +86,7 @@ class CoordinationMachine:
             c.CancelWait: self._waits.cancel,
             c.ReleaseToken: self._release,
             c.ReturnToken: lambda source, message: self._waits.give_back(
-                message.name, self._waits.told_twice.forget(self._waits.waiter(source, message.acquired))
+                message.name, self._waits.waiter(source, message.acquired)
             ),
             c.ReadValue: lambda source, message: self._relay(source, message, "value", (message.name,)),
             c.PutItem: lambda source, message: self._relay(source, message, "put", (message.name, message.content)),
@@ -160,8 +160,7 @@ class CoordinationMachine:
         if message.is_thin and move is not None and move.held > 0:
             move.held -= 1
             self._census.token_given(message.name)
-        holder = self._waits.told_twice.forget(self._holder(source, message))
-        return self._call("release", (message.name, message.maximum, holder), on_answer)
+        return self._call("release", (message.name, message.maximum, self._holder(source, message)), on_answer)
 
     def _holder(self, source: Address, message: c.ReleaseToken | c.WriteCell) -> str:
         if message.is_thin:

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 from clusterpool.core.messages import Address
 from clusterpool.core.node_events import Command, Event
 
+# What the store answers to `acquire` and `get`.
+REFUSED, GRANTED, WAITING, LIFE_OVER = 0, 1, 2, 3
+
 
 class Contents(NamedTuple):
     """What is in a carrier when it moves: tokens of a semaphore, items of a channel, bytes of a cell."""

@@ -43,36 +43,8 @@ class Wait:
         self.times_asked = 0
         self.calls = 0  # to the store about it that are not answered yet
         self.is_stale = False  # the store has changed since the first of these
+        self.token = 0  # the one that the process was told
 
     @property
     def wants_item(self) -> bool:
         return isinstance(self.message, c.GetItem)
-
-
-class ToldTwice:
-    """Who has a token that they may be told of twice: the store was asked again, perhaps when it had just granted it.
-
-    Given back when it comes for the second time, it would be taken from its holder.
-    """
-
-    def __init__(self) -> None:
-        self._source_by_waiter: dict[str, Address] = {}
-
-    def told(self, waiter: str, wait: Wait, token: int) -> None:
-        """The process has heard of its token."""
-        if token and wait.times_asked > 1:
-            self._source_by_waiter[waiter] = wait.source
-
-    def flag(self, waiter: str) -> tuple[bool, ...]:
-        """What to tell the store beside the waiter when something for it is given back."""
-        return (True,) if waiter in self._source_by_waiter else ()
-
-    def forget(self, waiter: str) -> str:
-        """It gives its token back itself; the same waiter."""
-        self._source_by_waiter.pop(waiter, None)
-        return waiter
-
-    def process_gone(self, process: Address) -> None:
-        """The store takes all of it back."""
-        for waiter in [waiter for waiter, source in self._source_by_waiter.items() if source == process]:
-            del self._source_by_waiter[waiter]

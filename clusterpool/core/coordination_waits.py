@@ -11,9 +11,12 @@
                                      v                       ProcessGone
                                  forgotten: a grant that comes all the same is given back
 
-So each grant that reaches the node is delivered or given back. Who gives up waiting goes on when the store knows it, so
-that what is released afterwards is there for whoever asks. What a process holds (the token of a lock, an item that was
-reserved for it) the store knows, and gives back at its end.
+So each grant that reaches the node is delivered or given back. It may reach it twice: read again from the stream of
+another server, which has not heard that it was read, or also in the answer to a question that was put again. Its token
+tells: the store counts them up for each carrier, and what is granted to one waiter over and above has another.
+
+Who gives up waiting goes on when the store knows it, so that what is released afterwards is there for whoever asks.
+What a process holds (the token of a lock, an item that was reserved for it) the store knows, and gives back at its end.
 
 All waits bear the node's life, and end with it. A node that was declared dead and has not heard of it yet gets nothing
 (LIFE_OVER): its waits stay `asked`, and are asked anew in the name of the next life as soon as that has begun.
@@ -27,12 +30,11 @@ from typing import Any, Protocol
 from clusterpool.core import coordination_events as e
 from clusterpool.core import coordination_messages as c
 from clusterpool.core.coordination_answers import done, failed, waiter_id
-from clusterpool.core.coordination_records import ToldTwice, Wait
+from clusterpool.core.coordination_events import GRANTED, LIFE_OVER, WAITING
+from clusterpool.core.coordination_records import Wait
 from clusterpool.core.messages import Address
 
 Commands = list[Any]
-# The store's answers to `acquire` and `get`.
-REFUSED, GRANTED, WAITING, LIFE_OVER = 0, 1, 2, 3
 # So many half seconds, and not the first, a process that gives up waiting waits for the store's answer to that.
 _CANCEL_TICKS = 3
 
@@ -55,7 +57,9 @@ class Waits:
         self._call = call
         self._life = life
         self._waits: dict[str, Wait] = {}  # by waiter id
-        self.told_twice = ToldTwice()
+        self._read: dict[str, int] = {}  # by carrier, the token of its last grant that was read
+        # By waiter, a token that came with an answer, and its process: the grant of it may yet be read.
+        self._answered: dict[str, tuple[int, Address]] = {}
         self._users: set[str] = set()  # ids of processes that the store may know of
 
     def __len__(self) -> int:
@@ -87,7 +91,11 @@ class Waits:
                 return self._ask_anew(waiter, wait) if wait.is_stale else []
             if wait.wants_item:
                 return self._item_came(waiter, message.name, result if state == GRANTED else None)
-            return self._token_came(waiter, message.name, result if state == GRANTED else 0)
+            if self._waits.get(waiter) is wait:
+                if result and wait.times_asked > 1:
+                    self._answered[waiter] = (result, wait.source)
+                return self._tell_token(waiter, wait, result)
+            return self.give_back(message.name, waiter, result) if result not in (0, wait.token) else []
 
         operation = "get" if wait.wants_item else "acquire"
         return self._call(operation, (message.name, waiter, message.waits), on_answer)
@@ -106,10 +114,14 @@ class Waits:
             if not event.waiter:
                 return self.ask_again()
             return self._ask_anew(event.waiter, wait) if wait is not None else []
+        if event.token <= self._read.get(event.name, 0):
+            return []
+        self._read[event.name] = event.token
         if wait is None:
-            return self.give_back(event.name, event.waiter)
+            answered, _ = self._answered.pop(event.waiter, (0, None))
+            return self.give_back(event.name, event.waiter, event.token) if event.token != answered else []
         if not wait.wants_item:
-            return self._token_came(event.waiter, event.name, event.token)
+            return self._tell_token(event.waiter, wait, event.token)
         if wait.is_popping:
             return []
         wait.is_popping = True
@@ -127,12 +139,10 @@ class Waits:
 
         return self._call("pop", (event.name, event.waiter), on_popped)
 
-    def _token_came(self, waiter: str, name: str, token: int) -> Commands:
-        wait = self._waits.pop(waiter, None)
-        if wait is not None:
-            self.told_twice.told(waiter, wait, token)
-            return [done(wait.source, wait.message, token)]
-        return self.give_back(name, waiter) if token else []
+    def _tell_token(self, waiter: str, wait: Wait, token: int) -> Commands:
+        del self._waits[waiter]
+        wait.token = token
+        return [done(wait.source, wait.message, token)]
 
     def _item_came(self, waiter: str, name: str, item: bytes | None) -> Commands:
         wait = self._waits.pop(waiter, None)
@@ -140,9 +150,9 @@ class Waits:
             return [done(wait.source, wait.message, int(item is not None), item or b"")]
         return self._call("put_back", (name, item)) if item is not None else []
 
-    def give_back(self, name: str, waiter: str) -> Commands:
-        """What was granted to it does not reach it."""
-        return self._call("give_back", (name, waiter, *self.told_twice.flag(waiter)))
+    def give_back(self, name: str, waiter: str, token: int = 0) -> Commands:
+        """This token does not reach it; 0: whichever the store knows it to hold."""
+        return self._call("give_back", (name, waiter, token))
 
     def _fail_wait(self, waiter: str, kind: str, text: str) -> Commands:
         wait = self._waits.pop(waiter, None)
@@ -199,13 +209,15 @@ class Waits:
         if event.address.process_id not in self._users:
             return []
         self._users.discard(event.address.process_id)
-        self.told_twice.process_gone(event.address)
+        for waiter in [waiter for waiter, (_, source) in self._answered.items() if source == event.address]:
+            del self._answered[waiter]
         for waiter in [waiter for waiter, wait in self._waits.items() if wait.source == event.address]:
             del self._waits[waiter]
         return self._call("end_process", (f"{self._life()}/{event.address.process_id}/",))
 
     def job_gone(self, prefix: str, text: str) -> Commands:
         """All carriers whose names begin so are no more."""
+        self._read = {name: token for name, token in self._read.items() if not name.startswith(prefix)}
         # Only an actor that outlives its driver can still be there to hear it.
         gone = [waiter for waiter, wait in self._waits.items() if wait.message.name.startswith(prefix)]
         waits = [self._waits.pop(waiter) for waiter in gone]

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from clusterpool.control_store.coordination import (
-    GRANTED,
-    LIFE_OVER,
-    REFUSED,
-    WAITING,
-    CarrierUnknown,
-    Grant,
-    lock_lost,
-)
-from clusterpool.core.coordination_events import Contents
+from clusterpool.control_store.coordination import CarrierUnknown, Grant, lock_lost
+from clusterpool.core.coordination_events import GRANTED, LIFE_OVER, REFUSED, WAITING, Contents
 from clusterpool.errors import NotConnected
+
+
+class Hold(NamedTuple):
+    """What a waiter has: of which carrier, and which token."""
+
+    name: str
+    token: int
 
 
 class Carrier:
@@ -50,7 +49,7 @@ class FakeCoordination:
 
     def __init__(self) -> None:
         self.carriers: dict[str, Carrier] = {}
-        self.holds: dict[str, str] = {}  # by waiter, of what it holds something
+        self.holds: dict[str, Hold] = {}  # by waiter
         self.ended_jobs: dict[str, str] = {}  # by job, its driver's node if only the loss of that is known
         self.incarnations: dict[str, int] = {}  # of living nodes
         self.grants: dict[str, list[Grant]] = {}
@@ -90,7 +89,7 @@ class FakeCoordination:
         carrier = self.carriers[name]
         carrier.token = max(carrier.token, self.token_base) + 1
         if carrier.kind != "semaphore":
-            self.holds[waiter] = name
+            self.holds[waiter] = Hold(name, carrier.token)
         return carrier.token
 
     def free(self, name: str) -> None:
@@ -106,10 +105,10 @@ class FakeCoordination:
         self.grants.setdefault(node_of(waiter), []).append(grant)
 
     def undo(self, waiter: str) -> int:
-        name = self.holds.pop(waiter, None)
-        if name is not None:
-            if self.carriers[name].kind != "semaphore":
-                self.free(name)
+        hold = self.holds.pop(waiter, None)
+        if hold is not None:
+            if self.carriers[hold.name].kind != "semaphore":
+                self.free(hold.name)
             return 1
         for carrier in self.carriers.values():
             if waiter in carrier.waiters:
@@ -148,7 +147,7 @@ class FakeCoordinationClient:
                 if kind in ("lock", "guard"):
                     home, _, count = contents.content.decode().partition(" ")
                     for index in range(int(count or 0)):
-                        self._shared.holds[f"{home}/thin/{name}#{index + 1}"] = name
+                        self._shared.holds[f"{home}/thin/{name}#{index + 1}"] = Hold(name, 0)
             return True
 
         return bool(self._once(number, do))
@@ -163,8 +162,8 @@ class FakeCoordinationClient:
                 return LIFE_OVER, 0
             if waiter in carrier.waiters:
                 return WAITING, 0
-            if self._shared.holds.get(waiter) == name:
-                return GRANTED, carrier.token
+            if waiter in self._shared.holds:
+                return GRANTED, self._shared.holds[waiter].token
             if carrier.value > 0:
                 carrier.value -= 1
                 return GRANTED, self._shared.grant(name, waiter)
@@ -182,7 +181,7 @@ class FakeCoordinationClient:
                 return LIFE_OVER, b""
             if waiter in carrier.waiters:
                 return WAITING, b""
-            if self._shared.holds.get(waiter) != name:
+            if waiter not in self._shared.holds:
                 if carrier.value == 0:
                     if waits:
                         carrier.waiters.append(waiter)
@@ -206,13 +205,14 @@ class FakeCoordinationClient:
         is_waiting = name in self._shared.carriers and waiter in self._shared.carriers[name].waiters
         return bool(self._once(number, lambda: is_waiting and self._shared.undo(waiter)))
 
-    def give_back(self, number: int, name: str, waiter: str, has_one: bool = False) -> bool:
+    def give_back(self, number: int, name: str, waiter: str, token: int = 0) -> bool:
         def do() -> bool:
             carrier = self._shared.carriers.get(name)
             if carrier is not None and carrier.kind == "semaphore":
                 self._shared.free(name)
                 return True
-            return not has_one and bool(self._shared.undo(waiter))
+            is_held = token == 0 or self._shared.holds.get(waiter) == Hold(name, token)
+            return is_held and bool(self._shared.undo(waiter))
 
         return bool(self._once(number, do))
 
@@ -225,7 +225,7 @@ class FakeCoordinationClient:
             if carrier.value >= maximum:
                 return False
             if carrier.kind == "lock":
-                for waiter in [waiter for waiter, held in self._shared.holds.items() if held == name]:
+                for waiter in [waiter for waiter, hold in self._shared.holds.items() if hold.name == name]:
                     del self._shared.holds[waiter]
             else:
                 carrier.kind = "semaphore"
@@ -236,9 +236,10 @@ class FakeCoordinationClient:
 
     def _holder_of(self, name: str, holder: str) -> str:
         if holder.endswith("/thin"):
-            thin = [waiter for waiter, held in self._shared.holds.items() if held == name and "/thin/" in waiter]
+            holds = self._shared.holds.items()
+            thin = [waiter for waiter, hold in holds if hold.name == name and "/thin/" in waiter]
             holder = thin[-1] if thin else ""
-        if self._shared.holds.get(holder) != name:
+        if holder not in self._shared.holds or self._shared.holds[holder].name != name:
             raise lock_lost(name)
         return holder
 
@@ -304,7 +305,7 @@ class FakeCoordinationClient:
             names = [name for name in self._shared.carriers if name.startswith(f"{job_id}-")]
             for name in names:
                 del self._shared.carriers[name]
-            for waiter in [waiter for waiter, name in self._shared.holds.items() if name in names]:
+            for waiter in [waiter for waiter, hold in self._shared.holds.items() if hold.name in names]:
                 del self._shared.holds[waiter]
             return len(names)
 

@@ -9,17 +9,9 @@ from typing import Any
 
 import pytest
 
-from clusterpool.control_store.coordination import (
-    GRANTED,
-    LIFE_OVER,
-    REFUSED,
-    WAITING,
-    CarrierUnknown,
-    CoordinationPort,
-    CoordinationStore,
-)
+from clusterpool.control_store.coordination import CarrierUnknown, CoordinationPort, CoordinationStore
 from clusterpool.core.cluster_view import NodeRecord
-from clusterpool.core.coordination_events import Contents
+from clusterpool.core.coordination_events import GRANTED, LIFE_OVER, REFUSED, WAITING, Contents
 from clusterpool.errors import LockLost
 from clusterpool.simulation.fake_coordination import FakeCoordination
 
@@ -223,14 +215,22 @@ def test_a_grant_that_came_too_late_goes_to_the_next(a: Any, b: Any, name: str) 
     assert grants(b) == [(B1, name)]
 
 
-def test_a_grant_to_one_who_has_a_token_is_another_only_of_signals(a: Any) -> None:
-    assert a.acquire(LOCK, A1, True)[0] == GRANTED == a.acquire(LOCK, A1, True)[0]
-    assert not a.give_back(LOCK, A1, True)
+def test_only_the_token_that_a_waiter_holds_is_given_back_for_it(a: Any) -> None:
+    assert a.acquire(LOCK, A1, True) == (GRANTED, 1) == a.acquire(LOCK, A1, True)
+    assert not a.give_back(LOCK, A1, 2)
     assert a.value(LOCK) == 0
+    assert a.give_back(LOCK, A1, 1) and not a.give_back(LOCK, A1, 1)
+    assert a.value(LOCK) == 1
     a.release(SEMAPHORE, UNBOUNDED)
     assert a.acquire(SEMAPHORE, A2, True)[0] == GRANTED
-    assert a.give_back(SEMAPHORE, A2, True)
+    assert a.give_back(SEMAPHORE, A2, 7), "nobody holds them"
     assert a.value(SEMAPHORE) == 1
+
+
+def test_who_asks_again_for_a_token_that_it_has_is_told_the_same_one(stores: Stores) -> None:
+    a = stores.a
+    a.create("j1-d1-5", "guard", 3, Contents(3))
+    assert [a.acquire("j1-d1-5", waiter, True) for waiter in (A1, A2, A1)] == [(GRANTED, 1), (GRANTED, 2), (GRANTED, 1)]
 
 
 def test_a_lock_given_back_by_one_who_does_not_hold_it_stays_locked(a: Any, b: Any) -> None:

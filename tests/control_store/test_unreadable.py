@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from clusterpool.control_store.actor_registry import ActorRegistry
-from clusterpool.control_store.coordination import GRANTED, WAITING, CarrierUnknown, CoordinationStore
+from clusterpool.control_store.coordination import CarrierUnknown, CoordinationStore
 from clusterpool.control_store.foreign_keys import kind_of, type_of
 from clusterpool.control_store.job_registry import reconcile_jobs
 from clusterpool.control_store.port import ActorDefinition, EventsLost, package_digest
 from clusterpool.control_store.store import ControlStore
 from clusterpool.core.cluster_view import NodeLoad, NodeRecord
-from clusterpool.core.coordination_events import Contents
+from clusterpool.core.coordination_events import GRANTED, WAITING, Contents
 from clusterpool.core.membership import HeartbeatAnswer
 from clusterpool.errors import LockLost
 from tests.control_store.servers import embedded_server
