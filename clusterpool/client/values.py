@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from clusterpool import errors
 from clusterpool.core import messages as m
+from clusterpool.core import recovery_messages as r
 from clusterpool.core.messages import Address, ValuePart
 from clusterpool.core.object_names import object_id
 from clusterpool.object_store.arena import Arena
@@ -48,6 +49,9 @@ ERROR_BY_KIND: dict[str, type[Exception]] = {
 }
 
 _UNREADABLE = ("lost", "freed")
+# Files of one object that may be unreadable, one after the other, before it counts as lost: the node drops a copy whose
+# file is, so that a second one would be of a copy that it has fetched and spilled meanwhile.
+_FILES_MAX = 2
 NONE_PAYLOAD = dumps_value(None).to_bytes()
 
 
@@ -57,6 +61,10 @@ class ObjectUnreadable(errors.ObjectLost):
     def __init__(self, unreadable: m.UnreadablePart) -> None:
         super().__init__(unreadable.text)
         self.unreadable = unreadable
+
+
+class _FileUnreadable(Exception):
+    """What the node has on disk of an object could not be read; the node has been told."""
 
 
 def make_error(kind: str, text: str, error: bytes = b"") -> BaseException:
@@ -184,17 +192,33 @@ class Values:
         Raises: ObjectUnreadable, StoreFull.
         """
         client = self._client
-        answer = self._ask(lambda request: m.PinObject(request, stored), lambda: client.unpin(stored.object_id))
-        return self.loaded(stored, answer)
+        trouble: list[str] = []
+        while True:
+            answer = self._ask(lambda request: m.PinObject(request, stored), lambda: client.unpin(stored.object_id))
+            try:
+                return self._loaded(stored, answer, trouble)
+            except _FileUnreadable:
+                continue
 
-    def load_stored_nowait(self, stored: m.StoredValue, on_loaded: Callable[[Any, BaseException | None], None]) -> None:
-        """Load a stored object, and have `on_loaded(value, error)` called as a delivery."""
+    def load_stored_nowait(
+        self,
+        stored: m.StoredValue,
+        on_loaded: Callable[[Any, BaseException | None], None],
+        trouble: list[str] | None = None,
+    ) -> None:
+        """Load a stored object, and have `on_loaded(value, error)` called as a delivery.
+
+        trouble: the files of it that could not be read, so far.
+        """
         client = self._client
+        unread = [] if trouble is None else trouble
 
         def answered(answer: m.Message) -> None:
             def deliver() -> None:
                 try:
-                    value = self.loaded(stored, answer)
+                    value = self._loaded(stored, answer, unread)
+                except _FileUnreadable:
+                    self.load_stored_nowait(stored, on_loaded, unread)
                 except BaseException as exc:
                     on_loaded(None, exc)
                 else:
@@ -204,27 +228,51 @@ class Values:
 
         client.request_nowait(lambda request: m.PinObject(request, stored), answered)
 
-    def loaded(self, stored: m.StoredValue, answer: m.Message) -> Any:
-        """The value in the pages that the node has pinned for us, or in a file of it."""
+    def _loaded(self, stored: m.StoredValue, answer: m.Message, trouble: list[str]) -> Any:
+        """The value in the pages that the node has pinned for us, or in a file of it.
+
+        Raises: _FileUnreadable, with the reason added to `trouble`: to be asked for again.
+        """
         if isinstance(answer, m.StoreFailed):
             if answer.kind in _UNREADABLE:
-                raise ObjectUnreadable(m.UnreadablePart(stored.object_id, answer.gone, answer.text, answer.dead))
+                text = "; ".join([*trouble, answer.text])
+                raise ObjectUnreadable(m.UnreadablePart(stored.object_id, answer.gone, text, answer.dead))
             raise make_error(answer.kind, answer.text)
         if isinstance(answer, m.ObjectOnDisk):
-            return loads_packed(self._read_spilled(stored))
+            return loads_packed(self._read_spilled(stored, trouble))
         assert isinstance(answer, m.ObjectPinned)
-        client, object_id = self._client, stored.object_id
-        if answer.is_scarce:
-            copied = self.arena.read_copy(answer.offset, answer.size_bytes)
-            client.unpin(object_id)
-            return loads_packed(copied)
-        anchor = self.arena.read_anchor(answer.offset, answer.size_bytes, lambda: client.unpin(object_id))
-        return loads_packed(anchor)
+        return loads_packed(self._read_pinned(stored.object_id, answer))
 
-    def _read_spilled(self, stored: m.StoredValue) -> bytearray:
+    def _read_pinned(self, object_id: str, pinned: m.ObjectPinned) -> Any:
+        client = self._client
+        try:
+            if not pinned.is_scarce:
+                return self.arena.read_anchor(pinned.offset, pinned.size_bytes, lambda: client.unpin(object_id))
+            copied = self.arena.read_copy(pinned.offset, pinned.size_bytes)
+        except BaseException as exc:
+            client.unpin(object_id)
+            if not isinstance(exc, OSError):
+                raise
+            # This process's trouble: the copy may be whole, and another worker able to read it.
+            text = f"object {object_id} could not be read from the object store {self.arena.path}: {exc}"
+            raise ObjectUnreadable(m.UnreadablePart(object_id, [], text)) from exc
+        client.unpin(object_id)
+        return copied
+
+    def _read_spilled(self, stored: m.StoredValue, trouble: list[str]) -> bytearray:
         from clusterpool.object_store.spill import SpillFolder
 
-        assert self._client.registered is not None
+        client, object_id = self._client, stored.object_id
+        assert client.registered is not None
         content = bytearray(stored.size_bytes)
-        SpillFolder(self._client.registered.spill_folder).read(stored.object_id, memoryview(content))
+        try:
+            SpillFolder(client.registered.spill_folder).read(object_id, memoryview(content))
+        except errors.ObjectLost as exc:
+            trouble.append(str(exc))
+            # It drops that copy, and looks for another one when it is asked again.
+            client.send(client.node, r.CopyUnreadable(object_id, str(exc)))
+            if len(trouble) < _FILES_MAX:
+                raise _FileUnreadable from None
+            gone = [client.node.node_id]
+            raise ObjectUnreadable(m.UnreadablePart(object_id, gone, "; ".join(trouble))) from None
         return content

@@ -35,9 +35,7 @@ class NodeObjects:
         self.store = StoreIndex(capacity_bytes, reads_files=lambda client: not client.startswith(_SERVE))
         self.pulls = TransferTable()
         self.servings = ServingTable()
-        # By object, the nodes that have opened a transfer of it, in order; until it is freed.
-        self._takers: dict[str, dict[str, None]] = {}
-        self._owners: dict[str, Address] = {}  # by object of which a copy was brought here, who keeps account of it
+        self._owners: dict[str, Address] = {}  # by object that is being pulled, who keeps account of its copies
         self._wanted: dict[tuple[str, int], m.StoredValue] = {}  # pins not answered yet, by client and request
         self._ended_owners: dict[str, str] = {}  # by process id, its node; the newest last
         self._now_s = 0.0
@@ -62,11 +60,10 @@ class NodeObjects:
             return [command for object_id in message.object_ids for command in self._free(object_id)]
         if isinstance(message, r.PromoteCopy):
             return self._promote(source, message.object_id)
+        if isinstance(message, r.CopyUnreadable):
+            is_ours = source.node_id == self.node_id  # nobody else can have tried
+            return self._put(s.FileUnreadable(message.object_id, message.text)) if is_ours else []
         if type(message) in _TRANSFER_MESSAGES:
-            if isinstance(message, t.OpenTransfer):
-                item = self.store.objects.get(message.object_id)
-                if item is not None and not item.is_freed:
-                    self._takers.setdefault(message.object_id, {})[source.node_id] = None
             return self._transfer(t.PeerSpoke(source.node_id, message))
         return None
 
@@ -75,7 +72,9 @@ class NodeObjects:
         if owner in self._ended_owners:
             text = f"object {message.object_id} is not stored: the process {owner} that would own it has ended"
             return [Send(source, m.StoreFailed(message.request, s.Refusal.FREED.value, text))]
-        event = s.ObjectCreateRequested(source.process_id, message.request, message.object_id, message.size_bytes, True)
+        event = s.ObjectCreateRequested(
+            source.process_id, message.request, message.object_id, message.size_bytes, True, owner=message.owner
+        )
         # Who calls an actor may have no other business on this node: without that nobody would free its results.
         watch = self._watch(message.owner) if message.owner is not None else []
         return [*watch, *self._put(event)]
@@ -86,15 +85,11 @@ class NodeObjects:
         return self._put(s.CopyPromoted(object_id))
 
     def _free(self, object_id: str) -> Commands:
-        """The object goes, here and where a copy was taken to from here, which its owner does not know."""
-        self._owners.pop(object_id, None)
-        commands = self._put(s.ObjectFreed(object_id))
-        takers = self._takers.pop(object_id, {})
-        return commands + [Send(Address(taker, taker), m.FreeObjects([object_id])) for taker in takers]
+        """The object goes here. Of copies elsewhere its owner knows (CopyMade), or whoever took it from a channel."""
+        return self._put(s.ObjectFreed(object_id))
 
     def _free_all(self, prefix: str) -> Commands:
         names = [object_id for object_id in self.store.objects if object_id.startswith(prefix)]
-        names += [object_id for object_id in self._takers if object_id.startswith(prefix) and object_id not in names]
         return [command for object_id in names for command in self._free(object_id)]
 
     def _pin(self, client: str, message: m.PinObject) -> Commands:
@@ -109,10 +104,13 @@ class NodeObjects:
         if not others:
             text = f"object {stored.object_id} is not on node {self.node_id} any more, and no other node has a copy"
             return self._refuse(client, request, "lost", text, gone=stored.node_ids)
+        commands: Commands = []
         if stored.owner is not None:
             self._owners[stored.object_id] = stored.owner
+            # Its copies here go with it, even if the node that they came from is no more.
+            commands += self._watch(stored.owner)
         event = t.PullRequested(f"{client}/{request}", stored.object_id, others, stored.size_bytes)
-        return self._transfer(event)
+        return commands + self._transfer(event)
 
     def _refuse(
         self, client: str, request: int, kind: str, text: str, *, gone: list[str], dead: list[str] | None = None
@@ -137,9 +135,13 @@ class NodeObjects:
     def process_left(self, process_id: str, now_s: float) -> Commands:
         """A process ended, or cannot be reached: its pins go, and the objects that it owned."""
         self._now_s = now_s
-        for key in [key for key in self._wanted if key[0] == process_id]:
-            del self._wanted[key]
-        return self._put(s.ClientGone(process_id)) + self._free_all(process_id + ".")
+        commands: Commands = []
+        for client, request in [key for key in self._wanted if key[0] == process_id]:
+            object_id = self._wanted.pop((client, request)).object_id
+            commands += self._transfer(t.PullCancelled(f"{client}/{request}", object_id))
+            if object_id not in self.pulls.pulls:
+                self._owners.pop(object_id, None)
+        return commands + self._put(s.ClientGone(process_id)) + self._free_all(process_id + ".")
 
     def job_ended(self, job_id: str, now_s: float) -> Commands:
         """A job is over: what its channels left here goes, which no process owned."""
@@ -168,8 +170,6 @@ class NodeObjects:
     def node_lost(self, node_id: str, now_s: float) -> Commands:
         """Another node is gone."""
         self._now_s = now_s
-        for takers in self._takers.values():
-            takers.pop(node_id, None)
         return self._transfer(t.PeerLost(node_id))
 
     def time_passed(self, now_s: float) -> Commands:
@@ -209,9 +209,8 @@ class NodeObjects:
         if isinstance(command, (s.ReplyMissing, s.RefusePin)):
             return self._pin_refused(command)
         if isinstance(command, s.ReportGone):
-            # Of a primary copy owners learn when they ask for it.
-            owner = self._owners.pop(command.object_id, None)
-            return [Send(owner, r.CopyGone(command.object_id))] if owner is not None else []
+            owner = command.owner
+            return [Send(owner, r.CopyGone(command.object_id, command.text))] if owner is not None else []
         return [command]  # the disk's
 
     def _pin_granted(self, command: s.GrantPin) -> Commands:
@@ -253,7 +252,7 @@ class NodeObjects:
 
     def _transfer(self, event: t.TransferEvent) -> Commands:
         commands: Commands = []
-        if not isinstance(event, (t.PullRequested, t.RoomGranted, t.RoomRefused, t.FoundHere)):
+        if not isinstance(event, _PULLS_ALONE):
             commands += self._serve(event)
         for command in self.pulls.handle(event, self._now_s):
             commands += self._transfer_command(command)
@@ -269,8 +268,7 @@ class NodeObjects:
         if isinstance(command, t.SendToNode):
             return [Send(Address(command.node_id, command.node_id), command.message)]
         if isinstance(command, t.AllocateForPull):
-            event = s.ObjectCreateRequested(_PULL, 0, command.object_id, command.size_bytes, False)
-            return self._put(event)
+            return self._create_for_pull(command)
         if isinstance(command, t.SealPull):
             return self._put(s.ObjectSealed(_PULL, command.object_id))
         if isinstance(command, t.AbortPull):
@@ -283,12 +281,17 @@ class NodeObjects:
             return self._pull_ended(command)
         return [command]  # the arena's: WriteChunk, ReadChunk
 
+    def _create_for_pull(self, command: t.AllocateForPull) -> Commands:
+        object_id, owner = command.object_id, self._owners.get(command.object_id)
+        if owner is not None and owner.process_id in self._ended_owners:
+            text = f"object {object_id} is not copied here: the process {owner.process_id} that owned it has ended"
+            return self._transfer(t.RoomRefused(object_id, s.Refusal.FREED.value, text))
+        return self._put(s.ObjectCreateRequested(_PULL, 0, object_id, command.size_bytes, False, owner=owner))
+
     def _pull_ended(self, command: t.ReportPulled | t.ReportPullFailed) -> Commands:
         commands: Commands = []
-        owner = self._owners.get(command.object_id)
-        if isinstance(command, t.ReportPullFailed):
-            self._owners.pop(command.object_id, None)
-        elif owner is not None:
+        owner = self._owners.pop(command.object_id, None)
+        if owner is not None and isinstance(command, t.ReportPulled):
             commands.append(Send(owner, r.CopyMade(command.object_id)))
         for requester in command.requesters:
             client, _, request = requester.partition("/")
@@ -301,6 +304,8 @@ class NodeObjects:
         return commands
 
 
+# What those who serve transfers need not hear.
+_PULLS_ALONE = (t.PullRequested, t.PullCancelled, t.RoomGranted, t.RoomRefused, t.FoundHere)
 _TRANSFER_MESSAGES = frozenset(
     {t.OpenTransfer, t.TransferOpened, t.TransferRefused, t.SendChunk, t.ChunkData, t.CloseTransfer}
 )

@@ -72,7 +72,7 @@ class OwnerRecovery:
         """For the owner's table."""
         return {
             r.CopyMade: lambda source, message, _: self._copy_made(source, message.object_id),
-            r.CopyGone: lambda source, message, _: self._copy_gone(source, message.object_id),
+            r.CopyGone: lambda source, message, _: self._copy_gone(source, message),
             r.RequestsLost: lambda _, __, now_s: self._owner.ask_again(now_s),
         }
 
@@ -178,11 +178,12 @@ class OwnerRecovery:
             commands += self._copy_made(Address(node_id, node_id), stored.object_id)
         return commands
 
-    def _copy_gone(self, source: Address, object_id: str) -> Commands:
-        number = self._number_by_name.get(object_id)
+    def _copy_gone(self, source: Address, message: r.CopyGone) -> Commands:
+        number = self._number_by_name.get(message.object_id)
         if number is None:
             return []
-        text = f"its last copy, on node {source.node_id}, is gone"
+        why = f": {message.text}" if message.text else ""
+        text = f"its last copy, on node {source.node_id}, is gone{why}"
         return self._without_nodes(number, [source.node_id], text)
 
     def node_gone(self, node_id: str, text: str) -> Commands:

@@ -12,9 +12,17 @@ class CopyMade(Message, frozen=True):
 
 
 class CopyGone(Message, frozen=True):
-    """From a node to an object's owner: there is no copy here any more."""
+    """From a node to an object's owner: there is no copy here any more; `text` says why."""
 
     object_id: str
+    text: str = ""
+
+
+class CopyUnreadable(Message, frozen=True):
+    """From a process to its node, which had told it to read an object's file itself (ObjectOnDisk): it cannot."""
+
+    object_id: str
+    text: str
 
 
 class PromoteCopy(Message, frozen=True):

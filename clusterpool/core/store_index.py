@@ -24,6 +24,7 @@ from clusterpool.core.store_messages import (
     ClientGone,
     CopyPromoted,
     DeleteSpilled,
+    FileUnreadable,
     GrantCreate,
     GrantPin,
     ObjectAborted,
@@ -111,6 +112,7 @@ class StoreIndex:
             SpillFailed: self._on_spill_failed,
             ObjectRestored: self._on_restored,
             RestoreFailed: self._on_restore_failed,
+            FileUnreadable: self._on_file_unreadable,
             ArenaExhausted: self._on_arena_exhausted,
             Tick: self._on_tick,
         }
@@ -143,7 +145,7 @@ class StoreIndex:
             self._do(ReplyAlreadyExists(event.client, event.request, event.object_id, is_sealed))
             return
         item = StoredObject(
-            event.object_id, event.size_bytes, event.is_primary, State.QUEUED, event.client, event.request
+            event.object_id, event.size_bytes, event.is_primary, State.QUEUED, event.client, event.request, event.owner
         )
         if item.room_bytes > self.allocator.capacity_bytes:
             text = refusal_text(item, Refusal.TOO_LARGE, self.stats(), now_s, "")
@@ -248,10 +250,25 @@ class StoreIndex:
     def _on_restore_failed(self, event: RestoreFailed, now_s: float) -> None:
         item = self.objects[event.object_id]
         assert item.state is State.RESTORING, f"{item.object_id} failed to restore while {item.state}"
-        text = f"its spilled file could not be read: {event.text}"
+        self._lose(item, event.text)
+
+    def _on_file_unreadable(self, event: FileUnreadable, now_s: float) -> None:
+        item = self.objects.get(event.object_id)
+        if item is None or not item.is_on_disk:
+            return
+        if item.state in (State.SPILLED, State.RECALLED):
+            self._lose(item, event.text)
+        elif item.state is State.SEALED:  # it is back, and was whole then; it is spilled anew if need be
+            self._delete_file(item)
+            item.is_on_disk = False
+            self._settle(item)
+        # Else it is being restored just now: the disk itself will say whether it can be read.
+
+    def _lose(self, item: StoredObject, why: str) -> None:
+        text = f"its spilled file could not be read: {why}"
         self._disappoint_waiters(item, text)
         if not item.is_freed:
-            self._do(ReportGone(item.object_id, text))
+            self._do(ReportGone(item.object_id, item.owner, text))
         self._remove(item)
 
     def _on_arena_exhausted(self, event: ArenaExhausted, now_s: float) -> None:
@@ -325,7 +342,7 @@ class StoreIndex:
             self._free_room(victim)
             victim.state = State.SPILLED
         else:
-            self._do(ReportGone(victim_id, "evicted: the room was needed"))
+            self._do(ReportGone(victim_id, victim.owner, "it was evicted, because the room was needed"))
             self._remove(victim)
         return True
 
@@ -431,8 +448,11 @@ class StoreIndex:
         self.queue.pop(item.object_id, None)
         del self.objects[item.object_id]
         if item.is_on_disk:
-            self.spilled_bytes -= item.size_bytes
-            self._do(DeleteSpilled(item.object_id))
+            self._delete_file(item)
+
+    def _delete_file(self, item: StoredObject) -> None:
+        self.spilled_bytes -= item.size_bytes
+        self._do(DeleteSpilled(item.object_id))
 
     def _do(self, command: StoreCommand) -> None:
         self._commands.append(command)

@@ -11,6 +11,8 @@ from enum import Enum
 
 import msgspec
 
+from clusterpool.core.task_messages import Address
+
 
 class Refusal(str, Enum):
     """Why room or a pin was refused."""
@@ -41,6 +43,7 @@ class ObjectCreateRequested(StoreEvent, frozen=True):
     size_bytes: int
     is_primary: bool
     wait_max_s: float | None = None
+    owner: Address | None = None  # who keeps account of its copies
 
 
 class ObjectSealed(StoreEvent, frozen=True):
@@ -115,6 +118,13 @@ class ObjectRestored(StoreEvent, frozen=True):
 
 class RestoreFailed(StoreEvent, frozen=True):
     """The spilled file is gone or damaged; `text` says."""
+
+    object_id: str
+    text: str
+
+
+class FileUnreadable(StoreEvent, frozen=True):
+    """A reader was told to read the spilled file itself (RefusePin), and could not; `text` says why."""
 
     object_id: str
     text: str
@@ -228,4 +238,5 @@ class ReportGone(StoreCommand, frozen=True):
     """Tell the object's owner that this node has no copy of it any more (evicted, or lost: `text` says)."""
 
     object_id: str
+    owner: Address | None
     text: str

@@ -8,6 +8,7 @@ from enum import Enum
 
 from clusterpool.core.allocator import round_up
 from clusterpool.core.store_messages import Refusal
+from clusterpool.core.task_messages import Address
 
 
 class State(Enum):
@@ -32,6 +33,7 @@ class StoredObject:
     state: State
     creator: str = ""
     request: int = 0
+    owner: Address | None = None
     offset: int = -1  # -1: no room in the arena
     pin_count: int = 0
     waiters: list[tuple[str, int]] = field(default_factory=list)  # (client, request) that want it pinned

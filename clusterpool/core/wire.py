@@ -36,7 +36,7 @@ AnyMessage = Union[  # noqa: UP007
     c.PutItem, c.ReturnItem, c.CountItems, c.ReadCell, c.WriteCell, c.ForgetCarriers, c.MoveCarrier, c.CarrierMoved,
     c.CoordinationDone, c.CoordinationFailed, c.ReportStuck, c.CountHeld, c.HeldCounted,
     t.OpenTransfer, t.TransferOpened, t.TransferRefused, t.SendChunk, t.ChunkData, t.CloseTransfer,
-    r.CopyMade, r.CopyGone, r.PromoteCopy, r.RequestsLost,
+    r.CopyMade, r.CopyGone, r.CopyUnreadable, r.PromoteCopy, r.RequestsLost,
     u.OpenTunnel, u.TunnelOpened, u.TunnelRefused, u.TunnelData, u.TunnelCredit, u.TunnelEnd, u.TunnelStop,
 ]  # fmt: skip
 

@@ -87,7 +87,10 @@ class DiskThread:
         assert folder is not None
         object_id = command.object_id
         if isinstance(command, s.DeleteSpilled):
-            folder.delete(object_id)
+            try:
+                folder.delete(object_id)
+            except OSError as exc:  # the session's folder goes with the node
+                logger.warning("object %s: its file could not be removed: %s", object_id, exc)
             return None
         is_spill = isinstance(command, s.SpillObject)
         view = self._arena.write_view(command.offset, command.size_bytes)

@@ -7,7 +7,9 @@ import errno
 import os
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic, sleep
 
 import xxhash
 
@@ -21,6 +23,10 @@ CHECKSUM_BYTES = 8
 FREE_BYTES_MIN = 128 << 20
 PIECE_BYTES = 8 << 20  # what one system call writes or reads
 UNFINISHED_SUFFIX = ".unfinished"
+# The reader's own trouble, which says nothing of the file: tried again for so long before it is an error.
+_READERS_TROUBLE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+PATIENCE_S = 2.0
+_REST_S = 0.05
 # "~": the name of a rebuilt object ends with the number of its making.
 OBJECT_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.~-]{0,199}")
 
@@ -70,13 +76,10 @@ class SpillFolder:
 
         Raises:
             ObjectLost: the file is gone, has another size, or holds other bytes than were written.
+            OSError: this process, or the machine, has no file descriptors or memory left; the file may be whole.
         """
         path = self._path_of(object_id)
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ObjectLost(f"object {object_id}: its spilled file {path} is gone: {error}") from error
-        try:
+        with _opened(path, object_id) as fd:
             size = os.fstat(fd).st_size
             if size != target.nbytes + CHECKSUM_BYTES:
                 raise ObjectLost(
@@ -85,12 +88,11 @@ class SpillFolder:
                     "something else wrote to the folder, or the disk is damaged"
                 )
             checksum = bytearray(CHECKSUM_BYTES)
-            _read_all(fd, target)
-            _read_all(fd, memoryview(checksum))
-        except OSError as error:
-            raise ObjectLost(f"object {object_id}: its spilled file {path} is damaged: {error}") from error
-        finally:
-            os.close(fd)
+            try:
+                _read_all(fd, target)
+                _read_all(fd, memoryview(checksum))
+            except OSError as error:
+                raise ObjectLost(f"object {object_id}: its spilled file {path} is damaged: {error}") from error
         if bytes(checksum) != _checksum(target):
             raise ObjectLost(
                 f"object {object_id}: its spilled file {path} holds other bytes than were written; "
@@ -98,10 +100,14 @@ class SpillFolder:
             )
 
     def delete(self, object_id: str) -> None:
-        """Forget the object; no error if it is not here."""
-        with contextlib.suppress(FileNotFoundError):
-            self._path_of(object_id).unlink()
+        """Forget the object; no error if it is not here.
+
+        Raises: OSError when its file cannot be removed; it is forgotten all the same.
+        """
+        path = self._path_of(object_id)
         self._unclaim(object_id)
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
 
     def clear(self) -> None:
         """Remove every file, and the folder if nobody else put anything there."""
@@ -144,6 +150,25 @@ class SpillFolder:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"the disk of {self.path} became full while object {object_id} of {_mb(size)} MB was written"
         return f"object {object_id} of {_mb(size)} MB could not be written to {self.path}: {error}"
+
+
+@contextlib.contextmanager
+def _opened(path: Path, object_id: str) -> Iterator[int]:
+    ends_s = monotonic() + PATIENCE_S
+    while True:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            break
+        except OSError as error:
+            if error.errno not in _READERS_TROUBLE:
+                raise ObjectLost(f"object {object_id}: its spilled file cannot be opened: {error}") from error
+            if monotonic() >= ends_s:
+                raise
+        sleep(_REST_S)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _write_all(fd: int, source: memoryview) -> None:

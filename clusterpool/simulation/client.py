@@ -21,6 +21,7 @@ from clusterpool.core.coordination_messages import CoordinationDone, Coordinatio
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import Address, Message, Reference, TaskExtras, TaskKind, TaskSpec, ValuePart
 from clusterpool.core.owner import OwnerMachine
+from clusterpool.core.recovery_messages import CopyUnreadable
 from clusterpool.simulation.carriers import Carriers
 from clusterpool.simulation.party import End, Host, Party, connect
 from clusterpool.simulation.programs import (
@@ -456,7 +457,9 @@ class Client(Party):
         if isinstance(answer, m.ObjectOnDisk):
             content = self.node_party.disk.read(stored.object_id)
             if content is None:
-                return Outcome("disk_failed", 0, text=f"the file of {stored.object_id} cannot be read"), None
+                self.send(self.node, CopyUnreadable(stored.object_id, "there is no such file"))
+                result = yield from self.load_stored(part)
+                return result
         else:
             assert isinstance(answer, m.ObjectPinned)
             content = self.node_party.arena.read(answer.offset, answer.size_bytes)

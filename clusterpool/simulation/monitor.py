@@ -193,7 +193,6 @@ class Monitor:
         self._nothing(node.name, "pulls", objects.pulls.pulls)
         self._nothing(node.name, "transfers out", objects.servings.serving_by_number)
         self._nothing(node.name, "pins asked for", objects._wanted)
-        self._nothing(node.name, "takers", objects._takers)
         self._nothing(node.name, "owners of copies", objects._owners)
         self._nothing(node.name, "files on disk", node.disk.files)
         if is_empty:

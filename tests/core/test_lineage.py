@@ -200,6 +200,18 @@ def test_only_the_lost_results_of_a_task_are_replaced(owner: Lineages) -> None:
     assert owner.is_clean()
 
 
+def test_a_node_that_has_lost_its_copy_leaves_the_others_theirs(owner: Lineages) -> None:
+    owner.handle(e.ValuePut(1, stored(1)))
+    owner.hear(N3, r.CopyMade("d1.1"))
+    commands = owner.hear(Address("n2", "n2"), r.CopyGone("d1.1", "its file could not be read"))
+    assert sent(commands, r.PromoteCopy, N3) == [r.PromoteCopy("d1.1")]
+    assert not sent(commands, m.FreeObjects)
+    owner.hear(N3, r.CopyGone("d1.1", "its file /spill/d1.1 is damaged"))
+    value = owner.value(1)
+    assert value is not None and value.lost_kind == "object_lost"
+    assert "its last copy, on node n3, is gone: its file /spill/d1.1 is damaged; it cannot be rebuilt" in value.lost
+
+
 def test_several_lost_results_need_one_run(owner: Lineages) -> None:
     owner.submit(make_task(1, sink=None, retries=3, returns=2))
     owner.run(made_several(1, stored(1), stored(2)))

@@ -7,6 +7,8 @@ import pytest
 
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
+from clusterpool.core import recovery_messages as r
+from clusterpool.core import store_messages as s
 from clusterpool.core import transfer_messages as t
 from clusterpool.core.cluster_view import NodeRecord
 from clusterpool.core.messages import Address, StoredValue, WorkerKind
@@ -17,7 +19,6 @@ W1 = Address("n1", "w1")
 REMOTE = Address("n2", "d9")
 THERE = REMOTE.node
 NOW_S = 100.0
-TRANSFERS = itertools.count(1)
 
 
 class Node:
@@ -178,23 +179,70 @@ def test_an_object_is_created_sealed_pinned_and_freed(node: Node) -> None:
     assert node.machine.load().arena_used_bytes == 0
 
 
-def test_what_is_freed_here_is_freed_where_a_copy_was_taken_to(node: Node) -> None:
-    reserved(node, node.hear(DRIVER, m.CreateObject(1, "d1.1", 4096)))
-    node.hear(DRIVER, m.SealObject("d1.1"))
-    for taker in ("n2", "n3", "n2"):
-        node.hear(Address(taker, taker), t.OpenTransfer(next(TRANSFERS), "d1.1"))
-    node.machine.objects.node_lost("n3", NOW_S)
-    freed = node.hear(DRIVER, m.FreeObjects(["d1.1"]))
-    frees = [c.destination.node_id for c in of_type(freed, e.Send) if isinstance(c.message, m.FreeObjects)]
-    assert frees == ["n2"]
-    assert not sent(node.hear(DRIVER, m.FreeObjects(["d1.1"])), m.FreeObjects), "said once"
+@pytest.mark.parametrize("end", [m.ProcessEnded(REMOTE, "killed"), m.Undeliverable(REMOTE), m.Undeliverable(THERE)])
+def test_a_copy_goes_with_the_process_elsewhere_that_owned_the_object(node: Node, end: m.Message) -> None:
+    node.join(W1)
+    asked = node.hear(W1, m.PinObject(1, StoredValue("d9.1", 4096, ["n3"], REMOTE)))
+    assert sent(asked, m.WatchProcess, THERE) == [m.WatchProcess("d9")]
+    n3 = Address("n3", "n3")
+    (opened,) = sent(asked + reserved(node, asked), t.OpenTransfer, n3)
+    (chunk,) = sent(node.hear(n3, t.TransferOpened(opened.transfer, 4096)), t.SendChunk, n3)
+    done = node.hear(n3, t.ChunkData(opened.transfer, chunk.offset, bytes(4096)))
+    assert sent(done, r.CopyMade, REMOTE) == [r.CopyMade("d9.1")]
+    node.hear(W1, m.UnpinObjects(["d9.1"]))
+    assert node.machine.load().arena_used_bytes == 4096
+    # The node that it came from may be no more, and so cannot pass on that it is to go.
+    node.hear(THERE, end)
+    assert node.machine.load().arena_used_bytes == 0
 
 
-def test_copies_elsewhere_go_with_the_process_that_owned_the_object(node: Node) -> None:
-    reserved(node, node.hear(DRIVER, m.CreateObject(1, "d1.1", 4096)))
-    node.hear(DRIVER, m.SealObject("d1.1"))
-    node.hear(Address("n2", "n2"), t.OpenTransfer(next(TRANSFERS), "d1.1"))
-    assert sent(node.handle(e.ProcessLeft(DRIVER)), m.FreeObjects, Address("n2", "n2"))
+def test_nothing_is_copied_here_for_an_owner_that_has_ended(node: Node) -> None:
+    node.join(W1)
+    asked = node.hear(W1, m.PinObject(1, StoredValue("d9.1", 0, ["n3"], REMOTE)))  # its size must be asked first
+    (opened,) = sent(asked, t.OpenTransfer)
+    node.hear(THERE, m.ProcessEnded(REMOTE, "killed"))
+    known = node.hear(Address("n3", "n3"), t.TransferOpened(opened.transfer, 4096))
+    (refusal,) = sent(known, m.StoreFailed, W1)
+    assert (refusal.kind, refusal.text.partition(":")[0]) == ("freed", "object d9.1 is not copied here")
+    assert not node.machine.objects.store.objects
+
+
+def test_what_only_the_dead_wanted_is_not_fetched(node: Node) -> None:
+    node.join(W1)
+    asked = node.hear(W1, m.PinObject(1, StoredValue("d9.1", 4096, ["n3"], REMOTE)))
+    (opened,) = sent(asked + reserved(node, asked), t.OpenTransfer)
+    ended = node.handle(e.ProcessLeft(W1))
+    assert sent(ended, t.CloseTransfer) == [t.CloseTransfer(opened.transfer)]
+    assert not node.machine.objects._owners
+    assert node.machine.load().arena_used_bytes == 0
+
+
+def spilled(node: Node, object_id: str, owner: Address) -> None:
+    """Leave an object of `owner` on disk only, with no room to bring it back and the disk full."""
+    reserved(node, node.hear(DRIVER, m.CreateObject(1, object_id, 1 << 23, owner)))
+    node.hear(DRIVER, m.SealObject(object_id))
+    node.hear(DRIVER, m.CreateObject(2, "d1.98", 1 << 24))
+    reserved(node, node.handle(s.ObjectSpilled(object_id)))
+    node.hear(DRIVER, m.SealObject("d1.98"))
+
+
+def test_a_copy_whose_file_is_unreadable_is_lost_and_another_one_is_fetched(node: Node) -> None:
+    spilled(node, "d1.1", DRIVER)
+    stored = StoredValue("d1.1", 1 << 23, ["n1", "n3"], DRIVER)
+    node.join(W1)
+    assert of_type(node.hear(W1, m.PinObject(5, stored)), s.SpillObject)
+    failed = node.handle(s.SpillFailed("d1.98", "the disk is full"))
+    failed += node.handle(e.TimePassed())
+    assert sent(failed, m.ObjectOnDisk, W1) == [m.ObjectOnDisk(5)]
+    assert node.hear(Address("n3", "w3"), r.CopyUnreadable("d1.1", "who is not of this node cannot know")) == []
+    lost = node.hear(W1, r.CopyUnreadable("d1.1", "input/output error"))
+    assert of_type(lost, s.DeleteSpilled) == [s.DeleteSpilled("d1.1")]
+    (told,) = sent(lost, r.CopyGone, DRIVER)
+    assert "input/output error" in told.text
+    assert not sent(lost, m.FreeObjects), "others keep their copies"
+    assert node.machine.objects.pulls.pulls == {}
+    node.hear(W1, m.PinObject(6, stored))
+    assert list(node.machine.objects.pulls.pulls) == ["d1.1"]
 
 
 @pytest.mark.parametrize("end", [m.ProcessEnded(REMOTE, "killed"), m.Undeliverable(REMOTE), m.Undeliverable(THERE)])

@@ -12,6 +12,7 @@ from clusterpool.core.store_messages import (
     ClientGone,
     CopyPromoted,
     DeleteSpilled,
+    FileUnreadable,
     GrantCreate,
     GrantPin,
     ObjectAborted,
@@ -138,7 +139,7 @@ def test_the_least_recently_used_copy_is_dropped_and_reported() -> None:
     store.pin("a")
     store.unpin("a")  # now b is the one used longest ago
     commands = store.create("c", 4)
-    assert commands[0] == ReportGone("b", "evicted: the room was needed")
+    assert commands[0] == ReportGone("b", None, "it was evicted, because the room was needed")
     assert isinstance(commands[1], GrantCreate)
     assert "a" in store.index.objects
 
@@ -314,6 +315,43 @@ def test_a_damaged_file_means_a_lost_object() -> None:
     commands = store(RestoreFailed("a", "short file"))
     assert [type(command) for command in commands] == [ReplyMissing, ReportGone, DeleteSpilled]
     assert "a" not in store.index.objects
+
+
+def test_a_file_that_its_reader_cannot_read_means_a_lost_object() -> None:
+    store = Store()
+    store.make("a", 8)
+    store.spill_away("a")
+    gone, deleted = store(FileUnreadable("a", "input/output error"))
+    assert gone == ReportGone("a", None, "its spilled file could not be read: input/output error")
+    assert deleted == DeleteSpilled("a")
+    assert "a" not in store.index.objects
+    assert store(FileUnreadable("a", "said twice")) == []
+
+
+def test_who_waits_for_an_object_whose_file_is_unreadable_is_told() -> None:
+    store = Store()
+    store.make("a", 8)
+    store.spill_away("a")
+    store.make("b", 8)
+    store.pin("b")
+    store.pin("a")
+    assert store.index.objects["a"].state is State.RECALLED
+    commands = store(FileUnreadable("a", "input/output error"))
+    assert [type(command) for command in commands] == [ReplyMissing, ReportGone, DeleteSpilled]
+
+
+def test_what_is_back_in_memory_is_not_lost_with_its_file() -> None:
+    store = Store()
+    store.make("a", 8)
+    store.spill_away("a")
+    store.pin("a")
+    assert store.index.objects["a"].state is State.RESTORING
+    assert store(FileUnreadable("a", "too early: the disk will say")) == []
+    store(ObjectRestored("a"))
+    assert store(FileUnreadable("a", "input/output error")) == [DeleteSpilled("a")]
+    assert store.index.spilled_bytes == 0
+    store.unpin("a")
+    assert [type(command) for command in store.create("b", 8)] == [SpillObject], "it is spilled anew"
 
 
 @pytest.mark.parametrize("pins", [1, 3])

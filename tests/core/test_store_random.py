@@ -124,6 +124,10 @@ class StoreMachine(RuleBasedStateMachine):
         name = self.restoring.pop(data.draw(st.integers(0, len(self.restoring) - 1)))
         self.send(m.ObjectRestored(name) if works else m.RestoreFailed(name, "damaged"))
 
+    @rule(name=NAMES)
+    def find_file_unreadable(self, name: str) -> None:
+        self.send(m.FileUnreadable(name, "damaged"))
+
     @rule(passed_s=st.floats(0, 70))
     def tick(self, passed_s: float) -> None:
         self.now_s += passed_s

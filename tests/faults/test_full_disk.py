@@ -63,14 +63,14 @@ print([name for name in os.listdir("/dev/shm") if name.startswith("clusterpool")
 clusterpool.shutdown()
 """
 
-_CAN_MOUNT = (
+CAN_MOUNT = (
     sys.platform == "linux"
     and os.geteuid() == 0
     and subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode == 0
 )
 pytestmark = [
     pytest.mark.usefixtures("fresh"),
-    pytest.mark.skipif(not _CAN_MOUNT, reason="mounting a small file system needs root"),
+    pytest.mark.skipif(not CAN_MOUNT, reason="mounting a small file system needs root"),
 ]
 
 

@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,6 +100,34 @@ def test_damage_is_noticed(folder: SpillFolder, damage: str) -> None:
         path.write_bytes(content[:-1] if damage == "short" else b"1" + content[1:])
     with pytest.raises(ObjectLost, match=NAME):
         read_back(folder, 10)
+
+
+def test_a_reader_without_file_descriptors_takes_nothing_for_lost(
+    folder: SpillFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.write(NAME, memoryview(b"0123456789"))
+    real, failures = os.open, [errno.EMFILE, errno.ENFILE]
+
+    def open_later(*arguments: Any) -> int:
+        if failures:
+            raise OSError(failures.pop(), "too many open files")
+        return real(*arguments)
+
+    monkeypatch.setattr(spill_module.os, "open", open_later)
+    assert read_back(folder, 10) == b"0123456789"
+    failures += [errno.EMFILE] * 1000
+    monkeypatch.setattr(spill_module, "PATIENCE_S", 0.0)
+    with pytest.raises(OSError, match="too many open files"):
+        read_back(folder, 10)
+
+
+def test_a_file_that_cannot_be_removed_counts_no_more(folder: SpillFolder) -> None:
+    folder.write(NAME, memoryview(b"x"))
+    (folder.path / NAME).unlink()
+    (folder.path / NAME).mkdir()
+    with pytest.raises(OSError, match=NAME):
+        folder.delete(NAME)
+    assert folder.used_bytes == 0
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "x" * 300, "a.unfinished"])
