@@ -42,8 +42,8 @@ class CoordinationPort(Protocol):
     is none. A waiter is `life/process_id/request`; a life is `node_id@incarnation`, or `node_id` of one that is alone.
     """
 
-    def create(self, number: int, name: str, kind: str, maximum: int, contents: Contents) -> bool:
-        """Does nothing if it exists; False when its job has ended.
+    def create(self, number: int, name: str, kind: str, maximum: int, contents: Contents, life: str = "") -> int:
+        """GRANTED, also if it exists; REFUSED when its job has ended; LIFE_OVER, as below, of its home.
 
         kind: "lock", "guard" (a semaphore whose tokens are held), "semaphore" (whose tokens are nobody's), "channel" or
         "cell". The content of the first two is `<home> <tokens that processes there hold>`.
@@ -142,10 +142,10 @@ class CoordinationStore(ControlStore):
         with errors_mapped(self.address):
             self._without_dropped(connection.read_response())
 
-    def create(self, number: int, name: str, kind: str, maximum: int, contents: Contents) -> bool:
+    def create(self, number: int, name: str, kind: str, maximum: int, contents: Contents, life: str = "") -> int:
         tokens = len(contents.items) if kind == "channel" else contents.tokens
-        arguments = (kind, maximum, tokens, contents.content, *contents.items)
-        return bool(self._do(scripts.CREATE, number, name, *arguments)[0])
+        arguments = (kind, maximum, tokens, contents.content, life, *contents.items)
+        return int(self._do(scripts.CREATE, number, name, *arguments)[0])
 
     def exists(self, name: str) -> bool:
         return bool(self._run("HLEN", self.keys.carrier(name)))

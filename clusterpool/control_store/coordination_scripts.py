@@ -154,11 +154,13 @@ return 1
 
 _KNOWN = "if not is_there(NAME) then return {-2} end\n"
 
-# ARGV: ..., name, kind, maximum, count, content, then the items. Returns 1, or 0 when its job has ended. Of a lock or
-# guard, the content is '<home> <how many tokens processes there hold>'.
+# ARGV: ..., name, kind, maximum, count, content, life of its home ('': nobody's), then the items. Returns 1, 0 when its
+# job has ended, or 3: that life is over. Of a lock or guard, the content is '<home> <how many tokens processes there
+# hold>'.
 CREATE = Script(
     _LIBRARY
     + """
+if ARGV[8] ~= '' and is_over(ARGV[8]) then return done(3) end
 local job = string.match(NAME, '^[^-]+')
 local lost_home = redis.call('GET', PREFIX .. 'ended_job:' .. job)
 if lost_home and not registered(lost_home) then return done(0) end
@@ -175,7 +177,7 @@ if ARGV[4] == 'lock' or ARGV[4] == 'guard' then
     if ARGV[4] == 'lock' then redis.call('HSET', carrier(NAME), 'holder', holder) end
   end
 end
-for index = 8, #ARGV do redis.call('RPUSH', items(NAME), ARGV[index]) end
+for index = 9, #ARGV do redis.call('RPUSH', items(NAME), ARGV[index]) end
 return done(1)
 """
 )

@@ -12,6 +12,9 @@ process of another node unpickles it, it moves to the control store, once and fo
                                                   v              |once more, when the home is gone
                                                MoveCarrier to its home --CarrierMoved--> known, or failed
 
+A node that was taken for dead can neither make a carrier nor tell whether another's home is gone: adoptions wait until
+it has joined anew, and then begin again.
+
 Who waits for which of them is the part of coordination_waits.py.
 """
 
@@ -24,6 +27,7 @@ from clusterpool.core import coordination_events as e
 from clusterpool.core import coordination_messages as c
 from clusterpool.core.census import TokenCensus
 from clusterpool.core.coordination_answers import answer, done, failed, life_of
+from clusterpool.core.coordination_events import LIFE_OVER
 from clusterpool.core.coordination_records import Adoption, Move
 from clusterpool.core.coordination_waits import Waits
 from clusterpool.core.messages import Address
@@ -56,6 +60,7 @@ class CoordinationMachine:
         self._moves: dict[str, Move] = {}  # by name
         self._adoptions: dict[str, Adoption] = {}
         self._known: set[str] = set()  # adopted here: the store has them
+        self._life_over = ""  # in which the others took this node for dead; it is in no other while that is its life
         self._waits = Waits(self._call, lambda: self.life)
         self._last_tag = 0
         self._ticks = 0
@@ -66,9 +71,8 @@ class CoordinationMachine:
             e.JobGone: self._job_gone,
             e.NodeGone: self._node_gone,
             e.NodeUnreachable: lambda event: self._home_unreachable(event.node_id),
-            # Those who wait: with the next life.
-            e.SelfFenced: lambda _: self._call("end_node_life", (self.life, True)),
-            e.StoreChanged: lambda _: self._waits.ask_again(),
+            e.SelfFenced: lambda _: self._fenced(),
+            e.StoreChanged: lambda _: self._store_changed(),
             e.OperationAnswered: lambda event: self._answered(event.tag, event.value, "", ""),
             e.OperationFailed: lambda event: self._answered(event.tag, None, event.kind, event.text),
             e.GrantRead: self._waits.granted,
@@ -199,7 +203,7 @@ class CoordinationMachine:
     def _look_up(self, name: str) -> Commands:
         def on_answer(is_there: Any, kind: str, text: str) -> Commands:
             adoption = self._adoptions.get(name)
-            if adoption is None:
+            if adoption is None or self._is_outside:
                 return []
             if kind or is_there:
                 return self._adopted(name, kind, text)
@@ -213,7 +217,7 @@ class CoordinationMachine:
             move = c.MoveCarrier(name, asked.kind, asked.maximum, asked.total)
             return [Send(Address(home, home), move)]
 
-        return self._call("exists", (name,), on_answer)
+        return [] if self._is_outside else self._call("exists", (name,), on_answer)
 
     def _adopted(self, name: str, kind: str, text: str) -> Commands:
         adoption = self._adoptions.pop(name, None)
@@ -225,6 +229,8 @@ class CoordinationMachine:
 
     def _home_unreachable(self, node_id: str) -> Commands:
         commands: Commands = []
+        if self._is_outside:
+            return commands
         for name, adoption in list(self._adoptions.items()):
             if adoption.message.home == node_id and not adoption.is_last_try:
                 adoption.is_last_try = True
@@ -269,6 +275,8 @@ class CoordinationMachine:
 
         def on_created(is_created: Any, kind: str, text: str) -> Commands:
             move.is_creating = False
+            if not kind and is_created == LIFE_OVER:
+                return []  # the node was taken for dead: in its next life
             if not kind and not is_created:
                 text = f"{name} cannot be used any more: its job has ended"
                 self._moves.pop(name, None)  # who asked came too late: nobody will end the job once more
@@ -281,7 +289,7 @@ class CoordinationMachine:
         contents = drained.contents
         if move.held:
             contents = contents._replace(content=f"{self.life} {move.held}".encode())
-        return self._call("create", (name, move.kind, move.maximum, contents), on_created)
+        return self._call("create", (name, move.kind, move.maximum, contents, self.life), on_created)
 
     def _missing(self, event: e.CarrierMissing) -> Commands:
         move = self._moves.pop(event.name, None)
@@ -294,6 +302,27 @@ class CoordinationMachine:
         return commands
 
     # --- ends
+
+    @property
+    def _is_outside(self) -> bool:
+        return self.life == self._life_over
+
+    def _fenced(self) -> Commands:
+        # Those who wait go on in the next life.
+        self._life_over = self.life
+        return self._call("end_node_life", (self.life, True))
+
+    def _store_changed(self) -> Commands:
+        commands = self._waits.ask_again()
+        for name, move in self._moves.items():
+            if move.drained is not None and not move.is_creating and not move.is_done:
+                commands += self._create(name, move)
+        if self._life_over and not self._is_outside:
+            self._life_over = ""
+            for name, adoption in self._adoptions.items():
+                adoption.is_home_asked = adoption.is_last_try = False
+                commands += self._look_up(name)
+        return commands
 
     def _process_gone(self, event: e.ProcessGone) -> Commands:
         return [*self._census.process_gone(event.address), *self._look(), *self._waits.process_gone(event)]

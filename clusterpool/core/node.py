@@ -464,10 +464,10 @@ class NodeMachine:
 
     def _fenced(self, reason: str, now_s: float) -> Commands:
         """The others take this node for dead: they have given up what it held for them, and it does the same."""
-        commands: Commands = []
+        commands: Commands = self.coordination.handle(ce.SelfFenced(), now_s)  # the others below are gone for us alone
         for view in list(self.membership.view):
             commands += self._node_lost(view.node_id, reason, now_s)
-        commands += self.coordination.handle(ce.SelfFenced(), now_s) + self.actors.fenced()
+        commands += self.actors.fenced()
         commands += self.objects.fenced(set(self.processes))
         self._fencing = set(self.scheduler.workers)
         return commands + self.scheduler.end_all(f"its node was taken for dead: {reason}")

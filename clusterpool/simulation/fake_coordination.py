@@ -136,11 +136,13 @@ class FakeCoordinationClient:
             last[self.node_id] = (number, do())
         return last[self.node_id][1]
 
-    def create(self, number: int, name: str, kind: str, maximum: int, contents: Contents) -> bool:
-        def do() -> bool:
+    def create(self, number: int, name: str, kind: str, maximum: int, contents: Contents, life: str = "") -> int:
+        def do() -> int:
+            if life and self._shared.is_over(life):
+                return LIFE_OVER
             lost_home = self._shared.ended_jobs.get(name.split("-", maxsplit=1)[0])
             if lost_home is not None and lost_home not in self._shared.incarnations:
-                return False
+                return REFUSED
             value = len(contents.items) if kind == "channel" else contents.tokens
             if name not in self._shared.carriers:
                 self._shared.carriers[name] = Carrier(kind, value, contents)
@@ -148,9 +150,9 @@ class FakeCoordinationClient:
                     home, _, count = contents.content.decode().partition(" ")
                     for index in range(int(count or 0)):
                         self._shared.holds[f"{home}/thin/{name}#{index + 1}"] = Hold(name, 0)
-            return True
+            return GRANTED
 
-        return bool(self._once(number, do))
+        return int(self._once(number, do))
 
     def exists(self, name: str) -> bool:
         return name in self._shared.carriers

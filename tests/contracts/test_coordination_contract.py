@@ -514,6 +514,13 @@ def test_a_life_that_is_over_gets_nothing_more(stores: Stores) -> None:
     assert a.get(CHANNEL, f"{second}/w1/3", True) == (GRANTED, b"x")
 
 
+def test_a_life_that_is_over_makes_no_carrier(stores: Stores) -> None:
+    life = f"na@{stores.enlist('na')}"
+    assert stores.a.create(LOCK, "lock", 1, Contents(1), life) == GRANTED
+    stores.enlist("na")
+    assert stores.a.create(CHANNEL, "channel", 0, Contents(), life) == LIFE_OVER and not stores.a.exists(CHANNEL)
+
+
 def test_grants_of_a_life_that_is_over_come_back(stores: Stores) -> None:
     first = f"na@{stores.enlist('na')}"
     a, b = stores.a, stores.b

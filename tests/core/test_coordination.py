@@ -305,7 +305,7 @@ def test_a_carrier_is_drained_then_created_then_all_who_asked_are_told(node: Nod
     commands = node.hear(OTHER_NODE, c.MoveCarrier(LOCK, "lock", 1))
     assert commands == [e.DrainCarrier("lock", LOCK)]
     creating = drained(node)
-    assert calls(creating) == [("create", LOCK, "lock", 1, e.Contents(1))]
+    assert calls(creating) == [("create", LOCK, "lock", 1, e.Contents(1), "na")]
     assert node.hear(THIRD_NODE, c.MoveCarrier(LOCK, "lock", 1)) == []
     assert node.hear(W1, c.AdoptCarrier(4, "lock", LOCK, "na", 1)) == []
     told = node.answer(creating, True)
@@ -324,7 +324,7 @@ def test_a_carrier_counts_as_moved_from_when_it_is_drained(node: Node) -> None:
 def test_items_of_a_channel_move_in_order(node: Node) -> None:
     node.hear(OTHER_NODE, c.MoveCarrier(CHANNEL, "channel", 0))
     commands = node.handle(e.CarrierDrained(CHANNEL, e.Contents(items=[b"a", b"b"])))
-    assert calls(commands) == [("create", CHANNEL, "channel", 0, e.Contents(items=[b"a", b"b"]))]
+    assert calls(commands) == [("create", CHANNEL, "channel", 0, e.Contents(items=[b"a", b"b"]), "na")]
 
 
 def test_a_move_that_the_store_failed_is_finished_for_the_next_who_asks(node: Node) -> None:
@@ -333,7 +333,7 @@ def test_a_move_that_the_store_failed_is_finished_for_the_next_who_asks(node: No
     assert sent(told, c.CarrierMoved, OTHER_NODE) == [c.CarrierMoved(LOCK, "NotConnected", "away")]
     # It is not drained a second time: its tokens are here.
     creating = node.hear(THIRD_NODE, c.MoveCarrier(LOCK, "lock", 1))
-    assert calls(creating) == [("create", LOCK, "lock", 1, e.Contents(1))]
+    assert calls(creating) == [("create", LOCK, "lock", 1, e.Contents(1), "na")]
     assert sent(node.answer(creating, True), c.CarrierMoved, THIRD_NODE) == [c.CarrierMoved(LOCK)]
 
 
@@ -359,6 +359,20 @@ def test_a_job_that_has_ended_moves_nothing(node: Node) -> None:
     assert message.error_kind == "ObjectLost"
     # Its end has been: nobody else removes the shut channel, say, that was made when it was drained.
     assert of_type(commands, e.RemoveCarriers) == [e.RemoveCarriers([LOCK])]
+
+
+def test_a_carrier_of_a_node_that_was_taken_for_dead_is_made_in_its_next_life(node: Node) -> None:
+    node.incarnation = 4
+    assert of_type(node.hear(W1, c.AdoptCarrier(1, "lock", LOCK, "na", 1)), e.DrainCarrier)
+    creating = drained(node)
+    assert calls(creating) == [("create", LOCK, "lock", 1, e.Contents(1), "na@4")]
+    assert node.answer(creating, LIFE_OVER) == [], "its job has not ended: the driver may be here"
+    node.handle(e.SelfFenced())
+    assert node.answer(node.handle(e.StoreChanged()), LIFE_OVER) == []  # another server, that is all
+    node.incarnation = 5
+    creating = node.handle(e.StoreChanged())
+    assert calls(creating) == [("create", LOCK, "lock", 1, e.Contents(1), "na@5")]
+    assert done(node.answer(creating, GRANTED)) == [(1, 0, b"")]
 
 
 # --- adopting, elsewhere
@@ -410,6 +424,28 @@ def test_a_home_that_goes_while_the_store_is_asked_is_not_asked(node: Node) -> N
     commands = node.answer(looking, False)
     assert failed(commands) == [(1, "ObjectLost")]
     assert sent(commands, c.MoveCarrier) == []
+
+
+@pytest.mark.parametrize("is_looking", [True, False])
+def test_who_adopts_on_a_node_that_was_taken_for_dead_is_told_when_that_has_joined_anew(
+    node: Node, is_looking: bool
+) -> None:
+    node.incarnation = 4
+    looking = adopt(node)
+    if not is_looking:
+        assert sent(node.answer(looking, False), c.MoveCarrier)
+    node.handle(e.SelfFenced())
+    # To the node itself all others are gone.
+    assert failed(node.handle(e.NodeGone("nb", 3))) == failed(node.handle(e.NodeUnreachable("nb"))) == []
+    if is_looking:
+        assert node.answer(looking, False) == []
+    assert calls(adopt(node, 2, W2)) == []
+    node.incarnation = 5
+    looking = node.handle(e.StoreChanged())
+    assert calls(looking) == [("exists", FOREIGN)]
+    assert sent(node.answer(looking, False), c.MoveCarrier, OTHER_NODE) == [c.MoveCarrier(FOREIGN, "lock", 1)]
+    commands = node.hear(OTHER_NODE, c.CarrierMoved(FOREIGN))
+    assert done(commands, W1) == [(1, 0, b"")] and done(commands, W2) == [(2, 0, b"")]
 
 
 def test_the_end_of_another_node_does_not_touch_adoptions(node: Node) -> None:
@@ -652,7 +688,7 @@ def test_a_lock_has_one_holder_and_is_never_lost(seed: int) -> None:
 def moved_while_held(node: Node, kind: str = "lock", total: int = 1) -> None:
     node.hear(OTHER_NODE, c.MoveCarrier(LOCK, kind, 1, total))
     creating = node.handle(e.CarrierDrained(LOCK, e.Contents(tokens=0)))
-    assert calls(creating) == [("create", LOCK, kind, 1, e.Contents(content=f"na {total}".encode()))]
+    assert calls(creating) == [("create", LOCK, kind, 1, e.Contents(content=f"na {total}".encode()), "na")]
     node.answer(creating, 1)
 
 
@@ -713,7 +749,7 @@ def test_what_the_dead_held_at_home_when_it_moved_goes_to_the_store(sign: Any) -
 def test_a_semaphore_of_signals_stays_one_when_it_moves(node: Node) -> None:
     node.hear(OTHER_NODE, c.MoveCarrier(LOCK, "guard", 9, 2))
     creating = node.handle(e.CarrierDrained(LOCK, e.Contents(tokens=1), is_signal=True))
-    assert calls(creating) == [("create", LOCK, "semaphore", 9, e.Contents(tokens=1))]
+    assert calls(creating) == [("create", LOCK, "semaphore", 9, e.Contents(tokens=1), "na")]
 
 
 def test_who_waits_is_asked_for_again_once_the_node_is_a_member_again(node: Node) -> None:
