@@ -11,7 +11,7 @@ from clusterpool import errors
 from clusterpool.client.client import Client
 from clusterpool.client.coordination import Coordination
 from clusterpool.client.group_worker import GroupWorker, as_group_worker
-from clusterpool.client.split_chunk import CHUNK_KINDS, ChunkGatherer, item_text
+from clusterpool.client.split_chunk import CHUNK_KINDS, ChunkGatherer, chunk_text
 from clusterpool.client.submission import FunctionTable, TaskMaker
 from clusterpool.client.values import NONE_PAYLOAD, ObjectUnreadable, Values, make_error
 from clusterpool.core import messages as m
@@ -145,7 +145,7 @@ class Runtime:
         """Tell a sink that its task will never have a result."""
         text = failure.text
         if task.spec.kind in CHUNK_KINDS and failure.kind in ("worker_died", "timeout"):
-            text = item_text(task, 0, text)
+            text = chunk_text(task, text, failure.last)
         error = make_error(failure.kind, text, failure.error)
         task.sink.task_done(task.index, None, error, as_group_worker(failure.worker))
 

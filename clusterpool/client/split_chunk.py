@@ -8,7 +8,7 @@ from clusterpool import errors
 from clusterpool.client.group_worker import GroupWorker
 from clusterpool.core import owner_events as e
 from clusterpool.core.dispatch import Task
-from clusterpool.core.messages import TaskKind
+from clusterpool.core.messages import LastTask, TaskKind
 
 if TYPE_CHECKING:
     from clusterpool.client.runtime import Runtime
@@ -28,6 +28,22 @@ def item_text(task: Task, position: int, text: str) -> str:
     if item_index is None:
         return text
     return f"item {item_index(task.index, position)} of the iterable was not done: {text}"
+
+
+def chunk_text(task: Task, text: str, last: LastTask | None) -> str:
+    """The same for a chunk that failed as a whole. `last`: at which item its worker ended, where that is known."""
+    item_index = getattr(task.sink, "item_index", None)
+    if item_index is None or last is None:
+        return item_text(task, 0, text)
+    bad = range(last.item, min(last.item + last.step, last.items))
+    named = f"item {item_index(task.index, bad[0])}"
+    if len(bad) > 1:
+        named = f"one of the items {item_index(task.index, bad[0])} to {item_index(task.index, bad[-1])}"
+    chunk = f"{item_index(task.index, 0)} to {item_index(task.index, last.items - 1)}"
+    return (
+        f"{named} of the iterable ended its worker, and without retries none of its chunk, items {chunk}, is started "
+        f"twice (with retries=1 the others would be done, or with chunksize=1): {text}"
+    )
 
 
 class ChunkGatherer:

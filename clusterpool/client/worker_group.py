@@ -51,7 +51,7 @@ class WorkerGroup:
     a task is run again as after its worker's death. `kills_cancelled`: tasks travel alone, so that each can be stopped
     while it runs (`cancel(force=True)`) with no other harmed. `on_worker_died(worker, text)`: an unexpected end.
     `safe_to_repeat`: one that takes much longer than the others may be started a second time meanwhile.
-    `on_setup_failed(error)`: the initializer raised.
+    `on_setup_failed(error)`: the initializer raised, or (WorkerSetupFailed) has ended its workers again and again.
     """
 
     def __init__(
@@ -269,7 +269,8 @@ class WorkerGroup:
             self.size = command.size
         elif isinstance(command, e.SetSetupFailed):
             if self._on_setup_failed is not None:
-                self._on_setup_failed(load_exception(command.error))
+                failed = errors.WorkerSetupFailed(command.text)
+                self._on_setup_failed(load_exception(command.error) if command.error else failed)
         elif isinstance(command, e.SetEnded):
             self._is_ended = True
             self._functions.clear()

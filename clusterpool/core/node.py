@@ -121,7 +121,7 @@ class NodeMachine:
             m.RequestWorkers: self._workers_requested,
             m.CancelRequest: lambda source, message, _: self.scheduler.cancelled(source, message),
             m.ReleaseWorkers: lambda source, message, _: self.scheduler.released(source, message),
-            m.KillWorker: lambda source, message, _: self.scheduler.kill(source, message),
+            m.KillWorker: lambda source, message, now_s: self.scheduler.kill(source, message, now_s),
             **self.scheduler.handlers_of_lending(),
             m.WatchProcess: self._watch,
             m.ProcessEnded: self._remote_ended,
@@ -354,7 +354,7 @@ class NodeMachine:
     # --- the cluster
 
     def _time_passed(self, _event: e.TimePassed, now_s: float) -> Commands:
-        commands = self.objects.time_passed(now_s) + self.actors.time_passed(now_s)
+        commands = self.objects.time_passed(now_s) + self.actors.time_passed(now_s) + self.scheduler.time_passed(now_s)
         commands += self.coordination.handle(ce.TimeToLook(), now_s)
         if self._fencing is not None and self._fencing.isdisjoint(self.scheduler.workers):
             self._fencing = None

@@ -11,6 +11,7 @@ from clusterpool.core.messages import (
     ActorPart,
     Address,
     JobPart,
+    LastTask,
     Message,
     Reference,
     TaskResult,
@@ -345,6 +346,7 @@ class FailTasks(Command, frozen=True):
     text: str
     worker: Any = None
     error: bytes = b""  # the exception to raise instead, when there is one
+    last: LastTask | None = None  # of a chunk that may not be started again: at which item its worker ended
 
 
 class ValuesKnown(Command, frozen=True):
@@ -378,7 +380,7 @@ class SetSizeChanged(Command, frozen=True):
 
 
 class SetSetupFailed(Command, frozen=True):
-    """A worker's initializer raised this."""
+    """A worker's initializer raised `error`; without one, workers ended in it until no other was tried."""
 
     set_number: int
     error: bytes

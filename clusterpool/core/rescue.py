@@ -85,7 +85,9 @@ class Rescue:
             else:
                 commands += self._continue_chunk(task, gone, now_s, again)
         for task in failed:
-            commands.append(FailTasks([task], "worker_died", self._why(task, gone, blamed), gone.worker))
+            last = gone.last if task.spec.number == blamed and self.chunks.is_split(task, gone.last) else None
+            why = self._why(task, gone, blamed)
+            commands.append(FailTasks([task], "worker_died", why, gone.worker, last=last))
         if cancelled:
             commands.append(FailTasks(cancelled, "cancelled", "the task was cancelled", gone.worker))
         return again, commands

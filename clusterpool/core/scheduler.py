@@ -22,6 +22,9 @@ from clusterpool.core.resources import ResourcePool, to_numbers
 
 # A request goes from node to node at most so often; then it waits where it is. More would chase a view that is old.
 HOPS_MAX = 3
+# A worker that its owner terminates (SIGTERM) may take so long to clean up. More would keep `Pool.terminate` waiting
+# for tasks that ignore the signal, as the standard library does for ever; less might cut off who writes a file.
+TERMINATED_WITHIN_S = 5.0
 
 
 class Scheduler:
@@ -42,6 +45,7 @@ class Scheduler:
         self._reclaim_asked = False
         # By node, the owners elsewhere whose requests we passed on to it; until it is lost, or they are.
         self._passed_on: dict[str, dict[Address, None]] = {}
+        self._terminated_s: dict[str, float] = {}  # by process id, since when it should be ending
 
     # --- requests
 
@@ -300,16 +304,26 @@ class Scheduler:
         # Each costs some megabytes; fewer than CPUs would mean forks in a program's ordinary course.
         return max(2, 2 * (self.pool.total.get("CPU", 0) // 10_000))
 
-    def kill(self, source: Address, message: m.KillWorker) -> list[Command]:
+    def kill(self, source: Address, message: m.KillWorker, now_s: float) -> list[Command]:
         """An owner wants its worker dead at once."""
         lease = self.leases.get(message.lease)
         if lease is None or lease.origin != source:
             return []
-        # A `Process` may handle any other signal, and go on.
-        if message.signal == m.SIGKILL or not lease.outlives_owner:
+        # A `Process` may handle any other signal, and go on; and what it has started is not ours.
+        process_id, is_process = lease.worker.process_id, lease.outlives_owner
+        if message.signal == m.SIGKILL or not is_process:
             lease.worker.is_ending = True
             lease.worker.end_text = message.text
-        return [EndWorker(lease.worker.process_id, message.signal)]
+        if message.signal == m.SIGTERM and not is_process:
+            self._terminated_s.setdefault(process_id, now_s)
+        return [EndWorker(process_id, message.signal, with_group=not is_process)]
+
+    def time_passed(self, now_s: float) -> list[Command]:
+        """A tick of the clock: workers that ignore being terminated are killed."""
+        late = [name for name, since_s in self._terminated_s.items() if now_s - since_s >= TERMINATED_WITHIN_S]
+        for process_id in late:
+            del self._terminated_s[process_id]
+        return [EndWorker(name, m.SIGKILL, with_group=True) for name in late if name in self.workers]
 
     def kill_actor(self, actor_id: str) -> list[Command]:
         """End the worker that holds this actor, if it is here."""
@@ -332,7 +346,7 @@ class Scheduler:
     def _end(self, worker: Worker, text: str) -> Command:
         worker.is_ending = True
         worker.end_text = text
-        return EndWorker(worker.process_id, m.SIGKILL)
+        return EndWorker(worker.process_id, m.SIGKILL, with_group=True)
 
     # --- blocked workers lend their CPU
 

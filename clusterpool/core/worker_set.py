@@ -42,6 +42,7 @@ from clusterpool.core.owner_events import (
     SetWorkerLeft,
 )
 from clusterpool.core.rescue import GoneWorker, Rescue, lost_text
+from clusterpool.core.setup_failures import SetupFailures
 from clusterpool.core.stopping import Stopping
 from clusterpool.core.stragglers import Stragglers
 from clusterpool.core.worker_requests import WorkerRequests
@@ -54,9 +55,7 @@ _UNKNOWN = LastTask()
 # An idle lease is kept this long, so that a loop of calls, each waiting for its result, does not lease each time.
 # Longer would keep CPUs from others; they can ask for it sooner (ReclaimLeases).
 LINGER_S = 0.1
-# An initializer that has failed this often in a row, with no success, will not get better by itself.
-SETUP_FAILURES_MAX = 4
-# So is a worker that cannot even be started; once may be bad luck (somebody ended it, memory was short for a moment).
+# A worker that cannot even be started will not get better; once may be bad luck (memory was short for a moment).
 START_FAILURES_MAX = 4
 
 
@@ -96,7 +95,7 @@ class WorkerSet:
         self.rescue = rescue  # what has lost a worker and will run again
         self._expected: set[str] = set()  # process ids whose end is our own wish
         self.stopping = Stopping(self.dispatcher, rescue, held=self.held, expected=self._expected)
-        self._setup_failures = 0
+        self._setup_failures = SetupFailures(setup.name)
         self._start_failures = 0
         self._functions = functions
         self._set_by_process = set_by_process  # the owner's. Invariant: it has this set for just the keys of `held`
@@ -220,7 +219,7 @@ class WorkerSet:
         worker = self.held.get(process_id)
         if worker is None or process_id in self.ready:
             return []
-        self._setup_failures = self._start_failures = 0
+        self._setup_failures.in_a_row = self._start_failures = 0
         self.ready.add(process_id)
         slot = self.dispatcher.add_worker(worker.address, lease=worker.lease, pid=worker.pid, token=worker)
         slot.idle_since_s = now_s
@@ -230,16 +229,13 @@ class WorkerSet:
     def setup_failed(self, process_id: str, error: bytes, now_s: float) -> list[Command]:
         """The worker's initializer raised; the worker ends by itself."""
         self._expected.add(process_id)
-        self._setup_failures += 1
-        text = f"the initializer of {self.setup.name or 'the worker'} raised an exception"
-        commands: list[Command] = [SetSetupFailed(self.number, error, text)]
-        if self._setup_failures >= SETUP_FAILURES_MAX * max(1, self.size or 1):
-            self.failed_text = f"{text} {self._setup_failures} times in a row; no worker will be tried again"
-            self.failed_kind = "setup_failed"
-            tasks = self._take_waiting()
-            if tasks:
-                commands.append(FailTasks(tasks, "setup_failed", self.failed_text, None, error))
-        return commands
+        text, is_no_use = self._setup_failures.raised(self.size)
+        return [SetSetupFailed(self.number, error, text), *(self._give_up(is_no_use, error) if is_no_use else [])]
+
+    def _give_up(self, text: str, error: bytes) -> list[Command]:
+        self.failed_text, self.failed_kind = text, "setup_failed"
+        tasks = self._take_waiting()
+        return [FailTasks(tasks, "setup_failed", text, None, error)] if tasks else []
 
     def exited(
         self, process_id: str, exit_code: int, text: str, now_s: float, *, task: LastTask = _UNKNOWN
@@ -247,7 +243,11 @@ class WorkerSet:
         """A worker is no more; its tasks are tried again or fail. `task`: what it was at."""
         if process_id not in self.held:
             return []
-        return self._lose(process_id, exit_code, text, now_s, task) + self.advance(now_s)
+        is_in_setup = not (process_id in self.ready or process_id in self._expected) and self.setup.payload
+        commands = self._lose(process_id, exit_code, text, now_s, task)
+        if is_in_setup and (is_no_use := self._setup_failures.died(self.size, text)):
+            commands += [SetSetupFailed(self.number, b"", is_no_use), *self._give_up(is_no_use, b"")]
+        return commands + self.advance(now_s)
 
     def node_lost(self, node_id: str, text: str, now_s: float) -> list[Command]:
         """A node is gone with its workers, and perhaps with requests passed on to it. Call `advance` afterwards."""

@@ -203,7 +203,8 @@ class PoolState:
             self.break_pool(text, errors.WorkerDied(text))
 
     def setup_failed(self, error: BaseException) -> None:
-        self.break_pool(f"the initializer of a worker raised {type(error).__name__}: {error}", error)
+        text = f"the initializer of a worker raised {type(error).__name__}: {error}"
+        self.break_pool(str(error) if isinstance(error, errors.WorkerSetupFailed) else text, error)
 
     def break_pool(self, text: str, cause: BaseException) -> None:
         """End every pending call with BrokenProcessPool, refuse new ones, kill the workers."""

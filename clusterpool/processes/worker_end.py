@@ -19,6 +19,12 @@ CALLS_MAX = 6
 _LOG_TAIL_BYTES = 256 * 1024
 _CALL = re.compile(r'  File "(?P<file>.+)", line (?P<line>\d+) in (?P<name>.+)')
 _OUR_FOLDER = str(Path(__file__).parents[1])
+_BY_ITSELF = "its code, or a library of it, called os._exit or sys.exit, or exit in C"
+_SENT = "somebody, or its own code, sent that"
+_LIMITS = {
+    int(signal.SIGXCPU): "it had used up the CPU time that a limit allows it (ulimit -t, RLIMIT_CPU)",
+    int(signal.SIGXFSZ): "a file had grown beyond what a limit allows it (ulimit -f, RLIMIT_FSIZE)",
+}
 _CRASHES = (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGILL, -signal.SIGFPE)
 
 
@@ -38,7 +44,7 @@ def explain_end(
     """
     peak = f"peak memory {memory_amount(peak_bytes)}"
     if exit_code >= 0:
-        return f"{who} ended with exit code {exit_code} ({peak})", EndCause.UNKNOWN
+        return f"{who} ended with exit code {exit_code} ({peak}); {_BY_ITSELF}", EndCause.UNKNOWN
     name = str(-exit_code)
     with contextlib.suppress(ValueError):
         name = f"{-exit_code} ({signal.Signals(-exit_code).name})"
@@ -54,6 +60,8 @@ def explain_end(
     elif exit_code in _CRASHES:
         crash, cause = _explain_crash(crash_traceback(log))
         return f"{text}; {crash}", cause
+    else:
+        text += f"; {_LIMITS.get(-exit_code, _SENT)}"
     return text, EndCause.UNKNOWN
 
 

@@ -165,7 +165,8 @@ class ZygoteLoop:
             # Its group has its own number, from its first moments on. Both are its own until it is waited for.
             if with_group and os.getpgid(pid) == pid:
                 os.killpg(pid, signal_number)
-            os.kill(pid, signal_number)
+            else:
+                os.kill(pid, signal_number)
         self._send(("acknowledged",))
 
     def _reap(self) -> bool:
@@ -223,8 +224,12 @@ class ZygoteLoop:
         self._send(("preloaded", modules, reason))
 
     def end_workers(self) -> None:
-        """The node is gone: kill all workers, and leave no zombie to a parent that may not wait for it."""
+        """The node is gone: kill all workers with what they have started, and leave no zombie to a parent that may
+        not wait for it.
+        """
         for pid in (*self._worker_by_pid, *self._modules_by_trial_pid):
+            if os.getpgid(pid) == pid:
+                os.killpg(pid, signal.SIGKILL)
             os.kill(pid, signal.SIGKILL)
         for pid in (*self._worker_by_pid, *self._modules_by_trial_pid):
             os.waitpid(pid, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clusterpool import errors
-from clusterpool.client.split_chunk import ChunkGatherer, ItemFailure
+from clusterpool.client.split_chunk import ChunkGatherer, ItemFailure, chunk_text
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core.dispatch import Task
@@ -76,3 +76,14 @@ def test_a_part_that_was_lost_may_come_back_in_parts_one_of_which_failed() -> No
     assert index == 1 and values[:2] == [0, 1] and values[3:] == [3]
     assert type(values[2]) is ItemFailure and isinstance(values[2].error, errors.WorkerDied)
     assert str(values[2].error) == "item 102 of the iterable was not done: crashed"
+
+
+def test_a_chunk_that_is_not_run_again_names_the_item_that_ended_its_worker() -> None:
+    task = Task(SPEC, Sink(), 1)
+    text = chunk_text(task, "crashed", m.LastTask(1024, 1024, 2, 10))
+    assert text.startswith("item 102 of the iterable ended its worker") and "items 100 to 109" in text
+    assert text.endswith(": crashed")
+    text = chunk_text(task, "crashed", m.LastTask(1024, 1024, 8, 10, 4))
+    assert text.startswith("one of the items 108 to 109 of the iterable ended its worker")
+    assert chunk_text(task, "crashed", None) == "item 100 of the iterable was not done: crashed"
+    assert chunk_text(Task(SPEC, object(), 1), "crashed", m.LastTask(1024, 1024, 2, 10)) == "crashed"

@@ -174,5 +174,5 @@ def test_a_process_that_lives_on_after_a_signal_can_still_be_ended(node: Node) -
     lease = node.scheduler.workers[process_id].lease
     assert lease is not None
     sigint = 2
-    node.scheduler.kill(DRIVER, m.KillWorker(lease.number, sigint, "its parent has sent it the signal"))
+    node.scheduler.kill(DRIVER, m.KillWorker(lease.number, sigint, "its parent has sent it the signal"), 0.0)
     assert ended(node.read(9.6, **{process_id: 8})) == [process_id]

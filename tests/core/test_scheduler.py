@@ -12,10 +12,11 @@ from clusterpool.core.node_events import EndWorker, ForkWorker, Send, WorkerEnde
 from clusterpool.core.placement import Candidate
 from clusterpool.core.recovery_messages import RequestsLost
 from clusterpool.core.resources import to_amounts
-from clusterpool.core.scheduler import HOPS_MAX, Scheduler
+from clusterpool.core.scheduler import HOPS_MAX, TERMINATED_WITHIN_S, Scheduler
 from tests.core.machines import DRIVER, JOB, T
 
 OTHER = Address("n1", "d2")
+NOW_S = 100.0
 REMOTE = Address("n2", "d3")
 
 
@@ -110,7 +111,7 @@ def test_only_its_owner_may_return_or_kill_a_lease() -> None:
     node = Node(CPU=1)
     (worker,) = node.lease()
     assert node.release(worker.lease, OTHER) == []
-    assert node.scheduler.kill(OTHER, m.KillWorker(worker.lease, SIGKILL, "")) == []
+    assert node.scheduler.kill(OTHER, m.KillWorker(worker.lease, SIGKILL, ""), NOW_S) == []
     assert list(node.scheduler.leases) == [worker.lease]
 
 
@@ -146,9 +147,31 @@ def test_only_a_plain_task_worker_is_used_again(demand: m.WorkerDemand, ends: bo
 def test_a_worker_that_is_being_killed_is_handed_to_nobody() -> None:
     node = Node()
     (worker,) = node.lease()
-    node.scheduler.kill(DRIVER, m.KillWorker(worker.lease, SIGKILL, "cancelled"))
+    node.scheduler.kill(DRIVER, m.KillWorker(worker.lease, SIGKILL, "cancelled"), NOW_S)
     node.release(worker.lease)
     assert forks(node.request()) == ["w2"]
+
+
+def test_a_worker_that_ignores_being_terminated_is_killed_after_a_while_with_what_it_has_started() -> None:
+    node = Node()
+    first, second = *node.lease(), *node.lease()
+    for worker in (first, second):
+        commands = node.scheduler.kill(DRIVER, m.KillWorker(worker.lease, m.SIGTERM, "terminated"), NOW_S)
+        assert commands == [EndWorker(worker.address.process_id, m.SIGTERM, with_group=True)]
+    node.scheduler.worker_ended(WorkerEnded(second.address.process_id, -m.SIGTERM, ""))
+    assert node.scheduler.time_passed(NOW_S + TERMINATED_WITHIN_S - 0.1) == []
+    late_s = NOW_S + TERMINATED_WITHIN_S
+    assert node.scheduler.time_passed(late_s) == [EndWorker(first.address.process_id, m.SIGKILL, with_group=True)]
+    assert node.scheduler.time_passed(late_s + 1) == []
+
+
+def test_a_process_of_the_users_decides_itself_what_a_signal_does() -> None:
+    node = Node()
+    demand = m.WorkerDemand(WorkerKind.GROUP, {}, outlives_owner=True)
+    (worker,) = node.lease(demand=demand)
+    commands = node.scheduler.kill(DRIVER, m.KillWorker(worker.lease, m.SIGTERM, "its parent"), NOW_S)
+    assert commands == [EndWorker(worker.address.process_id, m.SIGTERM)]
+    assert node.scheduler.time_passed(NOW_S + 2 * TERMINATED_WITHIN_S) == []
 
 
 def test_an_idle_worker_is_not_used_for_another_job() -> None:

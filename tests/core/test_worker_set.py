@@ -11,10 +11,10 @@ from clusterpool.core.chunks import ChunkTable
 from clusterpool.core.lease_needs import REQUESTED_MAX
 from clusterpool.core.messages import Address, TaskStatus, WorkerKind
 from clusterpool.core.rescue import Rescue
+from clusterpool.core.setup_failures import SETUP_FAILURES_MAX
 from clusterpool.core.stopping import SIGKILL
 from clusterpool.core.worker_set import (
     LINGER_S,
-    SETUP_FAILURES_MAX,
     SIGTERM,
     START_FAILURES_MAX,
     WorkerSet,
@@ -267,6 +267,40 @@ def test_an_initializer_that_always_fails_fails_the_tasks() -> None:
     assert failed(commands) == [("setup_failed", [1])]
     assert counts(exited) == [], "no worker is tried again"
     assert failed(group.submit(2)) == [("setup_failed", [2])]
+
+
+def test_workers_that_always_end_in_their_setup_fail_the_tasks() -> None:
+    group = Set(size=2, setup=e.SetupPlan(payload=b"initializer"))
+    group.submit(1)
+    for lease in range(1, 2 * SETUP_FAILURES_MAX):
+        group.set.granted(1 if lease < 3 else lease - 1, make_worker(f"w{lease}", lease=lease), NOW_S)
+        exited = group.exit(f"w{lease}", 3)
+        assert counts(exited) == [1] and not failed(exited) and not of_type(exited, e.SetSetupFailed)
+    group.set.granted(2 * SETUP_FAILURES_MAX - 1, make_worker("w99", lease=99), NOW_S)
+    exited = group.exit("w99", 3)
+    assert (counts(exited), failed(exited)) == ([], [("setup_failed", [1])])
+    (told,) = of_type(exited, e.SetSetupFailed)
+    assert not told.error and "8 workers" in told.text and "it was killed" in told.text
+    assert failed(group.submit(2)) == [("setup_failed", [2])]
+
+
+def test_a_worker_that_is_ready_forgives_those_that_ended_in_their_setup() -> None:
+    group = Set(size=1, setup=e.SetupPlan(payload=b"initializer"))
+    for round_ in range(3):
+        for death in range(SETUP_FAILURES_MAX - 1):
+            lease = 10 * round_ + death + 1
+            group.set.granted(next(iter(group.set.requested)), make_worker(f"w{lease}", lease=lease), NOW_S)
+            assert counts(group.exit(f"w{lease}")) == [1]
+        group.join(f"w{10 * round_ + 9}", request=next(iter(group.set.requested)))
+        assert counts(group.exit(f"w{10 * round_ + 9}")) == [1], "a death after the setup is none in it"
+
+
+def test_the_loss_of_nodes_is_no_failure_of_a_setup() -> None:
+    group = Set(size=1, setup=e.SetupPlan(payload=b"initializer"))
+    for lease in range(1, 2 * SETUP_FAILURES_MAX):
+        group.set.granted(next(iter(group.set.requested)), make_worker(f"w{lease}", lease=lease), NOW_S)
+        assert not of_type(group.set.node_lost(NODE.node_id, "no heartbeat", NOW_S), e.SetSetupFailed)
+        assert counts(group.set.advance(NOW_S)) == [1]
 
 
 def test_one_worker_that_cannot_start_is_asked_for_again() -> None:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -179,6 +180,38 @@ def test_a_call_beyond_its_limit_raises_and_its_worker_is_replaced() -> None:
         assert isinstance(info.value, TaskTimeout)
         wait_for(lambda: len(pool._workers.living()) == 2)
         assert pool.map(double, range(10)) == [2 * x for x in range(10)]
+
+
+def start_and_wait(path: str) -> None:
+    """A program that the task has started, and that it waits for."""
+    program = subprocess.Popen(["sleep", "1000"])
+    Path(f"{path}.new").write_text(str(program.pid))
+    Path(f"{path}.new").rename(path)
+    program.wait()
+
+
+def test_what_a_call_has_started_ends_with_it(tmp_path: Path) -> None:
+    cancelled, terminated = tmp_path / "cancelled", tmp_path / "terminated"
+    with Pool(2) as pool:
+        running = pool.apply_async(start_and_wait, (str(cancelled),))
+        wait_for(cancelled.exists)
+        assert running.cancel()
+        pool.apply_async(start_and_wait, (str(terminated),))
+        wait_for(terminated.exists)
+    wait_for(lambda: not is_alive(int(cancelled.read_text())) and not is_alive(int(terminated.read_text())))
+
+
+def ignore_and_sleep(path: str) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    touch_and_sleep(path)
+
+
+def test_a_task_that_ignores_sigterm_does_not_hang_the_end_of_its_pool(tmp_path: Path) -> None:
+    pool = Pool(1)
+    pool.apply_async(ignore_and_sleep, (str(tmp_path / "began"),))
+    wait_for((tmp_path / "began").exists)
+    pool.terminate()
+    pool.join()
 
 
 def test_only_the_item_beyond_its_limit_fails() -> None:

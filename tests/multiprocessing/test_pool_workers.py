@@ -166,6 +166,14 @@ def test_two_pools_run_side_by_side(tmp_path: Path) -> None:
 # --- 7: deaths
 
 
+def test_an_initializer_that_ends_its_process_ends_the_pool_and_hangs_nobody() -> None:
+    with Pool(1, initializer=os._exit, initargs=(3,)) as pool:
+        with pytest.raises(WorkerSetupFailed, match=r"(?s)4 workers .* exit code 3"):
+            pool.apply_async(pid_of_task).get(30)
+        with pytest.raises(WorkerSetupFailed):
+            pool.map_async(square, range(4)).get(30)
+
+
 @pytest.mark.parametrize("how", ["SIGKILL", "_exit", "SIGSEGV"])
 @pytest.mark.parametrize("call", ["apply", "map", "imap"])
 def test_death_in_a_task_is_an_error_and_the_pool_goes_on(how: str, call: str) -> None:

@@ -11,6 +11,8 @@ from clusterpool.processes.logs import WorkerLog
 from clusterpool.processes.worker_end import explain_end
 
 WHO = "worker w1 (job, pid 7) on node n1"
+BY_ITSELF = "its code, or a library of it, called os._exit or sys.exit, or exit in C"
+SENT = "somebody, or its own code, sent that"
 OURS = str(Path(worker_end.__file__).parents[1] / "worker" / "calls.py")
 
 
@@ -41,10 +43,16 @@ def crash(*calls: str) -> list[str]:
 @pytest.mark.parametrize(
     ("exit_code", "memory", "expected"),
     [
-        (3, "", f"{WHO} ended with exit code 3 (peak memory 1.2 GB)"),
-        (-15, "", f"{WHO} was killed by signal 15 (SIGTERM); peak memory 1.2 GB"),
-        (-64, "", f"{WHO} was killed by signal 64 (SIGRTMAX); peak memory 1.2 GB"),
-        (-70, "", f"{WHO} was killed by signal 70; peak memory 1.2 GB"),
+        (3, "", f"{WHO} ended with exit code 3 (peak memory 1.2 GB); {BY_ITSELF}"),
+        (-15, "", f"{WHO} was killed by signal 15 (SIGTERM); peak memory 1.2 GB; {SENT}"),
+        (-64, "", f"{WHO} was killed by signal 64 (SIGRTMAX); peak memory 1.2 GB; {SENT}"),
+        (-70, "", f"{WHO} was killed by signal 70; peak memory 1.2 GB; {SENT}"),
+        (
+            -24,
+            "",
+            f"{WHO} was killed by signal 24 (SIGXCPU); peak memory 1.2 GB; it had used up the CPU time that a limit "
+            "allows it (ulimit -t, RLIMIT_CPU)",
+        ),
         (
             -9,
             "1 GB free",
