@@ -15,6 +15,7 @@ from clusterpool.core import owner_events as e
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import TaskKind, WorkerDemand, WorkerKind
 from clusterpool.serialization.exceptions import load_exception
+from clusterpool.serialization.versions import looks
 
 if TYPE_CHECKING:
     from clusterpool.client.client import Client
@@ -90,6 +91,7 @@ class WorkerGroup:
         self._on_setup_failed = on_setup_failed
         self._is_closed = False
         self._is_ended = False
+        looks.look_anew()  # new workers see the program as it is now
         demand = WorkerDemand(WorkerKind.GROUP, dict(resources or {}), name, is_retriable=retries > 0)
         setup = e.SetupPlan(name, dict(env or {}))
         # What the initializer and its arguments need must live until the last worker has run it.

@@ -30,6 +30,7 @@ from clusterpool.calls import engine
 from clusterpool.joblib.batch import UniformBatch, run_batch, uniform_batch, uniform_function
 from clusterpool.joblib.callbacks import Callbacks
 from clusterpool.joblib.warm_groups import WarmGroup, WarmGroups
+from clusterpool.serialization.versions import looks
 
 if TYPE_CHECKING:
     from clusterpool.client.worker_group import GroupWorker
@@ -232,6 +233,7 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
     def start_call(self) -> None:
         # Shipped functions are for one call: the next may find their globals or closures changed.
         self._batch_by_function.clear()
+        looks.look_anew()
 
     def terminate(self) -> None:
         """Let the workers wait for the next call."""

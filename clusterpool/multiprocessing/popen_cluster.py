@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from clusterpool.client import descriptors
 from clusterpool.client.child_process import ChildProcess
+from clusterpool.serialization.versions import looks
 
 if TYPE_CHECKING:
     from clusterpool.client.descriptors import Ticket
@@ -30,6 +31,7 @@ class Popen:
         # `start` drops them when we return. What they refer to (a manager's object, say) must live until the child has
         # its own references.
         held = [attributes[name] for name in ("_target", "_args", "_kwargs")]
+        looks.look_anew()  # the child sees the program as it is now
         # Authentication keys, and descriptors by `reduction.DupFd`, are pickled for a child only.
         standard_context.set_spawning_popen(self)  # type: ignore[arg-type]
         try:

@@ -25,9 +25,8 @@ from typing import Any
 
 from clusterpool.serialization import references
 
-# A mutable value whose plain pickle is larger is compared by identity when a cached definition is checked: a
-# digest of more would take longer than the call is worth, and missing a change made in place to something so
-# large is rare.
+# A mutable value whose plain pickle is larger is looked at once in a while only when a cached definition is checked
+# (`Looks`): for each task, a digest of more would take longer than the call is worth.
 CONTENT_CHECK_BYTES_MAX = 65_536
 
 ABSENT = object()
@@ -80,26 +79,49 @@ def content_of(value: Any) -> tuple[bytes, int] | None:
     return bytes(hasher.digest()), size
 
 
+class Looks:
+    """When large values are looked at again: when something begins that has to see what was changed in place.
+
+    With the standard library and with loky that is: new workers, a `Process`, a call of joblib's.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def look_anew(self) -> None:
+        """From now on every large value is looked at again, once for each definition that was made from it."""
+        self.number += 1
+
+
+looks = Looks()
+
+
 class Dependency:
     """One value that a shipped definition was made from, and whether it still is the value."""
 
-    __slots__ = ("_digest", "_is_same", "_read")
+    __slots__ = ("_digest", "_is_large", "_is_same", "_look", "_read")
 
     def __init__(self, read: Callable[[], Any], value: Any) -> None:
         self._read = read
         self._is_same = hold(value)
         content = content_of(value)
-        self._digest = content[0] if content is not None and content[1] <= CONTENT_CHECK_BYTES_MAX else None
+        self._digest = content[0] if content is not None else None
+        self._is_large = content is not None and content[1] > CONTENT_CHECK_BYTES_MAX
+        self._look = looks.number
 
     def is_current(self) -> bool:
-        """Same object, and for what can change in place and is not large: same content."""
+        """Same object, and for what can change in place: same content (of large ones: when looked at last)."""
         value = self._read()
         if not self._is_same(value):
             return False
-        if self._digest is None:
+        look = looks.number
+        if self._digest is None or (self._is_large and self._look == look):
             return True
         content = content_of(value)
-        return content is not None and content[0] == self._digest
+        if content is None or content[0] != self._digest:
+            return False
+        self._look = look
+        return True
 
 
 def global_dependency(namespace: Mapping[str, Any], name: str) -> Dependency:

@@ -105,6 +105,43 @@ def test_globals_of_main_are_seen_by_tasks(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["[('one', 3), ('two', 6)]"]
 
 
+def test_large_globals_that_were_changed_in_place_are_seen_by_new_workers(tmp_path: Path) -> None:
+    done = run_script(
+        tmp_path,
+        """
+        import joblib
+
+        import clusterpool
+        import clusterpool.multiprocessing as mp
+
+        weights = [0] * 100_000
+
+        def first(_):
+            return weights[0]
+
+        def put_first(queue):
+            queue.put(first(None))
+
+        queue = mp.Queue()
+        for step in range(3):
+            weights[0] = step
+            with mp.Pool(1) as pool:
+                seen = pool.map(first, [None])
+            with clusterpool.Executor(1) as executor:
+                seen.append(executor.submit(first, None).result())
+            with joblib.parallel_config(backend="clusterpool"):
+                seen += joblib.Parallel(n_jobs=2)(joblib.delayed(first)(None) for _ in range(2))
+            process = mp.Process(target=put_first, args=(queue,))
+            process.start()
+            seen.append(queue.get())
+            process.join()
+            print(seen)
+        """,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["[0, 0, 0, 0, 0]", "[1, 1, 1, 1, 1]", "[2, 2, 2, 2, 2]"]
+
+
 @pytest.mark.parametrize("options", [[], ["-W", "error"]])
 def test_program_that_forgets_its_pool_ends_quietly(tmp_path: Path, options: list[str]) -> None:
     done = run_script(

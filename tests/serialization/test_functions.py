@@ -17,7 +17,7 @@ import pytest
 
 from clusterpool import errors
 from clusterpool.serialization import functions, packing
-from clusterpool.serialization.versions import CONTENT_CHECK_BYTES_MAX, Dependency
+from clusterpool.serialization.versions import CONTENT_CHECK_BYTES_MAX, Dependency, looks
 
 
 @pytest.fixture
@@ -111,12 +111,15 @@ def test_a_closure_is_out_of_date_when_its_variable_changed() -> None:
     assert not shipped.is_current()
 
 
-def test_large_contents_are_compared_by_identity_only() -> None:
+def test_large_contents_are_compared_once_a_look() -> None:
     small, large = [0], [0] * CONTENT_CHECK_BYTES_MAX
     for value, expected in ((small, False), (large, True)):
         dependency = Dependency(lambda value=value: value, value)  # type: ignore[misc]
         value.append(1)
         assert dependency.is_current() is expected
+        looks.look_anew()
+        assert not dependency.is_current()
+        assert not dependency.is_current(), "and it stays so"
 
 
 def test_a_module_level_function_comes_back_as_itself(plugin: Any) -> None:
