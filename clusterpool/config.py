@@ -272,8 +272,8 @@ def default_spill_folder() -> str | None:
     return "/var/tmp" if os.access("/var/tmp", os.W_OK) else None
 
 
-def make_private_folder(folder: Path) -> None:
-    """Make `folder` with mode 0700, or check that it is ours.
+def make_private_folder(folder: Path, *, variable: str = "CLUSTERPOOL_TMPDIR") -> None:
+    """Make `folder` with mode 0700, or check that it is ours. `variable` says where it lies.
 
     Raises: PermissionError if it is a link, no folder, or another user's.
     """
@@ -282,10 +282,12 @@ def make_private_folder(folder: Path) -> None:
     except FileExistsError:
         pass
     status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+    if not stat.S_ISDIR(status.st_mode):
+        raise PermissionError(f"{folder} is no folder but a file or a link; remove it, or set {variable} to a folder")
+    if status.st_uid != os.getuid():
         raise PermissionError(
             f"{folder} is not a folder of user {os.getuid()} (its owner is {status.st_uid}); somebody else "
-            "made it, so its contents cannot be trusted; remove it, or set CLUSTERPOOL_TMPDIR to a folder of "
+            f"made it, so its contents cannot be trusted; remove it, or set {variable} to a folder of "
             "your own"
         )
     if status.st_mode & 0o077:
@@ -354,7 +356,7 @@ def write_cluster_record(record: ClusterRecord) -> Path:
     """Make `record` the cluster that this user's programs join; returns the file."""
     home = home_folder()
     home.parent.mkdir(parents=True, exist_ok=True)
-    make_private_folder(home)
+    make_private_folder(home, variable="CLUSTERPOOL_HOME")
     path = home / "cluster.json"
     write_private_file(path, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
     return path

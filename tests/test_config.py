@@ -165,8 +165,8 @@ def test_a_folder_that_somebody_else_made_is_refused(monkeypatch: pytest.MonkeyP
 def test_a_link_to_a_folder_of_ours_is_refused(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to("target")
-    with pytest.raises(PermissionError, match="not a folder"):
-        make_private_folder(tmp_path / "link")
+    with pytest.raises(PermissionError, match="is no folder but a file or a link; remove it, or set CLUSTERPOOL_HOME"):
+        make_private_folder(tmp_path / "link", variable="CLUSTERPOOL_HOME")
 
 
 def test_a_private_file_is_replaced_whole(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def init(
         if has_sizes and node_socket is not None:
             given = ", ".join(name for name, value in sizes.items() if value is not None)
             raise ValueError(f"{given} cannot be set for a cluster that runs already ({address}): omit the address")
-        bootstrap.check_sizes(**sizes)  # type: ignore[arg-type]
+        bootstrap.check_arguments(**sizes, namespace=namespace)  # type: ignore[arg-type]
         environment = packages.prepare(runtime_env)
         process = None
         if node_socket is None:
@@ -409,12 +409,13 @@ def remote(*args: Any, **options: Any) -> Any:
 
     A function then has `.remote(*args, **kwargs)`, which returns an ObjectRef at once, and `.options(...)`; a class
     has `.remote(...)`, which returns a handle of a new actor. Options: `num_cpus`, `num_gpus`, `memory` (bytes),
-    `resources`, `name`, `num_returns` (or "streaming"), `scheduling` ("spread", "node:<id>", "near:<id>"),
-    `runtime_env` (with `env_vars`); for functions `retries` (when its worker dies; 0: it is never started twice),
-    `retry_exceptions` (False, True or exception classes: also when it raises one of these), `timeout` (seconds that a
-    task may run, its own waiting included; then it is stopped and raises TaskTimeout), `stream_buffer` (how many items
-    of a generator may wait to be taken before it pauses: 1000 or 128 MB if nothing is said, None for any number); for
-    actors `max_concurrency`, `lifetime="detached"`, `namespace`, `get_if_exists`.
+    `resources`, `name`, `num_returns` (or "streaming", as generator functions have it), `scheduling` ("spread",
+    "node:<id>", "near:<id>"), `runtime_env` (with `env_vars`); for functions `retries` (when its worker dies; 0: it is
+    never started twice), `retry_exceptions` (False, True or exception classes: also when it raises one of these),
+    `timeout` (seconds that a task may run, its own waiting included; then it is stopped and raises TaskTimeout),
+    `stream_buffer` (how many items of a generator may wait to be taken before it pauses: 1000 or 128 MB if nothing is
+    said, None for any number); for actors `max_concurrency`, `lifetime="detached"`, `namespace`, `get_if_exists`,
+    `max_restarts`, `max_task_retries`, `checkpoint_every` (calls) and `checkpoint_period_s`.
     Raises: TypeError, ValueError for options that do not exist or cannot be.
     """
     from clusterpool.client.remote_function import make_remote
@@ -429,9 +430,13 @@ def remote(*args: Any, **options: Any) -> Any:
 def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
     """A handle of a named actor.
 
-    Raises: ActorNotFound.
+    Raises: ActorNotFound; TypeError for a name that is no string.
     """
     from clusterpool.client.actor_handle import find_actor
+
+    for given in (name, namespace or ""):
+        if not isinstance(given, str):
+            raise TypeError(f"get_actor() takes a name and a namespace, which are strings, not {given!r}")
 
     return find_actor(runtime(), name, namespace)
 

@@ -113,6 +113,15 @@ class ChannelTable:
                 channel.is_flushed_at_exit = channel.flush(patience_s)
 
 
+class _End(socket.socket):
+    """An end of a channel's socket, closed with the channel's last copy here, as the end of a standard pipe is: with
+    no ResourceWarning.
+    """
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Channel:
     """One channel, as this process has it. Any thread may put and get; pickled, it is the same channel anywhere."""
 
@@ -436,7 +445,7 @@ class Channel:
         with self._table.lock:
             if self._receiver is None or self._sender is None:
                 fds = self._table.open_ends(self.name)
-                receiver, sender = (socket.socket(fileno=fd) for fd in fds)
+                receiver, sender = (_End(fileno=fd) for fd in fds)
                 for sock, option in ((receiver, socket.SO_RCVTIMEO), (sender, socket.SO_SNDTIMEO)):
                     # The open files are everybody's: whether they block must not depend on one's default timeout.
                     sock.settimeout(None)

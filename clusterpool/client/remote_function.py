@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from clusterpool.client import api, packages
 from clusterpool.client.object_ref import ObjectRef
+from clusterpool.client.resource_needs import checked_amount, checked_amounts
 from clusterpool.client.runtime import Runtime
 from clusterpool.client.task_limits import limits_for
 from clusterpool.core import owner_events as e
@@ -48,10 +50,7 @@ def resources_of(options: Mapping[str, Any], *, default_cpus: float) -> dict[str
 
     Raises: ValueError for negative amounts, TypeError for what is no number.
     """
-    given = options.get("resources") or {}
-    if not isinstance(given, Mapping):
-        raise TypeError(f"resources must be a dict of names and amounts: {given!r}")
-    resources = dict(given)
+    resources: dict[str, Any] = {**checked_amounts(options.get("resources"))}
     for name in ("CPU", "GPU", "memory"):
         if name in resources:
             raise ValueError(f"give {name} as num_cpus=, num_gpus= or memory=, not in resources=")
@@ -59,12 +58,8 @@ def resources_of(options: Mapping[str, Any], *, default_cpus: float) -> dict[str
     for name, key in (("GPU", "num_gpus"), ("memory", "memory")):
         if options.get(key):
             resources[name] = options[key]
-    for name, amount in resources.items():
-        if not isinstance(amount, (int, float)):
-            raise TypeError(f"an amount of {name} must be a number, not {amount!r}")
-        if not 0 <= amount < float("inf"):
-            raise ValueError(f"an amount of {name} must be a number of 0 or more: {amount}")
-    return {name: float(amount) for name, amount in resources.items() if amount}
+    amounts = {name: checked_amount(name, amount) for name, amount in resources.items()}
+    return {name: amount for name, amount in amounts.items() if amount}
 
 
 def strategy_of(options: Mapping[str, Any]) -> str:
@@ -98,7 +93,7 @@ class RemoteFunction:
         self._function = function
         self._options = options
         self._name = str(options.get("name") or getattr(function, "__qualname__", type(function).__name__))
-        self._returns = returns_of(options)
+        self._returns = self._checked_returns()
         self._retries = options.get("retries", RETRIES_DEFAULT)
         if not isinstance(self._retries, int) or self._retries < 0:
             raise ValueError(f"retries must be an integer of 0 or more: {self._retries!r}")
@@ -109,6 +104,18 @@ class RemoteFunction:
         self._env = env_of(options)
         self._set: tuple[Runtime, int] | None = None  # the set that its tasks went to last, when nothing drew them
         functools.update_wrapper(self, function, updated=())
+
+    def _checked_returns(self) -> int:
+        """A generator function gives a stream, as a method of an actor does."""
+        function = self._function
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(
+                f"{self._name} is a coroutine function, and a task has no event loop: use a plain function that calls "
+                "asyncio.run(...), or a method of an actor, which may be `async def`"
+            )
+        if "num_returns" not in self._options and inspect.isgeneratorfunction(function):
+            return -1
+        return returns_of(self._options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"a remote function is not called directly: use {self._name}.remote(...)")

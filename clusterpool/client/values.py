@@ -71,9 +71,11 @@ def make_error(kind: str, text: str, error: bytes = b"") -> BaseException:
     """The exception that a failure of this kind raises; `error`: the user's own that it comes from."""
     if error and kind != "actor_died":
         return load_exception(error)
+    cause = load_exception(error) if error else None
+    if cause is not None:
+        text = f"{text} ({type(cause).__name__}: {cause})"
     exception = ERROR_BY_KIND.get(kind, errors.ClusterpoolError)(text)
-    if error:
-        exception.__cause__ = load_exception(error)
+    exception.__cause__ = cause
     return exception
 
 

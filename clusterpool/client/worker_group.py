@@ -9,6 +9,7 @@ from clusterpool import errors
 from clusterpool.client import api
 from clusterpool.client.bootstrap import renewed
 from clusterpool.client.group_worker import GroupWorker, as_group_worker
+from clusterpool.client.resource_needs import checked_amounts
 from clusterpool.client.submission import FunctionTable, Held
 from clusterpool.client.task_limits import extras_with, limits_for
 from clusterpool.core import owner_events as e
@@ -77,6 +78,7 @@ class WorkerGroup:
     ) -> None:
         if size < 1:
             raise ValueError(f"a worker group needs at least 1 worker: {size=}")
+        amounts = checked_amounts(resources)
         runtime = api.runtime()
         self._runtime = runtime
         self._client = client or runtime.client
@@ -92,7 +94,7 @@ class WorkerGroup:
         self._is_closed = False
         self._is_ended = False
         looks.look_anew()  # new workers see the program as it is now
-        demand = WorkerDemand(WorkerKind.GROUP, dict(resources or {}), name, is_retriable=retries > 0)
+        demand = WorkerDemand(WorkerKind.GROUP, amounts, name, is_retriable=retries > 0)
         setup = e.SetupPlan(name, dict(env or {}))
         # What the initializer and its arguments need must live until the last worker has run it.
         self._setup_held: Held | None = None

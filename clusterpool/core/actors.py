@@ -160,7 +160,8 @@ class ActorChannel:
         self.undelivered.clear()
         self._outstanding_bytes = 0
         self.queue.extendleft(reversed(again))
-        text = f"{text}; max_task_retries= would send the call to the actor's next life"
+        if not self.actor.retries:
+            text = f"{text}; max_task_retries= would send the call to the actor's next life"
         return [FailTasks([task], "actor_unavailable", self._why(task, text)) for task in failed]
 
     def died(self, text: str, error: bytes = b"") -> list[Command]:

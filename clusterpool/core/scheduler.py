@@ -19,6 +19,7 @@ from clusterpool.core.node_events import Command, EndWorker, ForkWorker, Send, W
 from clusterpool.core.placement import Candidate, bytes_by_node, choose_node, spread_group
 from clusterpool.core.recovery_messages import RequestsLost
 from clusterpool.core.resources import ResourcePool, to_numbers
+from clusterpool.sizes import memory_amount
 
 # A request goes from node to node at most so often; then it waits where it is. More would chase a view that is old.
 HOPS_MAX = 3
@@ -175,10 +176,15 @@ class Scheduler:
         return Send(Address(node_id, node_id), message)
 
     def _infeasible(self, pending: Pending, count: int) -> Command:
-        wanted = ", ".join(f"{amount:g} {name}" for name, amount in sorted(pending.demand.resources.items()))
+        wanted = ", ".join(_shown(name, amount) for name, amount in sorted(pending.demand.resources.items()))
         nodes = [self._self_candidate(), *self.peers]
         have = "; ".join(
-            f"{node.node_id}: " + ", ".join(f"{amount:g} {name}" for name, amount in to_numbers(node.total).items())
+            f"{node.node_id}: "
+            + ", ".join(
+                _shown(name, amount)
+                for name, amount in to_numbers(node.total).items()
+                if name != f"node:{node.node_id}"
+            )
             for node in nodes
         )
         where = f" with strategy {pending.demand.strategy!r}" if pending.demand.strategy else ""
@@ -477,3 +483,7 @@ class Scheduler:
             "leases": float(len(self.leases)),
             "pending": float(sum(pending.count for pending in self.pending)),
         }
+
+
+def _shown(name: str, amount: float) -> str:
+    return f"{memory_amount(amount)} {name}" if name == "memory" else f"{amount:g} {name}"

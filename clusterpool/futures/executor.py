@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import itertools
+import operator
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 from clusterpool.calls import engine
 from clusterpool.calls.worker_setup import set_up_worker
+from clusterpool.client.resource_needs import checked_amounts
 from clusterpool.client.task_limits import checked_exceptions, checked_timeout
 from clusterpool.futures.map_run import MapRun
 from clusterpool.futures.pool_state import PoolState, TaskFuture, close_when_dropped
@@ -71,7 +73,7 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
         safe_to_repeat: bool = False,
         name: str = "executor",
     ) -> None:
-        if max_workers is not None and max_workers <= 0:
+        if max_workers is not None and operator.index(max_workers) <= 0:
             raise ValueError("max_workers must be greater than 0")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
@@ -82,8 +84,8 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
         self._context = mp_context
         self._options: dict[str, Any] = {
             "address": address,
-            "resources": resources,
-            "name": name,
+            "resources": checked_amounts(resources),
+            "name": str(name),
             "tasks_per_worker_max": max_tasks_per_child,
         }
         self._options |= {"initializer": set_up_worker, "initargs": (initializer, tuple(initargs))}
@@ -196,6 +198,7 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
         shut down with this executor's.
         """
         checked_timeout(timeout)
+        checked_amounts(resources)
         if retries is not None:
             _check_retries(retries)
         if resources is None and name is None:

@@ -27,6 +27,7 @@ from joblib.parallel import AutoBatchingMixin, FallbackToBackend, ParallelBacken
 
 from clusterpool import errors
 from clusterpool.calls import engine
+from clusterpool.client.resource_needs import checked_amounts
 from clusterpool.joblib.batch import UniformBatch, run_batch, uniform_batch, uniform_function
 from clusterpool.joblib.callbacks import Callbacks
 from clusterpool.joblib.warm_groups import WarmGroup, WarmGroups
@@ -132,7 +133,7 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
         self._options: dict[str, Any] = {
             "address": address,
-            "resources": resources,
+            "resources": checked_amounts(resources),
             "retries": retries,
             "safe_to_repeat": bool(safe_to_repeat),
             "idle_worker_timeout": idle_worker_timeout,

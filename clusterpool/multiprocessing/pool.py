@@ -34,6 +34,7 @@ from clusterpool.calls.lazy_call import LazyCall
 from clusterpool.calls.progress import ProgressOption, checked_progress, new_progress_bar
 from clusterpool.calls.window import FeedWindow, checked_buffersize
 from clusterpool.calls.worker_setup import set_up_pool_worker
+from clusterpool.client.resource_needs import checked_amounts
 from clusterpool.client.task_limits import checked_timeout
 from clusterpool.client.worker_group import GroupWorker, TaskKind, WorkerGroup
 from clusterpool.errors import TaskCancelled, WorkerSetupFailed
@@ -122,7 +123,7 @@ class Pool:
         size = processes if processes is not None else engine.cluster_cpus()
         self._setup_failures = _SetupFailures(failures_max=max(3, 2 * size))
         self._workers = WorkerTable()
-        options: dict[str, Any] = {"resources": dict(resources) if resources else None, "retries": retries}
+        options: dict[str, Any] = {"resources": checked_amounts(resources), "retries": retries}
         if retry_exceptions is not False:
             options["retry_exceptions"] = retry_exceptions
         if safe_to_repeat:

@@ -44,6 +44,7 @@ Export = tuple[str, str, str]  # module, name there, token
 Replaced = dict[int, tuple[Any, Any]]  # by id: a value that cannot be pickled, and what goes in its place
 
 _LruCacheWrapper: type = type(functools.lru_cache(lambda: None))
+_SINGLE_DISPATCH: types.CodeType = vars(functools)["singledispatch"](lambda _: None).__code__
 # Functions and classes of these packages stay what they are, so one look is enough: numpy's `_frombuffer` is
 # in every array's pickle, and cloudpickle takes 3 us each time to find that it can be imported.
 _STABLE_PACKAGES = frozenset({"numpy", "pandas", "pyarrow", "scipy", "clusterpool"}) | sys.stdlib_module_names
@@ -117,6 +118,8 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
         if reduction is NotImplemented:
             _remember_stable(function)
             return NotImplemented
+        if function.__code__ is _SINGLE_DISPATCH:
+            return self._reduce_single_dispatch(function)
         if not is_function_reduction(reduction):
             return reduction
         _, (code, base, _, _, closure), (state, slots), _, _, setter = reduction
@@ -168,6 +171,13 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
         if self._dependencies is not None:
             self._dependencies.append(Dependency(lambda: namespaces.versions.class_to_ship(cls), token))
         return make, arguments, (setter, state, token, _export(cls)), None, None, set_class_state
+
+    def _reduce_single_dispatch(self, wrapper: Any) -> Any:
+        # Its closure has weak references, to classes that it was called with.
+        kinds = tuple(wrapper.registry.items())
+        if self._dependencies is not None:
+            self._dependencies.append(Dependency(lambda: tuple(wrapper.registry.items()) == kinds, True))
+        return make_single_dispatch, (wrapper.__wrapped__, kinds, _export(wrapper))
 
     def _reduce_cached_function(self, wrapper: Any) -> Any:
         # functools' own way is by name only, which finds nothing where the module is sent by value.
@@ -304,6 +314,17 @@ def make_cached_function(
 ) -> Callable[..., Any]:
     """A `functools.lru_cache` function with an empty cache of its own; named in pickles."""
     wrapper = functools.lru_cache(maxsize, typed)(function)
+    _apply_export(wrapper, export)
+    return wrapper
+
+
+def make_single_dispatch(
+    function: Callable[..., Any], kinds: tuple[tuple[type, Callable[..., Any]], ...], export: Export | None
+) -> Callable[..., Any]:
+    """A `functools.singledispatch` function; named in pickles."""
+    wrapper = functools.singledispatch(function)
+    for kind, implementation in kinds:
+        wrapper.register(kind, implementation)
     _apply_export(wrapper, export)
     return wrapper
 

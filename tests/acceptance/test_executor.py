@@ -179,6 +179,19 @@ def test_a_size_that_cannot_be_right_is_a_value_error(size: int) -> None:
         ProcessPoolExecutor(size)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"max_workers": 1.5}, TypeError),
+        ({"resources": {"GPU": -1}}, ValueError),
+        ({"resources": {"GPU": "1"}}, TypeError),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_at_once(arguments: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        ProcessPoolExecutor(**arguments)
+
+
 def test_programs_may_look_at_the_size(executor: ProcessPoolExecutor) -> None:
     assert executor._max_workers == 2
 

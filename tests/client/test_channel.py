@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -127,6 +128,20 @@ def test_each_message_goes_to_one_of_many_getters(table: ChannelTable) -> None:
     got = [getter() for getter in getters]
     assert sorted(number for numbers in got for number in numbers) == list(range(MANY))
     assert all(numbers == sorted(numbers) for numbers in got)
+
+
+def test_a_channel_that_is_dropped_warns_of_no_open_socket(table: ChannelTable) -> None:
+    channel = table.create()
+    channel.put(payload(1))
+    ends = [channel.receiving_fd(), channel.sending_fd()]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        del channel
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
+    for descriptor in ends:
+        with pytest.raises(OSError):
+            os.fstat(descriptor)
 
 
 def test_timeouts(table: ChannelTable) -> None:

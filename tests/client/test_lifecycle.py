@@ -97,6 +97,8 @@ def test_an_address_where_nothing_is(tmp_path: Path) -> None:
         ({"num_gpus": -1}, ValueError),
         ({"resources": {"CPU": 3}}, ValueError),
         ({"resources": {"licence": -1}}, ValueError),
+        ({"resources": {3: 1}}, TypeError),
+        ({"namespace": 5}, TypeError),
         ({"object_store_bytes": -5}, ValueError),
         ({"memory": -5}, ValueError),
         ({"runtime_env": {"container": "x"}}, ValueError),

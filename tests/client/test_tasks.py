@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -586,6 +587,21 @@ def test_threads_call_at_once() -> None:
 def test_bad_options_are_refused_at_once(options: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         clusterpool.remote(**options)(lambda: None)
+
+
+def test_a_generator_function_gives_a_stream() -> None:
+    @clusterpool.remote(num_cpus=0.5)
+    def count(number: int) -> Iterator[int]:
+        yield from range(number)
+
+    assert [clusterpool.get(ref, timeout=30) for ref in count.options(num_cpus=1).remote(3)] == [0, 1, 2]
+
+
+def test_remote_refuses_coroutine_functions() -> None:
+    async def wait() -> None: ...
+
+    with pytest.raises(TypeError, match=r"asyncio\.run"):
+        clusterpool.remote(wait)
 
 
 def test_remote_refuses_what_is_no_function() -> None:

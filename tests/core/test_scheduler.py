@@ -263,9 +263,9 @@ def test_owners_are_asked_once_for_leases_that_they_do_not_use() -> None:
 @pytest.mark.parametrize("resources", [{"CPU": 3.0}, {"TPU": 1.0}])
 def test_what_no_node_could_ever_give_fails_at_once(resources: dict[str, float]) -> None:
     demand = m.WorkerDemand(WorkerKind.TASK, resources)
-    (failure,) = messages(Node(CPU=2).request(2, demand=demand), m.RequestFailed, DRIVER)
+    (failure,) = messages(Node(CPU=2, memory=8e9, **{"node:n1": 1}).request(2, demand=demand), m.RequestFailed, DRIVER)
     assert (failure.count, failure.kind) == (2, "infeasible")
-    assert "n1" in failure.text
+    assert failure.text.endswith("(n1: 2 CPU, 8.0 GB memory); ask for less, or add a node that has it")
 
 
 # --- workers that end

@@ -322,6 +322,10 @@ def test_results_as_standard_futures(pool: Any) -> None:
         ({"maxtasksperchild": 0}, ValueError),
         ({"maxtasksperchild": 1.5}, ValueError),
         ({"initializer": 5}, TypeError),
+        ({"resources": {"GPU": -1}}, ValueError),
+        ({"resources": {"GPU": "1"}}, TypeError),
+        ({"resources": {0: 1}}, TypeError),
+        ({"resources": ["GPU"]}, TypeError),
     ],
 )
 def test_constructor_arguments_that_cannot_be(options: dict[str, Any], error: type[Exception]) -> None:

@@ -85,6 +85,8 @@ def test_importable_functions_are_sent_by_name(plugin: Any) -> None:
         ("class C:\n    n = []\ndef f(): return C", "C.n.append(1)", False),
         ("class C:\n    n = []\ndef f(): return C", "c = C(); import pickle, copy; copy.copy(c)", True),
         ("import threading\nx = threading.Event\ndef f(): return x", "pass", True),
+        ("import functools\n@functools.singledispatch\ndef f(x): return x", "f(1)", True),
+        ("import functools\n@functools.singledispatch\ndef f(x): return x", "f.register(int, str)", False),
     ],
 )
 def test_a_shipment_knows_when_it_is_out_of_date(plugin: Any, source: str, change: str, is_current: bool) -> None:
@@ -95,6 +97,24 @@ def test_a_shipment_knows_when_it_is_out_of_date(plugin: Any, source: str, chang
     assert shipped.is_current() is is_current
     again = functions.dumps_function(plugin.f)
     assert (again == shipped.payload) is is_current
+
+
+def test_a_single_dispatch_function_is_sent_with_all_its_kinds(plugin: Any) -> None:
+    source = """
+import functools
+class Own: pass
+@functools.singledispatch
+def name(value): return "object"
+@name.register
+def _(value: list): return [name(item) for item in value]
+@name.register(Own)
+def _(value): return "own"
+name(Own())
+"""
+    define(plugin, source)
+    payload = functions.dumps_function(plugin.name)
+    expected = ["object", ["own"]]
+    assert functions.loads_function(payload)([1, [plugin.Own()]]) == expected
 
 
 def test_a_closure_is_out_of_date_when_its_variable_changed() -> None:

@@ -31,6 +31,26 @@ assert model is None
     )
 
 
+def test_a_single_dispatch_function_is_one_in_each_process(script: ScriptRunner) -> None:
+    script.run(
+        """
+import functools
+class Own: pass
+@functools.singledispatch
+def name(value): return "object"
+@name.register
+def _(value: list): return [name(item) for item in value]
+@name.register(Own)
+def _(value): return "own"
+name(Own())
+assert worker.call(name, [1, [Own()]]) == ["object", ["own"]]
+assert worker.call(lambda: name(Own())) == "own"
+name.register(int, lambda value: "int")
+assert worker.call(name, 1) == "int"
+"""
+    )
+
+
 def test_tasks_see_a_global_that_the_initializer_filled_in_place(script: ScriptRunner) -> None:
     script.run(
         """
