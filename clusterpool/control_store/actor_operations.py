@@ -182,13 +182,29 @@ class ActorOperations:
 
     def load_calls(self, actor_id: str) -> CallLog:
         """As in the port."""
-        fields = self._run("HMGET", self.keys.actor(actor_id), "checkpoint_calls", "checkpoint_chunks")
-        calls, count = (number_or_zero(field, "actors", self.on_unreadable) for field in fields)
-        if count > scripts.CHUNKS_MAX:
-            count = 0
+        names = ("calls", "checkpoint_calls", "checkpoint_chunks")
+        state, *fields = self._run("HMGET", self.keys.actor(actor_id), "state", *names)
+        logged, calls, count = (number_or_zero(field, "actors", self.on_unreadable) for field in fields)
+        count = min(count, scripts.CHUNKS_MAX)
         keys = [self.keys.actor_checkpoint_chunk(actor_id, calls, number) for number in range(count)]
-        checkpoint = b"".join(self._run("GET", key) or b"" for key in keys)
-        return CallLog(checkpoint, calls, self._run("LRANGE", self.keys.actor_log(actor_id), 0, -1))
+        chunks = [self._run("GET", key) for key in keys]
+        log_key = self.keys.actor_log(actor_id)
+        log = self._run("LRANGE", log_key, 0, -1)
+        lost = ""
+        if None in chunks:
+            lost = lost_text(f"the checkpoint that covers its first {calls} calls", keys[chunks.index(None)])
+        elif len(log) != logged - calls and state is not None and state.decode(errors="replace") != DEAD:
+            lost = lost_text(f"calls that had been acknowledged ({len(log)} are left of {logged - calls})", log_key)
+        return CallLog(b"".join(chunk or b"" for chunk in chunks), calls, log, lost)
+
+
+def lost_text(what: str, key: str) -> str:
+    """Why an actor with checkpoints cannot go on."""
+    return (
+        f"what it had done is lost: the control store has {what} no more (key {key}). Was the store emptied or set "
+        "back, has another program with its password removed or overwritten the key (the nodes' logs then say what "
+        "they found there), or does the server evict keys (its maxmemory-policy must be noeviction)?"
+    )
 
 
 def _definition(actor: ActorDefinition) -> tuple[Any, ...]:

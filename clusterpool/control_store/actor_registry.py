@@ -8,10 +8,12 @@ from typing import Any
 
 import msgspec
 
+from clusterpool.control_store.actor_operations import lost_text
 from clusterpool.control_store.port import ActorDefinition, ActorEntry
 from clusterpool.control_store.unreadable import rejection, sendable, skipped_if_unreadable, whole_number
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
+from clusterpool.core.actor_messages import ActorCheckpoint, LoggedCall
 from clusterpool.core.messages import Address
 
 _LIVING = ("pending", "alive", "restarting")
@@ -102,10 +104,18 @@ class ActorRegistry:
         answer: str = self._store.store_checkpoint(actor_id, life, calls, content)
         return answer
 
-    def load_calls(self, actor_id: str) -> tuple[bytes, int, list[bytes]]:
-        """As in the port."""
-        loaded = self._store.load_calls(actor_id)
-        return loaded.checkpoint, loaded.calls, loaded.log
+    def load_calls(self, actor_id: str) -> tuple[bytes, int, list[bytes], str]:
+        """As in the port; it is lost, too, if nobody can read it."""
+        checkpoint, calls, entries, lost = self._store.load_calls(actor_id)
+        try:
+            if checkpoint and not lost:
+                msgspec.msgpack.decode(checkpoint, type=ActorCheckpoint)
+            for entry in entries:
+                msgspec.msgpack.decode(entry, type=LoggedCall)
+        except (msgspec.MsgspecError, RecursionError) as exc:
+            self._unreadable("actor_log", f"{actor_id!r}: {exc}")
+            lost = lost or lost_text(f"calls or a checkpoint that can be read ({exc})", f"actor_log:{actor_id}")
+        return checkpoint, calls, entries, lost
 
     def adopt_orphans(self, living: list[str]) -> list[tuple[str, m.ActorPart, bytes]]:
         """Those detached actors that we are to make again now, their nodes being gone. living: as in the port."""

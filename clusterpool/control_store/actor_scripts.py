@@ -230,12 +230,12 @@ if field('field:life') ~= ARGV[1] then return 'fenced' end
 """
 )
 
-# ARGV: life, number of the first call, calls.
+# ARGV: life, number of the first call, calls. A gap, too, is when calls that had been logged are there no more.
 APPEND_CALLS = Script(
     _OF_LIFE
     + """
 local calls, first = number_of(field('calls')), tonumber(ARGV[2])
-if first > calls + 1 then return 'gap' end
+if first > calls + 1 or redis.call('LLEN', LOG) ~= calls - number_of(field('checkpoint_calls')) then return 'gap' end
 for index = 3, #ARGV do
   if first + index - 3 == calls + 1 then
     redis.call('RPUSH', LOG, ARGV[index])
@@ -258,8 +258,12 @@ for number = 0, count - 1 do
   if redis.call('PERSIST', CREATION .. ':' .. ARGV[2] .. ':' .. number) == 0 then return 'gap' end
 end
 drop_checkpoint()
-redis.call('LTRIM', LOG, covered - before, -1)
-if number_of(field('calls')) < covered then redis.call('HSET', ACTOR, 'calls', ARGV[2]) end
+if number_of(field('calls')) <= covered then
+  redis.call('HSET', ACTOR, 'calls', ARGV[2])
+  redis.call('DEL', LOG)
+else
+  redis.call('LTRIM', LOG, covered - before, -1)
+end
 redis.call('HSET', ACTOR, 'checkpoint_calls', ARGV[2], 'checkpoint_chunks', ARGV[3])
 return 'ok'
 """

@@ -42,10 +42,10 @@ def guarded(source: str) -> str:
     return f"{_GUARD}local function body()\n{source}\nend\n{_TELL}"
 
 
-def split_answer(answer: Any) -> tuple[Any, list[str]]:
-    """What the script has answered, and which keys it has dropped."""
+def split_answer(answer: Any) -> tuple[Any, list[tuple[str, str]]]:
+    """What the script has answered, and which keys it has dropped, each with the type that it had."""
     if type(answer) is list and answer and answer[0] == DROPPED:
-        return answer[2], [key.decode(errors="backslashreplace") for key in answer[1]]
+        return answer[2], [(key.decode(errors="backslashreplace"), found.decode()) for key, found in answer[1]]
     return answer, []
 
 
@@ -109,7 +109,7 @@ local function drop_carriers_of(prefix, life)
 end
 
 local function drop(key)
-  dropped[#dropped + 1] = key
+  dropped[#dropped + 1] = {key, server.call('TYPE', key).ok}
   server.call('DEL', key)
   local prefix, rest = string.match(key, '^(clusterpool:%b{}:)(.*)$')
   if not prefix then return end

@@ -65,6 +65,7 @@ class CallLog(NamedTuple):
     checkpoint: bytes  # empty: none was taken
     calls: int  # how many calls the checkpoint covers
     log: list[bytes]  # the calls after these, in order
+    lost: str = ""  # what of this is there no more, and why; then none of it may be used
 
 
 class ControlStorePort(Protocol):

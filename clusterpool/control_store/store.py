@@ -375,13 +375,14 @@ class ControlStore(ActorOperations):
         if feed:
             # Readers must find a gap, or they would wait for what is gone: it begins anew with this.
             self.publish_event("feed_renewed", {})
-            self._tell_dropped(feed)
+            self._tell_dropped([(key, "key of another type") for key in feed])
         rest = [key for key in keys if key not in feed]
         self._eval(scripts.DROP_FOREIGN, tuple(rest), *map(type_of, rest))
 
-    def _tell_dropped(self, keys: Sequence[str]) -> None:
-        for key in keys:
-            self.on_unreadable(kind_of(key), f"{key}: it was of another type than ours, and has been removed")
+    def _tell_dropped(self, keys: Sequence[tuple[str, str]]) -> None:
+        for key, found in keys:
+            text = f"was a {found} in the place of our {type_of(key)}, written by another program, and has been removed"
+            self.on_unreadable(kind_of(key), f"{key} {text}")
 
     def _eval(self, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
         from redis.exceptions import NoScriptError

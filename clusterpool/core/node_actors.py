@@ -21,7 +21,7 @@ from clusterpool.core.actor_messages import ActorLoaded, ActorSaved, LoadActor, 
 from clusterpool.core.coordination_events import CallCoordination
 from clusterpool.core.leases import Worker
 from clusterpool.core.messages import Address
-from clusterpool.core.node_events import ActorEventRead, CallStore, Send, StoreRaised, StoreReturned
+from clusterpool.core.node_events import ActorEventRead, CallStore, Send, StoreRaised, StoreReturned, Warn
 from clusterpool.core.scheduler import Scheduler
 from clusterpool.core.store_facts import StoreFacts
 
@@ -35,6 +35,7 @@ ASK_AGAIN_S = 2.0
 # Who waits for a next life was told that the last one is over; but a message that came back, because two nodes had lost
 # sight of one another, says so too. Later than any real end is in the registry (5 s for a node), the last one it is.
 NEXT_LIFE_WAIT_S = 10.0
+_OVERWRITTEN = "another program with its password has removed or overwritten a key (then the nodes' logs say which)"
 
 
 class _Waiter:
@@ -340,7 +341,9 @@ class NodeActors:
 
     def _log_called(self, source: Address, message: LogCalls | SaveActor) -> Commands:
         def on_done(value: Any, kind: str, _text: str) -> Commands:
-            return [Send(source, ActorSaved(message.request, kind or str(value)))]
+            answer = Send(source, ActorSaved(message.request, kind or str(value)))
+            lost = "the control store has lost calls of it that had been acknowledged: it was emptied or set back, or "
+            return [*(self._lost(message.actor_id, lost + _OVERWRITTEN) if value == "gap" else []), answer]
 
         arguments: dict[str, Any] = {"actor_id": message.actor_id, "life": message.life}
         if isinstance(message, LogCalls):
@@ -350,11 +353,18 @@ class NodeActors:
         return self.call("store_checkpoint", arguments, on_done, is_stubborn=True)
 
     def _load_asked(self, source: Address, message: LoadActor) -> Commands:
-        def on_loaded(value: Any, _kind: str, _text: str) -> Commands:
-            checkpoint, calls, entries = value or (b"", 0, [])
+        def on_loaded(value: Any, kind: str, text: str) -> Commands:
+            checkpoint, calls, entries, lost = value or (b"", 0, [], f"its calls could not be read: {kind}: {text}")
+            if lost:
+                return self._lost(message.actor_id, lost)
             return [Send(source, ActorLoaded(message.request, checkpoint, calls, entries))]
 
         return self.call("load_calls", {"actor_id": message.actor_id}, on_loaded, is_stubborn=True)
+
+    def _lost(self, actor_id: str, text: str) -> Commands:
+        """What its callers were told it has done is known no more: better no actor than one that has forgotten."""
+        arguments = {"actor_id": actor_id, "text": text, "error": ""}
+        return [Warn(f"actor {actor_id}: it is ended: {text}"), *self.call("bury_actor", arguments, is_stubborn=True)]
 
     # --- lives
 

@@ -201,7 +201,7 @@ class FakeActors:
         if refusal := self._refusal(actor_id, life):
             return refusal
         made = self._made[actor_id]
-        if first > made.calls + 1:
+        if first > made.calls + 1 or len(made.log) != made.calls - made.checkpoint[1]:
             return "gap"
         new = list(calls)[made.calls + 1 - first :]
         made.log += new

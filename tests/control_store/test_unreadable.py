@@ -13,7 +13,7 @@ from clusterpool.control_store.actor_registry import ActorRegistry
 from clusterpool.control_store.coordination import CarrierUnknown, CoordinationStore
 from clusterpool.control_store.foreign_keys import kind_of, type_of
 from clusterpool.control_store.job_registry import reconcile_jobs
-from clusterpool.control_store.port import ActorDefinition, EventsLost, package_digest
+from clusterpool.control_store.port import ActorDefinition, CallLog, EventsLost, package_digest
 from clusterpool.control_store.store import ControlStore
 from clusterpool.core.cluster_view import NodeLoad, NodeRecord
 from clusterpool.core.coordination_events import GRANTED, WAITING, Contents
@@ -356,6 +356,36 @@ def test_counters_that_were_replaced_go_on_above_what_they_gave(coordination: To
     store.create(1, "j1-l", "lock", 1, Contents(tokens=1))
     assert store.acquire(2, "j1-l", "n1/w1/1", False)[1] > 1 << 40
     assert sorted(coordination.kinds) == ["event_number", "token_base"]
+
+
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        (("SET", "{}", "x"), "actor_log:a1"),
+        (("DEL", "{}"), "actor_log:a1"),
+        (("LPOP", "{}"), "actor_log:a1"),
+        (("DEL", "{}"), "actor_creation:a1:1:0"),
+    ],
+)
+@pytest.mark.parametrize("is_appended", [True, False])
+def test_calls_of_an_actor_that_were_acknowledged_are_not_lost_untold(
+    command: tuple[str, ...], key: str, is_appended: bool, coordination: Told
+) -> None:
+    store = coordination.store
+    store.create_actor(ACTOR, keeper="n1")
+    store.store_checkpoint("a1", 0, 1, b"state")
+    store.append_calls("a1", 0, 2, [b"two", b"three"])
+    assert store.load_calls("a1") == CallLog(b"state", 1, [b"two", b"three"])
+    name = store.keys.prefix + key
+    assert store._client.exists(name)
+    coordination.write(*(word.format(name) for word in command))
+    if is_appended:
+        assert store.append_calls("a1", 0, 4, [b"four"]) == ("gap" if key == "actor_log:a1" else "ok")
+    assert name in store.load_calls("a1").lost
+    # The next checkpoint of the same life makes up for it.
+    assert store.store_checkpoint("a1", 0, 4, b"newer") == "ok"
+    assert store.append_calls("a1", 0, 5, [b"five"]) == "ok"
+    assert store.load_calls("a1") == CallLog(b"newer", 4, [b"five"])
 
 
 @pytest.mark.parametrize("kind", ["carrier", "waiters", "waits"])
