@@ -322,8 +322,8 @@ class NodeMachine:
 
     def _watch(self, source: Address, message: m.WatchProcess, _now_s: float) -> Commands:
         if message.process_id not in self.processes:
-            ended = m.ProcessEnded(Address(self.node_id, message.process_id), "no such process is on its node")
-            return [e.Send(source, ended)]
+            text = f"process {message.process_id} is not on node {self.node_id} any more"
+            return [e.Send(source, m.ProcessEnded(Address(self.node_id, message.process_id), text))]
         self._watchers.setdefault(message.process_id, set()).add(source)
         return []
 

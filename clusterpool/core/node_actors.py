@@ -162,6 +162,7 @@ class NodeActors:
         def on_ended(value: Any, kind: str, text: str) -> Commands:
             actor = value[1] if value is not None else None
             if actor is None:
+                text = text or "the control store does not know it any more"
                 actor = msgspec.structs.replace(_UNKNOWN, actor_id=message.actor_id, state="dead", text=text)
             elif actor.state != "restarting":
                 actor = msgspec.structs.replace(actor, state="dead")

@@ -413,9 +413,10 @@ class OwnerMachine:
         return self._gone(address, event.text, now_s)
 
     def _undeliverable(self, source: m.Address, message: m.Undeliverable, now_s: float) -> Commands:
+        text = f"process {message.address.process_id} on node {message.address.node_id} has ended"
         if source == message.address.node:  # of what we have a lease this tells the cause, a moment later
-            return self._process_gone(e.ProcessGone(message.address, "it has ended"), now_s)
-        return self._gone(message.address, "it has ended", now_s)
+            return self._process_gone(e.ProcessGone(message.address, text), now_s)
+        return self._gone(message.address, text, now_s)
 
     def _gone(self, address: m.Address, text: str, now_s: float) -> Commands:
         """A process ended. Its node reports a worker's exit with the cause, so tasks wait for that report."""

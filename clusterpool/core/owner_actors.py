@@ -166,7 +166,8 @@ class OwnerActors:
         if worker.gpu_ids:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, worker.gpu_ids))
         commands: Commands = [e.Send(worker.address, m.SetupWorker(env, b"", setup.name, worker.lease))]
-        return commands + self._resume(channel) + self.send_ready(channel)
+        resumed = self._resume(channel)
+        return commands + self.send_ready(channel) + resumed
 
     def request_failed(self, message: m.RequestFailed) -> Commands:
         """No worker for an actor."""
@@ -248,10 +249,14 @@ class OwnerActors:
         channel.actor = msgspec.structs.replace(channel.actor, state="alive", address=actor.address, life=actor.life)
         self.channel_of_process[actor.address.process_id] = channel
         commands = self._owner.objects.watch(actor.address)
-        return [*commands, e.ActorMoved(channel.actor), *self._resume(channel), *self.send_ready(channel)]
+        resumed = self._resume(channel)
+        return [*commands, e.ActorMoved(channel.actor), *self.send_ready(channel), *resumed]
 
     def _resume(self, channel: ActorChannel) -> Commands:
-        """A next life of an actor with checkpoints need not keep results for us but of these calls."""
+        """A next life of an actor with checkpoints need not keep results for us but of these calls.
+
+        It goes behind the calls: if nothing gets there, what comes back first tells that they were not begun.
+        """
         actor = channel.actor
         if not actor.is_logged or actor.life == 0 or actor.address is None:
             return []

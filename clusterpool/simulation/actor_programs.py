@@ -138,7 +138,7 @@ def _use_actor(script: Script, promise: Promise) -> Steps:
         if random.random() < 0.03:
             channel = driver.machine.actors.channels.get(actor_id)
             if channel is not None and channel.address is not None:
-                driver.world.monitor.happened.add("worker_crash")
+                driver.world.ledger.killed.add(actor_id)
                 driver.send(driver.node, m.KillActor(actor_id, channel.address, False, True))
     tasks = _callers(script, handle) if random.random() < 0.5 else []
     if handle.lifetime is not None and random.random() < 0.4:
@@ -149,6 +149,7 @@ def _use_actor(script: Script, promise: Promise) -> Steps:
     if handle.lifetime is not None:
         handle.lifetime.drop()
     else:
+        driver.world.ledger.killed.add(actor_id)
         driver.send(driver.node, m.KillActor(actor_id, None, True, True))
         driver.event(e.ActorKilled(actor_id, "killed"))
 

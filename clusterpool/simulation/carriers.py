@@ -262,7 +262,7 @@ class Carriers:
     # --- questions
 
     def _ask(self, make: Callable[[int], Message]) -> Steps:
-        return _checked((yield from self._client.ask(make, lambda: None)))
+        return self._checked((yield from self._client.ask(make, lambda: None)))
 
     def _wait(
         self, make: Callable[[int], Message], patience_s: float | None, give_back: Callable[[c.CoordinationDone], None]
@@ -291,12 +291,12 @@ class Carriers:
             raise
         if not answers:
             raise Disconnected(client.closed_text)
-        return _checked(answers[0])
+        return self._checked(answers[0])
 
-
-def _checked(answer: Any) -> c.CoordinationDone:
-    if isinstance(answer, c.CoordinationFailed):
-        kind = _KINDS.get(answer.kind, answer.kind)
-        raise CoordinationError(Outcome(kind, 0, text=answer.text))
-    assert isinstance(answer, c.CoordinationDone)
-    return answer
+    def _checked(self, answer: Any) -> c.CoordinationDone:
+        if isinstance(answer, c.CoordinationFailed):
+            kind, client = _KINDS.get(answer.kind, answer.kind), self._client
+            text = f"{answer.text} (said to {client.name} on node {client.address.node_id})"
+            raise CoordinationError(Outcome(kind, 0, text=text))
+        assert isinstance(answer, c.CoordinationDone)
+        return answer

@@ -52,7 +52,8 @@ class ItemJudge:
         if outcome.kind == "worker_died" and len(self._items) > 1 and self._retries > 0:
             # It is split as soon as it is known which item ran: only a fault that hides this may take all of them.
             # (Without retries it is not: as in the standard library, the death of a worker is the chunk's.)
-            monitor.check(bool(monitor.happened - {"worker_crash"}), f"{self._what} was lost as a whole: {outcome}")
+            is_hidden = self._client.world.evidence.is_by_fault(outcome.text)
+            monitor.check(is_hidden, f"{self._what} was lost as a whole: {outcome}")
 
     def gathered(self, parts: list[e.ChunkPart]) -> None:
         """The chunk was run in spans."""
@@ -65,10 +66,8 @@ class ItemJudge:
             if part.result is None:
                 for item in self._items[part.low : part.high]:
                     is_bad = item.deaths > self._retries
-                    monitor.check(
-                        is_bad or bool(monitor.happened - {"worker_crash"}) or self._client.world.faults != [],
-                        f"{self._what}: a good item was given up: {part.text}",
-                    )
+                    is_hidden = self._client.world.evidence.is_by_fault(part.text)
+                    monitor.check(is_bad or is_hidden, f"{self._what}: a good item was given up: {part.text}")
                 continue
             monitor.check(part.result.status == TaskStatus.OK, f"{self._what}: {part.result}")
             numbers = list(decode_payload(part.result.payload).numbers)
@@ -123,6 +122,7 @@ def limits(script: Script) -> Steps:
         operation = script.operation(duration_s=duration_s, fails=False, result_bytes=8)
         extras = None
         if timeout_s:
+            driver.world.evidence.asks_to_kill = True
             extras = TaskExtras(limits=TaskLimits(timeout_s, travels_alone=True, retries_timeout=random.random() < 0.3))
         number = next(driver.numbers)
         spec = TaskSpec(number, driver.function_of(operation), TaskKind.CALL, encode_operation(operation), extras)

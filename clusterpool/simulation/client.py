@@ -30,9 +30,9 @@ from clusterpool.simulation.programs import (
     Outcome,
     Payload,
     content_of,
-    decode_payload,
     encode_operation,
     encode_payload,
+    outcome_of,
 )
 from clusterpool.simulation.reading import Unreadable, View
 from clusterpool.simulation.references import Ref
@@ -194,6 +194,9 @@ class Client(Party):
 
     def send(self, destination: Address, message: Message) -> None:
         """Send a message; lost when there is no way."""
+        if type(message) is m.StartTasks:
+            for spec in message.tasks:
+                self.world.evidence.sent(self.name, spec.number)
         if destination.node_id == self.address.node_id:
             end = self.by_process.get(destination.process_id) or self._connect(destination, message)
             if end is not None:
@@ -291,9 +294,10 @@ class Client(Party):
         elif isinstance(command, e.FailTasks):
             for task in command.tasks:
                 if command.error and command.kind != "actor_died":
-                    outcome = _outcome_of_payload(command.error)
+                    outcome = outcome_of(command.error)
                 else:
                     outcome = Outcome(command.kind, 0, text=command.text)
+                    self.world.evidence.check_attempts(self.name, task.spec.number, outcome)
                 self._deliveries.append(lambda task=task, outcome=outcome: task.sink(outcome))  # type: ignore[misc]
         elif isinstance(command, (e.SetWorkerJoined, e.SetWorkerLeft, e.SetEnded, e.SetSetupFailed)):
             sink = self.set_sinks.get(command.set_number)
@@ -303,7 +307,7 @@ class Client(Party):
     def _load_result(self, task: Task, result: m.TaskResult) -> None:
         part = result.extras.value if result.extras is not None else None
         if result.status == m.TaskStatus.OK or result.status in (m.TaskStatus.ERROR, m.TaskStatus.UNLOADABLE):
-            task.sink(_outcome_of_payload(result.payload))
+            task.sink(outcome_of(result.payload))
         elif result.status == m.TaskStatus.STORED and part is not None:
             self._load_part(task, part)
         elif result.status == m.TaskStatus.CANCELLED:
@@ -321,7 +325,7 @@ class Client(Party):
             task.sink(outcome)
 
         if part.stored is None:
-            finish(_outcome_of_payload(part.payload))
+            finish(outcome_of(part.payload))
             return
 
         def load() -> Steps:
@@ -437,10 +441,10 @@ class Client(Party):
             result = yield from self.load_stored(part)
             return result
         if part.error:
-            return _outcome_of_payload(part.error), None
+            return outcome_of(part.error), None
         if part.lost_kind:
             return Outcome(part.lost_kind, 0, text=part.lost), None
-        return _outcome_of_payload(part.payload)._replace(references=tuple(part.references)), None
+        return outcome_of(part.payload)._replace(references=tuple(part.references)), None
 
     def load_stored(self, part: ValuePart) -> Steps:
         """As `load`, of a stored value."""
@@ -506,6 +510,8 @@ class Client(Party):
                 continue
             if view is not None:
                 view.close()
+            if part.lost_kind and ref.part.owner == self.address:
+                self.world.evidence.check_attempts(self.name, ref.part.number, outcome)
             return outcome
 
     # --- tasks
@@ -575,6 +581,8 @@ class Client(Party):
 
     def submit_task(self, task: Task, set_number: int, actor_id: str, arguments: list[Ref], inner: list[Ref]) -> None:
         """Submit a task to a set, or a call to an actor."""
+        if not actor_id:
+            self.world.evidence.submitted(self.name, task.spec.number, task.retries_left)
         if not arguments and not inner:
             if actor_id:
                 self.event(e.ActorCallsSubmitted(actor_id, [task]))
@@ -587,8 +595,3 @@ class Client(Party):
         task.spec = msgspec.structs.replace(task.spec, extras=extras)
         plan = e.TaskArguments([ref.part for ref in arguments], references)
         self.event(e.TaskWithArgumentsSubmitted(set_number, actor_id, task, plan))
-
-
-def _outcome_of_payload(payload: bytes) -> Outcome:
-    decoded = decode_payload(payload)
-    return Outcome(decoded.kind, decoded.number, text=decoded.text, numbers=tuple(decoded.numbers))

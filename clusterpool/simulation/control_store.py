@@ -48,8 +48,10 @@ class StoreServer:
     def __init__(self, world: World) -> None:
         self._world = world
         self.fake = FakeControlStore(lambda: world.timeline.now_s)
+        self.fake.on_death = world.evidence.taken_for_dead
         self.coordination = FakeCoordination()
         self.coordination.on_write = world.locks.written
+        self.coordination.on_taken = world.tokens.given
         self.is_down = False
         self.is_paused = False
         self.life = 0  # another number is another server: readers of its events have lost some
@@ -129,6 +131,7 @@ class StoreServer:
         """It is back, without `"nothing"`, what came since the last `"fsync"`, or `"everything"`."""
         self.is_down = self.is_paused = False
         self.life += 1
+        before = self._facts()
         state = self.coordination.state()
         if loses == "everything":
             self.fake.lose_everything()
@@ -138,7 +141,14 @@ class StoreServer:
                 setattr(self.fake, name, _copied(value))
             state = self._kept_coordination
         self.coordination.restarted(state, round(self._world.timeline.now_s * (1 << 20)))
+        self._world.evidence.forgotten(before, self._facts())
         self._told_event = -1
+
+    def _facts(self) -> dict[str, str]:
+        """What it knows of each carrier and each actor."""
+        fake = self.fake
+        facts = {actor_id: f"{fake._actor_by_id.get(actor_id)} {vars(made)}" for actor_id, made in fake._made.items()}
+        return facts | self.coordination.facts()
 
     def pause(self) -> None:
         """It is stopped; what is sent to it waits."""

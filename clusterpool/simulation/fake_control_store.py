@@ -26,6 +26,7 @@ class FakeControlStore(FakeActors):
 
     def __init__(self, now_s: Callable[[], float], *, events_max: int = 10_000) -> None:
         self.is_away = False
+        self.on_death: Callable[[str, str], None] = lambda *_: None  # of a node that was declared dead, and why
         self._now_s = now_s
         self._events_max = events_max
         self._events: list[Event] = []
@@ -131,6 +132,8 @@ class FakeControlStore(FakeActors):
             return False
         del self._entry_by_node[node_id]
         self._registration_by_node.pop(node_id, None)
+        if kind == "node_died":
+            self.on_death(node_id, reason)
         self._publish(kind, {"node_id": node_id, "incarnation": str(incarnation), "reason": reason})
         return True
 

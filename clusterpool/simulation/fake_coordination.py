@@ -57,12 +57,23 @@ class FakeCoordination:
         self.token_base = 0
         self.last_by_node: dict[str, tuple[int, Any]] = {}  # number and answer of its last operation
         self.on_write: Callable[[str, bytes, bytes], None] = lambda *_: None  # of a guarded cell, before and after
+        self.on_taken: Callable[[str, str, bytes], None] = lambda *_: None  # a waiter has a token, or this item
         self.is_away = False
 
     def state(self) -> dict[str, Any]:
         """What a server would find in its file, as it is now."""
         names = ("carriers", "holds", "ended_jobs", "grants", "grants_count", "token_base", "last_by_node")
         return copy.deepcopy({name: getattr(self, name) for name in names})
+
+    def facts(self) -> dict[str, str]:
+        """All that is known of each carrier."""
+        parts = {name: [str(vars(carrier))] for name, carrier in self.carriers.items()}
+        for waiter, hold in sorted(self.holds.items()):
+            parts.setdefault(hold.name, []).append(waiter)
+        for grants in self.grants.values():
+            for grant in grants:
+                parts.setdefault(grant.name, []).append(str(grant))
+        return {name: "; ".join(known) for name, known in parts.items()}
 
     def restarted(self, state: dict[str, Any], token_base: int) -> None:
         """Another run of the server, which knows this; tokens are above `token_base` from now on, if it knows any."""
@@ -90,6 +101,7 @@ class FakeCoordination:
         carrier.token = max(carrier.token, self.token_base) + 1
         if carrier.kind != "semaphore":
             self.holds[waiter] = Hold(name, carrier.token)
+        self.on_taken(name, waiter, b"")
         return carrier.token
 
     def free(self, name: str) -> None:
@@ -190,17 +202,22 @@ class FakeCoordinationClient:
                     return (WAITING if waits else REFUSED), b""
                 carrier.value -= 1
             self._shared.holds.pop(waiter, None)
-            return GRANTED, carrier.items.pop(0)
+            return GRANTED, self._taken(name, waiter)
 
         answer: tuple[int, bytes] = self._once(number, do)
         return answer
 
     def pop(self, number: int, name: str, waiter: str) -> bytes | None:
         def do() -> bytes | None:
-            carrier = self._shared.carrier(name)
-            return carrier.items.pop(0) if self._shared.holds.pop(waiter, None) is not None else None
+            self._shared.carrier(name)
+            return self._taken(name, waiter) if self._shared.holds.pop(waiter, None) is not None else None
 
         item: bytes | None = self._once(number, do)
+        return item
+
+    def _taken(self, name: str, waiter: str) -> bytes:
+        item = self._shared.carriers[name].items.pop(0)
+        self._shared.on_taken(name, waiter, item)
         return item
 
     def cancel(self, number: int, name: str, waiter: str) -> bool:

@@ -95,7 +95,7 @@ class Faults:
         busy = [worker for worker in workers if worker.task_page]
         victim = random.choice(busy if busy and random.random() < 0.7 else workers)
         self._say("worker crashes", victim.name)
-        victim.exit(random.choice((-9, -11, 3)))
+        victim.exit(random.choice((-9, -11, 3)), "fault")
         return True
 
     def _worker_freeze(self, random: Random, duration_s: float) -> bool:
@@ -146,6 +146,7 @@ class Faults:
             return False
         victim = random.choice(drivers)
         self._say("driver is killed", victim.name)
+        victim.cause = "fault"
         victim.vanish()
         return True
 
@@ -161,11 +162,16 @@ class Faults:
         self._say("partition", (nodes[:split], nodes[split:]))
         for one, other in pairs:
             self._world.fabric.cut(one, other)
+        evidence = self._world.evidence
+        for node_id in nodes:
+            evidence.struck(node_id, "partition")
 
         def join() -> None:
             self._say("partition heals", None)
             for one, other in pairs:
                 self._world.fabric.join(one, other)
+            for node_id in nodes:
+                evidence.mended(node_id, "partition")
 
         self._until(duration_s, join)
         return True
@@ -174,19 +180,23 @@ class Faults:
         node = self._node(random)
         if node is None:
             return False
-        return self._break(node.store, "is_cut", duration_s, ("store unreachable", "store reachable", node.name))
+        return self._break(node, "store_cut", duration_s, ("store unreachable", "store reachable"))
 
-    def _break(self, part: Any, flag: str, duration_s: float, story: tuple[str, str, str]) -> bool:
-        """Set a flag of a part for so long. `story`: what to say before and after, and of whom."""
-        broken, mended, name = story
+    def _break(self, node: SimulatedNode, kind: str, duration_s: float, story: tuple[str, str]) -> bool:
+        """Set a flag of a part of a node for so long. `story`: what to say before and after."""
+        broken, mended = story
+        part: Any = node.store if kind == "store_cut" else node.disk
+        flag = "is_cut" if kind == "store_cut" else "is_broken"
         if getattr(part, flag):
             return False
 
         def mend() -> None:
-            self._say(mended, name)
+            self._say(mended, node.name)
+            self._world.evidence.mended(node.name, kind)
             setattr(part, flag, False)
 
-        self._say(broken, name)
+        self._say(broken, node.name)
+        self._world.evidence.struck(node.name, kind)
         setattr(part, flag, True)
         self._until(duration_s, mend)
         return True
@@ -200,12 +210,15 @@ class Faults:
         loses = random.choice(("nothing", "fsync", "everything"))
         self._say("store crashes", loses)
         store.crash()
+        self._world.evidence.struck("store", "away")
 
         def restart() -> None:
             self._say("store restarts", loses)
             if loses != "nothing":
                 self._world.monitor.happened.add("store_loss")
+                self._world.evidence.mended("store", "loss")
             store.restart(loses=loses)
+            self._world.evidence.mended("store", "away")
 
         self._until(duration_s, restart)
         return True
@@ -216,14 +229,21 @@ class Faults:
             return False
         self._say("store pauses", None)
         store.pause()
-        self._until(duration_s, store.resume)
+        self._world.evidence.struck("store", "away")
+
+        def resume() -> None:
+            self._say("store resumes", None)
+            self._world.evidence.mended("store", "away")
+            store.resume()
+
+        self._until(duration_s, resume)
         return True
 
     def _disk(self, random: Random, duration_s: float) -> bool:
         node = self._node(random)
         if node is None:
             return False
-        return self._break(node.disk, "is_broken", duration_s, ("disk fails", "disk is repaired", node.name))
+        return self._break(node, "disk", duration_s, ("disk fails", "disk is repaired"))
 
     # --- nodes come and go
 

@@ -30,6 +30,7 @@ class ActorLedger:
     def __init__(self, world: World) -> None:
         self._world = world
         self._promises: dict[str, Promise] = {}
+        self.killed: set[str] = set()  # by what programs ask for; membership only
         self.has_detached = False  # whether any actor outlives its driver
         self._last: dict[tuple[str, str], int] = {}  # by worker and caller, the last call that began
         self._starts: Counter[tuple[str, str, int]] = Counter()  # by actor, caller and index; without replays
@@ -97,7 +98,7 @@ class CallJudge:
         world, index = self._client.world, self._index
         promise = world.ledger._promises[self._actor_id]
         self._index += 1
-        has_lost = "store_loss" in world.monitor.happened
+        has_lost = self._actor_id in world.evidence.void
         # What the calls before it have done to the state: all, or all that were not lost, or nothing in a new life.
         may_forget = not promise.is_logged and (promise.restarts != 0 or promise.is_detached)
         may_forget = may_forget and world.ledger.lives(self._actor_id) > 1
@@ -117,9 +118,10 @@ class CallJudge:
             outcome = Outcome("ok", values[index])
         wanted = Outcome("ok", values[index])
         what = f"{self._what} {index}"
-        world.monitor.judge(self._client, what, outcome, wanted)
+        world.monitor.judge(self._client, what, outcome, wanted, subject=self._actor_id)
         if outcome.kind == "actor_died" and promise.restarts < 0:
-            # Calls that end its process do not end an actor that may come again without limit.
-            world.monitor.check(bool(world.monitor.happened - {"worker_crash"}), f"{what}: {outcome}")
+            # The end of a process does not end an actor that may come again without limit.
+            is_explained = world.evidence.is_end_of_actor(self._actor_id, outcome.text)
+            world.monitor.check(is_explained, f"{what}: {outcome}, but it may come again without limit")
         if outcome.kind == "actor_unavailable":
             world.monitor.check(promise.retries >= 0, f"{what}: {outcome}, but it may be sent again without limit")

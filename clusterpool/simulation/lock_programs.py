@@ -37,11 +37,16 @@ class LockLedger:
     def __init__(self, world: World) -> None:
         self._world = world
         self.acknowledged: Counter[str] = Counter()  # by cell
+        self.lock_by_cell: dict[str, str] = {}
+
+    def is_void(self, cell: str) -> bool:
+        """Whether the control store has forgotten something of it, or of the lock that guards it."""
+        return not self._world.evidence.void.isdisjoint((cell, self.lock_by_cell.get(cell, "")))
 
     def written(self, name: str, before: bytes, after: bytes) -> None:
         """A guarded cell has new content: it must have been made from what was there."""
         was, now = count_of(before), count_of(after)
-        if "store_loss" not in self._world.monitor.happened:
+        if not self.is_void(name):
             self._world.monitor.check(now == was + 1, f"cell {name} goes from {was} to {now}: two held its lock")
 
 
@@ -55,6 +60,7 @@ def locks(script: Script) -> Steps:
     driver, random = script.driver, script.random
     lock = driver.carriers.make("lock", 1)
     cell = driver.carriers.make("cell", content=b"0")
+    driver.world.locks.lock_by_cell[cell.name] = lock.name
     refs: list[tuple[Ref, Operation]] = []
     for _ in range(script.count(2, 8)):
         rounds = random.randint(1, 5)
@@ -79,7 +85,7 @@ def locks(script: Script) -> Steps:
     except CoordinationError as exc:
         driver.world.monitor.judge(driver, "cell", exc.outcome, Outcome("ok", 0))
         return
-    if "store_loss" not in driver.world.monitor.happened:
+    if not driver.world.locks.is_void(cell.name):
         known = driver.world.locks.acknowledged[cell.name]
         driver.world.monitor.check(
             count_of(content) >= known, f"{cell.name} has {count_of(content)}, and {known} writes were acknowledged"
@@ -94,10 +100,10 @@ def take_turns(client: Client, turn: Turn, operation: Operation | None = None) -
             token = yield from carriers.acquire(turn.lock, PATIENCE_S)
             if token is None:
                 world.monitor.check(
-                    "store_loss" in world.monitor.happened,
+                    world.locks.is_void(turn.cell.name),
                     f"{client.name} has waited {PATIENCE_S:g} s for {turn.lock.name}: the dead left it free",
                 )
-                return Outcome("lock_lost", 0, text="nobody has given it back")
+                return Outcome("lock_lost", 0, text=f"nobody has given {turn.lock.name} back")
             yield from _turn(client, turn, token, operation if number == turn.dies_in else None)
         except CoordinationError as exc:
             return exc.outcome

@@ -20,34 +20,13 @@ if TYPE_CHECKING:
 
 DEAR_EVERY = 50
 
-_DEATHS = frozenset({"worker_crash", "node_crash", "host_freeze", "node_freeze", "partition", "store_cut", "clock"})
-# Which faults may have taken a value, by the kind of the loss. `memory`: the world's stores are too small.
-EXCUSES: dict[str, frozenset[str]] = {
-    "worker_died": _DEATHS | {"driver_kill"},
-    "owner_died": _DEATHS,
-    "object_lost": _DEATHS | {"disk"},
-    "lost": _DEATHS | {"disk"},
-    "actor_died": _DEATHS | {"fork", "store_crash", "store_pause"},
-    "timeout": frozenset(),  # asked for, where it is right
-    "lock_lost": _DEATHS | {"store_loss"},
-    "carrier_lost": _DEATHS | {"store_loss"},
-    "actor_unavailable": _DEATHS | {"fork"},
-    "start_failed": _DEATHS | {"fork"},
-    "store_full": frozenset({"memory"}) | _DEATHS,
-    "disk_full": frozenset({"memory", "disk"}),
-    "disk_failed": frozenset({"disk"}),
-    "too_large": frozenset({"memory"}),
-    "not_connected": _DEATHS,
-    "infeasible": _DEATHS,
-}
-
 
 class Monitor:
     """Watches one world."""
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self.happened: set[str] = set()  # kinds of faults, membership only
+        self.happened: set[str] = set()  # kinds of faults; what each may explain, world.evidence knows
         self.delivered: Counter[tuple[Address, int]] = Counter()
         self.losses: Counter[str] = Counter()
         self.outcomes = 0
@@ -73,9 +52,10 @@ class Monitor:
         self.check(self.delivered[key] == 1, f"task {index} of {client.name} was delivered twice")
 
     def judge(
-        self, client: Client, what: str, outcome: Outcome, wanted: Outcome, *, was_cancelled: bool = False
-    ) -> None:
-        """A program has got something."""
+        self, client: Client, what: str, outcome: Outcome, wanted: Outcome, *, was_cancelled: bool = False,
+        subject: str = "",
+    ) -> None:  # fmt: skip
+        """A program has got something. `subject`: as in Evidence.doubt."""
         self.outcomes += 1
         if outcome.kind == wanted.kind and outcome.number == wanted.number:
             return
@@ -85,10 +65,8 @@ class Monitor:
         if outcome.kind == "cancelled":
             self.check(was_cancelled, story)
             return
-        excuses = EXCUSES.get(outcome.kind, frozenset())
-        self.check(not excuses.isdisjoint(self.happened), f"{story}; no fault explains it")
-        if "freed" in outcome.text:
-            self.check(not _DEATHS.isdisjoint(self.happened), f"{story}: freed while a reference was held")
+        doubt = self._world.evidence.doubt(outcome.kind, outcome.text, subject)
+        self.check(not doubt, f"{story}; {doubt}")
 
     # --- workers
 

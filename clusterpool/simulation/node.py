@@ -15,7 +15,7 @@ from clusterpool.core import transfer_messages as t
 from clusterpool.core import wire
 from clusterpool.core.cluster_view import NodeRecord
 from clusterpool.core.coordination_events import CoordinationCommand
-from clusterpool.core.membership import JoinRequested, LeaveRequested, NodeAbsent, NodeSought
+from clusterpool.core.membership import JoinRequested, LeaveRequested, NodeAbsent, NodeSought, State
 from clusterpool.core.messages import Address, Message
 from clusterpool.core.node import TICK_S, NodeMachine
 from clusterpool.core.routes import Routes
@@ -82,7 +82,7 @@ class SimulatedNode(Party):
     def leave(self) -> None:
         """End in good order."""
         for worker in list(self.workers.values()):
-            worker.exit(-9)
+            worker.exit(-9, "host")
         self.event(LeaveRequested())
         self.vanish()
 
@@ -129,6 +129,8 @@ class SimulatedNode(Party):
             self.after(0.0, self.leave)
         elif isinstance(command, e.PeerLost):
             self.routes.lost(command.node_id)
+            if self.machine.membership.has_ended(command.node_id):  # else it is we who have lost all others
+                self.world.evidence.taken_for_dead(command.node_id, f"by {self.name}")
         elif isinstance(command, CoordinationCommand):
             self.coordination.take(command)
         elif isinstance(command, e.RemoveJob):
@@ -247,7 +249,18 @@ class SimulatedNode(Party):
         if worker is not None:
             self.note("kill", command)
             # A stopped process is killed all the same by SIGKILL.
-            self.world.timeline.after(self.world.latencies.local_s(1.0), worker.exit, -command.signal)
+            self.world.timeline.after(
+                self.world.latencies.local_s(1.0), worker.exit, -command.signal, self._why_ended(command.process_id)
+            )
+
+    def _why_ended(self, process_id: str) -> str:
+        """As in evidence.py."""
+        if self.machine.membership.state is State.FENCED:
+            return "fenced"
+        worker = self.machine.scheduler.workers.get(process_id)
+        if worker is None or worker.lease is None or worker.end_text != "its owner has ended":
+            return "asked"
+        return "orphaned" if self.world.evidence.has_ended_by_fault(worker.lease.origin) else "asked"
 
     def worker_is_gone(self, worker: Worker) -> None:
         """The zygote has waited for a worker."""
@@ -268,7 +281,7 @@ class SimulatedNode(Party):
     def crash(self) -> None:
         """The whole host is gone, or the node by kill -9 with what hangs on it; nobody is told."""
         for worker in list(self.workers.values()):
-            worker.exit_code = -9
+            worker.exit_code, worker.cause = -9, "host"
             worker.vanish()
         self.workers.clear()
         self.vanish()

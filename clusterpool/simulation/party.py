@@ -51,6 +51,7 @@ class Party:
         self.name = name
         self.is_alive = True
         self.is_frozen = False
+        self.cause = "itself"  # of what it has ended (evidence.py)
         self.ends: dict[int, End] = {}
         self._held: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         host.parties.append(self)
@@ -80,12 +81,14 @@ class Party:
         """Stop it, as SIGSTOP does."""
         if self.is_alive and not self.is_frozen:
             self.is_frozen = True
+            self.world.evidence.struck(self.name, "frozen")
             self.note("frozen")
 
     def thaw(self) -> None:
         """Let it go on with what it has missed."""
         if self.is_frozen:
             self.is_frozen = False
+            self.world.evidence.mended(self.name, "frozen")
             self.note("thawed")
             held, self._held = self._held, deque()
             for action, arguments in held:
@@ -96,6 +99,7 @@ class Party:
         if not self.is_alive:
             return
         self.is_alive = False
+        self.world.evidence.ended(self)
         self.note("dead")
         for end in list(self.ends.values()):
             end.close()

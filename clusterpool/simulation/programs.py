@@ -112,3 +112,9 @@ encode_operation = msgspec.msgpack.Encoder().encode
 decode_operation = msgspec.msgpack.Decoder(Operation).decode
 encode_payload = msgspec.msgpack.Encoder().encode
 decode_payload = msgspec.msgpack.Decoder(Payload).decode
+
+
+def outcome_of(payload: bytes) -> Outcome:
+    """The reverse of `encode_payload`, as programs see it."""
+    decoded = decode_payload(payload)
+    return Outcome(decoded.kind, decoded.number, text=decoded.text, numbers=tuple(decoded.numbers))

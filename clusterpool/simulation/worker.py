@@ -89,10 +89,11 @@ class Worker(Client):
         self._main.start()
         self.turn()
 
-    def exit(self, code: int) -> None:
-        """The process ends by itself, or by a signal (negative)."""
+    def exit(self, code: int, cause: str = "itself") -> None:
+        """The process ends by itself, or by a signal (negative). `cause`: as in evidence.py."""
         if not self.is_alive:
             return
+        self.cause = cause
         self.exit_code = code
         for view in self._views:
             view.close()
@@ -223,9 +224,9 @@ class Worker(Client):
         if not self.world.monitor.dies(operation):
             return
         if operation.dies_late:
-            self.after(self.world.chance.last_moments_s(), self.exit, -9)
+            self.after(self.world.chance.last_moments_s(), self.exit, -9, "task")
             return
-        self.exit(-9)
+        self.exit(-9, "task")
         yield Wait(lambda: False)
 
     def result_of(self, owner: Address, spec: TaskSpec) -> Steps:

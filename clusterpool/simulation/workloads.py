@@ -290,7 +290,7 @@ class Script:
             if is_picked:
                 force = self.random.random() < 0.3
                 if force:  # what the worker owned goes with it
-                    driver.world.monitor.happened.add("worker_crash")
+                    driver.world.evidence.asks_to_kill = True
                 driver.event(e.TaskCancelAsked(ref.part.number, force, self.random.random() < 0.5))
         driver.turn()
         for operation, ref, is_picked in zip(operations, refs, picked, strict=True):

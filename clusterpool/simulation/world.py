@@ -19,6 +19,7 @@ from clusterpool.core.messages import Address, Message
 from clusterpool.simulation.chance import Chance, Latencies
 from clusterpool.simulation.client import Client
 from clusterpool.simulation.control_store import StoreServer
+from clusterpool.simulation.evidence import Evidence
 from clusterpool.simulation.faults import Fault, Faults, draw_faults
 from clusterpool.simulation.ledger import ActorLedger
 from clusterpool.simulation.lock_programs import LockLedger
@@ -62,6 +63,7 @@ class World:
         self.timeline = Timeline()
         self.trace = Trace()
         self.monitor = Monitor(self)
+        self.evidence = Evidence(self)
         self.ledger = ActorLedger(self)
         self.locks = LockLedger(self)
         self.streams = StreamLedger(self)
@@ -141,6 +143,7 @@ class World:
         """Everything on the host is gone at once."""
         node.crash()
         for party in list(node.host.parties):
+            party.cause = "host"
             party.vanish()
 
     # --- running it

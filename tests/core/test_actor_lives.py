@@ -11,7 +11,15 @@ from clusterpool.core import membership as ms
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as ne
 from clusterpool.core import owner_events as e
-from clusterpool.core.actor_messages import ActorCreation, ActorLoaded, ActorSaved, LoadActor, LogCalls, encode_creation
+from clusterpool.core.actor_messages import (
+    ActorCreation,
+    ActorLoaded,
+    ActorSaved,
+    CallsResumed,
+    LoadActor,
+    LogCalls,
+    encode_creation,
+)
 from clusterpool.core.messages import Address, Reference, TaskStatus, WorkerKind
 from clusterpool.core.node_actors import NEXT_LIFE_WAIT_S, UNKNOWN_WAIT_S
 from tests.core.machines import DRIVER, JOB, NODE, Owner, T, make_result, make_task, make_worker, of_type
@@ -72,6 +80,24 @@ def test_a_call_that_never_got_to_its_actor_goes_to_the_next_life_and_keeps_its_
     assert started_at(commands, AGAIN) == [1, 2, 3]
     (question,) = sent(owner.hear(NODE, m.ProcessEnded(AGAIN, "killed")), m.LocateActor, NODE)
     assert lost(owner, 1, 2, 3) == ["actor_unavailable", "pending", "actor_unavailable"]
+
+
+def test_calls_that_do_not_get_to_a_next_life_with_checkpoints_are_known_not_to_have_begun() -> None:
+    owner = Owner()
+    logged = msgspec.structs.replace(ALIVE, is_logged=True)
+    owner.handle(e.ActorMet(logged))
+    owner.handle(e.ActorCallsSubmitted("a1", retrying(1)))
+    (question,) = sent(owner.hear(NODE, m.ProcessEnded(HOME, "killed")), m.LocateActor, NODE)
+    owner.handle(e.ActorCallsSubmitted("a1", calls(2)))
+    there = msgspec.structs.replace(logged, address=AGAIN, life=1)
+    commands = owner.hear(NODE, m.ActorLocated(question.request, there))
+    told = [type(message) for message in sent(commands, m.Message, AGAIN)]
+    assert told == [m.StartTasks, CallsResumed], "our node hands back in this order what it cannot send on"
+    assert sent(commands, CallsResumed, AGAIN) == [CallsResumed([1, 2])]
+    owner.hear(NODE, m.TasksUnsent(AGAIN, [1, 2]))
+    (question,) = sent(owner.hear(NODE, m.Undeliverable(AGAIN)), m.LocateActor, NODE)
+    assert lost(owner, 1, 2) == ["pending", "pending"]
+    assert sent(owner.hear(NODE, m.Undeliverable(AGAIN)), m.LocateActor, NODE) == []
 
 
 def test_an_actor_that_does_not_return_is_the_end_of_the_calls_that_wait_for_it() -> None:

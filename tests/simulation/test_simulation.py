@@ -35,7 +35,11 @@ FOUND = {
 # The same, by programs: (seed, programs).
 FOUND_BY = {
     (44, ("restarts", "detached")): "a caller was told that an actor's life was over, wrongly, and waited for ever",
-    (103, ("restarts", "detached")): "the same, of an actor that its creator starts again",
+    (
+        103,
+        ("restarts", "detached"),
+    ): "the same, of an actor that its creator starts again; and calls that had not got to "
+    "an actor's next life failed as if they had begun there",
     (18, ("locks",)): "a node that was taken for dead removed the locks of living jobs from the control store",
     (40, ("locks",)): "a process died with a lock before that moved: nobody who waited could say so, for ever",
     (52, ("semaphores", "signals", "queues")): "a token that was told of twice was given back while it was held",
@@ -200,6 +204,33 @@ def test_a_leaked_pin_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(StoreIndex, "_on_unpinned", lambda self, event, now_s: None)
     assert main(["--seeds", "0-40", "--faults", "0"]) == 1
+
+
+def test_an_item_that_nobody_gets_is_found_whatever_else_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from clusterpool.core.coordination_waits import Waits
+
+    # A node that drops what comes for somebody who does not wait any more.
+    original = Waits._item_came
+
+    def item_came(self: Waits, waiter: str, name: str, item: bytes | None) -> list[Any]:
+        return original(self, waiter, name, item) if waiter in self._waits else []
+
+    monkeypatch.setattr(Waits, "_item_came", item_came)
+    assert main(["--seeds", "0-60", "--faults", "6", "--programs", "queues"]) == 1
+
+
+def test_a_task_that_is_given_up_too_early_is_found_whatever_else_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from clusterpool.core.rescue import Rescue
+
+    original = Rescue.save
+
+    def save(self: Rescue, tasks: list[Any], *arguments: Any) -> Any:
+        for task in tasks:
+            task.retries_left = 0
+        return original(self, tasks, *arguments)
+
+    monkeypatch.setattr(Rescue, "save", save)
+    assert main(["--seeds", "0-40", "--faults", "6", "--programs", "flat,nested"]) == 1
 
 
 def test_a_failure_shrinks_to_the_faults_that_it_needs(
