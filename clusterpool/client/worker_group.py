@@ -13,7 +13,7 @@ from clusterpool.client.resource_needs import checked_amounts
 from clusterpool.client.submission import FunctionTable, Held
 from clusterpool.client.task_limits import extras_with, limits_for
 from clusterpool.core import owner_events as e
-from clusterpool.core.dispatch import Task
+from clusterpool.core.dispatch import NODE_LOSSES_ONLY, Task
 from clusterpool.core.messages import TaskKind, WorkerDemand, WorkerKind
 from clusterpool.serialization.exceptions import load_exception
 from clusterpool.serialization.versions import looks
@@ -48,7 +48,8 @@ class WorkerGroup:
 
     `size`: processes, not bounded by CPUs. `follows_cluster`: one for each CPU, as nodes come and go; `size` is how
     many that are now. `tasks_per_worker_max`: a worker ends after so many tasks. `retries`: how often a task is run
-    again whose worker died. `resources`: what each worker holds. `env`: environment variables of
+    again whose worker died; None: only where its node was lost, for which `on_worker_died` is not called.
+    `resources`: what each worker holds. `env`: environment variables of
     the workers. `timeout`: seconds that a task may run. `retry_exceptions`: True, or the exception classes after which
     a task is run again as after its worker's death. `kills_cancelled`: tasks travel alone, so that each can be stopped
     while it runs (`cancel(force=True)`) with no other harmed. `on_worker_died(worker, text)`: an unexpected end.
@@ -64,7 +65,7 @@ class WorkerGroup:
         initializer: Callable[..., object] | None = None,
         initargs: Iterable[Any] = (),
         tasks_per_worker_max: int | None = None,
-        retries: int = 0,
+        retries: int | None = 0,
         resources: dict[str, float] | None = None,
         env: dict[str, str] | None = None,
         timeout: float | None = None,
@@ -83,7 +84,7 @@ class WorkerGroup:
         self._runtime = runtime
         self._client = client or runtime.client
         self.size = size
-        self.retries = retries
+        self.retries = NODE_LOSSES_ONLY if retries is None else retries
         self._limits = limits_for(timeout, retry_exceptions, travels_alone=kills_cancelled)
         self._extras = extras_with(self._limits)
         self._number = next(runtime.set_numbers)
@@ -94,7 +95,7 @@ class WorkerGroup:
         self._is_closed = False
         self._is_ended = False
         looks.look_anew()  # new workers see the program as it is now
-        demand = WorkerDemand(WorkerKind.GROUP, amounts, name, is_retriable=retries > 0)
+        demand = WorkerDemand(WorkerKind.GROUP, amounts, name, is_retriable=self.retries > 0)
         setup = e.SetupPlan(name, dict(env or {}))
         # What the initializer and its arguments need must live until the last worker has run it.
         self._setup_held: Held | None = None
@@ -285,5 +286,6 @@ class WorkerGroup:
         worker = as_group_worker(command.worker, command.exit_code)
         assert worker is not None
         self._workers.pop(worker.process_id, None)
-        if not command.was_expected and self._on_worker_died is not None:
+        is_survived = command.is_node_lost and self.retries == NODE_LOSSES_ONLY
+        if not (command.was_expected or is_survived) and self._on_worker_died is not None:
             self._on_worker_died(worker, command.text)

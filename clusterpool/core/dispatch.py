@@ -35,6 +35,10 @@ BATCH_BYTES_MAX = 8 * 1024 * 1024
 TAKE_BACK_AFTER_S = 0.005
 
 
+# In place of a number of retries: none, but the loss of a node, which no worker is to blame for, ends no attempt.
+NODE_LOSSES_ONLY = -1
+
+
 class Task(msgspec.Struct, gc=False, eq=False):
     """A task in its owner's hands. Mutable; belongs to one dispatcher at a time.
 
@@ -45,7 +49,7 @@ class Task(msgspec.Struct, gc=False, eq=False):
     spec: TaskSpec
     sink: Any
     index: int
-    retries_left: int = 0
+    retries_left: int = 0  # or NODE_LOSSES_ONLY
     worker: str = ""  # process id of the worker that has it; "" while it waits here
     is_cancelled: bool = False
 

@@ -370,6 +370,7 @@ class SetWorkerLeft(Command, frozen=True):
     exit_code: int
     text: str
     was_expected: bool
+    is_node_lost: bool = False
 
 
 class SetSizeChanged(Command, frozen=True):

@@ -3,6 +3,7 @@
     not started --------------------------------------------> queued again
     ended, but the result was still in the worker --+-------> queued again
                                                     +-------> fails, where it may be started once only (no retries)
+    lost its node, and has no retries, but NODE_LOSSES_ONLY -> queued again, a few times
     ran --+-- a chunk, and the item is known ---------------> the chunk goes on in spans (chunks.py)
           +-- retries left --> [rests] ---------------------> queued again
           +-- none -----------------------------------------> fails
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import msgspec
 
 from clusterpool.core.chunks import ChunkTable
-from clusterpool.core.dispatch import Task
+from clusterpool.core.dispatch import NODE_LOSSES_ONLY, Task
 from clusterpool.core.messages import LastTask, TaskExtras, TaskResult, TaskStatus, WorkerPart
 from clusterpool.core.owner_events import Command, FailTasks
 
@@ -28,6 +29,8 @@ from clusterpool.core.owner_events import Command, FailTasks
 # keep a node busy with forking. (Doubling from 0.1 s to 10 s: ten retries take half a minute.)
 BACK_OFF_FIRST_S = 0.1
 BACK_OFF_MAX_S = 10.0
+# A task that takes its machine down must not go from one to the next until none is left.
+NODE_LOSSES_MAX = 3
 
 
 def back_off_s(attempts: int) -> float:
@@ -44,12 +47,15 @@ def lost_text(process_id: str, node_id: str, text: str) -> str:
 
 
 class GoneWorker(NamedTuple):
-    """A worker that is no more. `target`: the number of the task for whose sake we ended it, 0 for none."""
+    """A worker that is no more. `target`: the number of the task for whose sake we ended it, 0 for none.
+    `is_node_lost`: it went with its node.
+    """
 
     worker: WorkerPart
     text: str
     last: LastTask
     target: int = 0
+    is_node_lost: bool = False
 
 
 class Rescue:
@@ -75,6 +81,9 @@ class Rescue:
             if task.is_cancelled:
                 cancelled.append(task)
             elif position >= first_unstarted and number != blamed:
+                again.append(task)
+            elif gone.is_node_lost and survives_node_loss(task):
+                count_attempt(task)
                 again.append(task)
             elif task.retries_left <= 0 and number not in self.chunks:
                 failed.append(task)
@@ -127,10 +136,7 @@ class Rescue:
         """An attempt has failed and counts: the task goes to `again`, or rests first. It must have retries left."""
         assert task.retries_left > 0, f"task {task.spec.number} has no retries left"
         task.retries_left -= 1
-        extras = task.spec.extras or TaskExtras()
-        attempt = extras.attempt + 1
-        task.spec = msgspec.structs.replace(task.spec, extras=msgspec.structs.replace(extras, attempt=attempt))
-        self._rest(task, now_s + back_off_s(attempt - 1), now_s, again)
+        self._rest(task, now_s + back_off_s(count_attempt(task) - 1), now_s, again)
 
     def _rest(self, task: Task, due_s: float, now_s: float, again: list[Task]) -> None:
         if due_s <= now_s:
@@ -188,7 +194,7 @@ class Rescue:
         if span is not None:
             attempt, attempts_max = self.chunks.attempts_of(task)
         else:
-            attempts_max = attempt + task.retries_left
+            attempts_max = attempt + max(0, task.retries_left)
         named = f"task {task.spec.number} ({name})" if name else f"task {task.spec.number}"
         return f"{named}, attempt {attempt} of {attempts_max}"
 
@@ -199,6 +205,20 @@ class Rescue:
             f"{self.label(task)}, may have been started in a worker that ended before it had sent the result, and "
             f"without retries no task is started twice (retries=1 would run it again): {gone.text}"
         )
+
+
+def survives_node_loss(task: Task) -> bool:
+    """Whether a task without retries is run again because its node was lost, or its result with one."""
+    attempt = task.spec.extras.attempt if task.spec.extras is not None else 1
+    return task.retries_left == NODE_LOSSES_ONLY and attempt <= NODE_LOSSES_MAX
+
+
+def count_attempt(task: Task) -> int:
+    """The task will run again, and what it stores has a name of its own; which attempt that is."""
+    extras = task.spec.extras or TaskExtras()
+    attempt = extras.attempt + 1
+    task.spec = msgspec.structs.replace(task.spec, extras=msgspec.structs.replace(extras, attempt=attempt))
+    return attempt
 
 
 def _running(tasks: list[Task], last: LastTask) -> int:

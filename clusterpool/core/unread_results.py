@@ -15,11 +15,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
-from clusterpool.core.dispatch import Task
+from clusterpool.core.dispatch import NODE_LOSSES_ONLY, Task
+from clusterpool.core.rescue import count_attempt, survives_node_loss
 from clusterpool.core.worker_set import WorkerSet
 
 if TYPE_CHECKING:
@@ -109,7 +107,7 @@ class UnreadResults:
             text = f"the result of task {number} was lost before it could be read: {event.text}"
             return self._owner.checked([e.FailTasks([task or event.task], kind, text)])
         worker_set.awaiting.discard(number)
-        if worker_set.is_terminated or task.retries_left <= 0:
+        if worker_set.is_terminated or not (task.retries_left > 0 or survives_node_loss(task)):
             kind = "cancelled" if worker_set.is_terminated else "worker_died"
             failed = e.FailTasks([task], kind, _lost_text(worker_set, task, event.text))
             return self._owner.checked([failed]) + self._owner.checked(worker_set.advance(now_s))
@@ -137,10 +135,9 @@ class UnreadResults:
 
 def task_again(task: Task) -> Task:
     """The task, to be run once more; what it stores gets names of its own."""
-    extras = task.spec.extras or m.TaskExtras()
-    extras = msgspec.structs.replace(extras, attempt=extras.attempt + 1)
-    spec = msgspec.structs.replace(task.spec, extras=extras)
-    return Task(spec, task.sink, task.index, task.retries_left - 1)
+    again = Task(task.spec, task.sink, task.index, max(task.retries_left - 1, NODE_LOSSES_ONLY))
+    count_attempt(again)
+    return again
 
 
 def _lost_text(worker_set: WorkerSet, task: Task, text: str) -> str:

@@ -254,11 +254,11 @@ class WorkerSet:
         commands = self.cancel_requests()
         # Nothing is sent before all of them are taken out: a task would go from one to the next, each time an attempt.
         for process_id in [name for name, worker in self.held.items() if worker.address.node_id == node_id]:
-            commands += self._lose(process_id, -SIGKILL, lost_text(process_id, node_id, text), now_s, _UNKNOWN)
+            commands += self._lose(process_id, -SIGKILL, lost_text(process_id, node_id, text), now_s, None)
         return commands
 
-    def _lose(self, process_id: str, exit_code: int, text: str, now_s: float, task: LastTask) -> list[Command]:
-        worker = self.held.pop(process_id)
+    def _lose(self, process_id: str, exit_code: int, text: str, now_s: float, task: LastTask | None) -> list[Command]:
+        worker, is_node_lost, task = self.held.pop(process_id), task is None, task or _UNKNOWN
         was_expected = process_id in self._expected
         target = self.stopping.gone(process_id)
         self._forget(process_id)
@@ -269,11 +269,11 @@ class WorkerSet:
         if self.is_terminated and tasks:
             commands.append(FailTasks(tasks, "cancelled", "the pool was terminated", worker))
         elif tasks:
-            again, others = self.rescue.save(tasks, GoneWorker(worker, text, task, target), now_s)
+            again, others = self.rescue.save(tasks, GoneWorker(worker, text, task, target, is_node_lost), now_s)
             self.dispatcher.requeue(again)
             commands += others
         # After those of its tasks that fail: their errors say more, and an executor breaks at the first.
-        return [*commands, SetWorkerLeft(self.number, worker, exit_code, text, was_expected)]
+        return [*commands, SetWorkerLeft(self.number, worker, exit_code, text, was_expected, is_node_lost)]
 
     def request_failed(self, request: int, count: int, kind: str, text: str, now_s: float) -> list[Command]:
         """Workers that were asked for will never come."""

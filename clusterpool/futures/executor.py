@@ -40,8 +40,10 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
 
     - `address`: the cluster, where the usual rule would not find it.
     - `resources`: what each worker needs, by name, such as `{"GPU": 1}`.
-    - `retries`: how often a call whose worker died is run again. 0 keeps the standard rule: the first
-      worker that dies breaks the pool, and every pending call ends with BrokenProcessPool.
+    - `retries`: how often a call whose worker died is run again. None keeps the standard rule: the first
+      worker that dies breaks the pool, and every pending call ends with BrokenProcessPool; but the loss of a whole
+      node, for which that has no rule, is survived: its calls are run again on others. With 0 that breaks the pool,
+      too, and no call is started twice.
     - `retry_exceptions`: True, or exception classes: a call that raises one is run again as well, as often as
       `retries` says.
     - `timeout`: seconds that a call may run (with `map`, for one item). Then its worker is killed and replaced, and
@@ -66,7 +68,7 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
         max_tasks_per_child: int | None = None,
         address: str | None = None,
         resources: dict[str, float] | None = None,
-        retries: int = 0,
+        retries: int | None = None,
         retry_exceptions: RetryExceptions = False,
         timeout: float | None = None,
         cancel_running: bool = False,
@@ -199,8 +201,7 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
         """
         checked_timeout(timeout)
         checked_amounts(resources)
-        if retries is not None:
-            _check_retries(retries)
+        _check_retries(retries)
         if resources is None and name is None:
             return ExecutorView(self, self._pool.retries if retries is None else retries, timeout)
         relative = ProcessPoolExecutor(self._size, retries=self._pool.retries if retries is None else retries)
@@ -294,12 +295,12 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
 class ExecutorView(concurrent.futures.Executor):
     """The same workers with another number of retries or limit of time; `shutdown` is the executor's."""
 
-    def __init__(self, executor: ProcessPoolExecutor, retries: int, timeout: float | None = None) -> None:
+    def __init__(self, executor: ProcessPoolExecutor, retries: int | None, timeout: float | None = None) -> None:
         self._executor = executor
         self._options: dict[str, Any] = {"retries": retries}
         if timeout is not None:
             self._options["timeout"] = timeout
-        if retries > 0:
+        if retries:
             executor._pool.is_tolerant = True
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:
@@ -354,7 +355,9 @@ def _keeping(executor: ProcessPoolExecutor, values: Iterator[T]) -> Iterator[T]:
         del executor
 
 
-def _check_retries(retries: int) -> None:
+def _check_retries(retries: int | None) -> None:
+    if retries is None:
+        return
     if not isinstance(retries, int):
         raise TypeError(f"retries must be an integer: {retries!r}")
     if retries < 0:

@@ -99,7 +99,7 @@ class TaskFuture(LeanFuture[Any]):
 class PoolState:
     """The part of an executor that lives until its last task is done."""
 
-    def __init__(self, *, retries: int, cancels_running: bool = False) -> None:
+    def __init__(self, *, retries: int | None, cancels_running: bool = False) -> None:
         self.retries = retries
         self.cancels_running = cancels_running
         self.recall_patience_s = RECALL_PATIENCE_S
@@ -183,7 +183,7 @@ class PoolState:
         if isinstance(error, errors.TaskCancelled):
             return CancelledError() if self.failure is None else self.broken_error()
         if isinstance(error, (errors.WorkerDied, errors.NodeDied)):
-            if self.retries == 0 and not self.is_tolerant:
+            if not self.retries and not self.is_tolerant:
                 self.break_pool(_sentence(error), error)
                 return self.broken_error()
             return _broken_process_pool(
@@ -199,7 +199,7 @@ class PoolState:
 
     def worker_died(self, worker: GroupWorker, text: str) -> None:
         self.exit_code_by_process_id[worker.process_id] = worker.exit_code
-        if self.retries == 0 and not self.is_tolerant and not self.is_finished():
+        if not self.retries and not self.is_tolerant and not self.is_finished():
             self.break_pool(text, errors.WorkerDied(text))
 
     def setup_failed(self, error: BaseException) -> None:

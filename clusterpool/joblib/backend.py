@@ -105,8 +105,9 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
 
     - `address`: the cluster, where the usual rule would not find it.
     - `resources`: what each worker needs, by name, such as `{"GPU": 1}`.
-    - `retries`: how often a batch whose worker died is run again; with 0 the call raises
-    TerminatedWorkerError.
+    - `retries`: how often a batch whose worker died is run again; without, the call raises
+    TerminatedWorkerError, unless the worker's whole node was lost: then others run what it had. With 0 that raises,
+    too, and no batch is started twice.
     - `safe_to_repeat`: batches may run twice, even at the same time: the last ones of a call, if they take much
     longer than the others, are started a second time on idle workers, and the first result counts.
     - `idle_worker_timeout`: seconds for which the workers are kept for the next call.
@@ -124,12 +125,12 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         *,
         address: str | None = None,
         resources: dict[str, float] | None = None,
-        retries: int = 0,
+        retries: int | None = None,
         safe_to_repeat: bool = False,
         idle_worker_timeout: float | None = None,
     ) -> None:
-        if not isinstance(retries, int) or retries < 0:
-            raise ValueError(f"retries must be an integer >= 0: {retries!r}")
+        if retries is not None and (not isinstance(retries, int) or retries < 0):
+            raise ValueError(f"retries must be an integer >= 0, or None: {retries!r}")
         super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
         self._options: dict[str, Any] = {
             "address": address,

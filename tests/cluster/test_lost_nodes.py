@@ -62,8 +62,9 @@ def test_large_results_of_a_lost_node_are_made_again(mortal_nodes: Cluster, driv
     assert all(len(array) == 50_000 for array in arrays)
 
 
-def test_an_executor_with_retries_goes_on(mortal_nodes: Cluster, driver: None) -> None:
-    with clusterpool.Executor(6, retries=3) as executor:
+def test_an_executor_goes_on(mortal_nodes: Cluster, driver: None) -> None:
+    """As it is by default: without retries after the death of a worker alone."""
+    with clusterpool.Executor(6) as executor:
         futures = [executor.submit(large, number) for number in range(120)]
         assert futures[5].result(timeout=30)[0] == 5
         mortal_nodes.kill(mortal_nodes.third)
@@ -190,7 +191,7 @@ def test_a_grid_search_survives_the_loss_of_a_node(mortal_nodes: Cluster, driver
     killer = threading.Thread(target=kill_in_the_middle)
     killer.start()
     # One worker on each node.
-    with joblib.parallel_config(backend="clusterpool", n_jobs=3, retries=3):
+    with joblib.parallel_config(backend="clusterpool", n_jobs=3):
         found = GridSearchCV(Threshold(), grid, cv=3).fit(points, classes)
     killer.join()
     assert not clusters.is_alive(mortal_nodes.pids[mortal_nodes.second])

@@ -7,6 +7,7 @@ import pytest
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core import recovery_messages as r
+from clusterpool.core.dispatch import NODE_LOSSES_ONLY
 from clusterpool.core.messages import Address, Reference, ResultExtras, StoredValue, TaskResult, TaskStatus, ValuePart
 from tests.core.machines import DRIVER, NODE, Owner, make_result, make_task, of_type, sent
 
@@ -656,8 +657,9 @@ def test_results_that_went_with_their_worker_are_freed(owner: Lineages) -> None:
 # --- results for sinks
 
 
-def test_a_result_that_is_lost_before_it_was_read_is_made_again(owner: Lineages) -> None:
-    owner.submit(make_task(1, retries=3))
+@pytest.mark.parametrize("retries", [3, NODE_LOSSES_ONLY])
+def test_a_result_that_is_lost_before_it_was_read_is_made_again(owner: Lineages, retries: int) -> None:
+    owner.submit(make_task(1, retries=retries))
     commands = owner.run(made(1))
     assert len(of_type(commands, e.DeliverResults)) == 1
     owner.lose()

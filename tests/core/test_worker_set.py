@@ -8,9 +8,10 @@ import pytest
 from clusterpool.core import messages as m
 from clusterpool.core import owner_events as e
 from clusterpool.core.chunks import ChunkTable
+from clusterpool.core.dispatch import NODE_LOSSES_ONLY
 from clusterpool.core.lease_needs import REQUESTED_MAX
 from clusterpool.core.messages import Address, TaskStatus, WorkerKind
-from clusterpool.core.rescue import Rescue
+from clusterpool.core.rescue import NODE_LOSSES_MAX, Rescue
 from clusterpool.core.setup_failures import SETUP_FAILURES_MAX
 from clusterpool.core.stopping import SIGKILL
 from clusterpool.core.worker_set import (
@@ -74,6 +75,12 @@ class Set:
 
 def failed(commands: list[Any]) -> list[tuple[str, list[int]]]:
     return [(command.kind, [task.spec.number for task in command.tasks]) for command in of_type(commands, e.FailTasks)]
+
+
+def started(commands: list[Any]) -> list[tuple[int, int]]:
+    """Which tasks are sent, and which attempt each is."""
+    specs = [spec for message in sent(commands, m.StartTasks) for spec in message.tasks]
+    return [(spec.number, spec.extras.attempt if spec.extras is not None else 1) for spec in specs]
 
 
 def counts(commands: list[Any]) -> list[int]:
@@ -301,6 +308,31 @@ def test_the_loss_of_nodes_is_no_failure_of_a_setup() -> None:
         group.set.granted(next(iter(group.set.requested)), make_worker(f"w{lease}", lease=lease), NOW_S)
         assert not of_type(group.set.node_lost(NODE.node_id, "no heartbeat", NOW_S), e.SetSetupFailed)
         assert counts(group.set.advance(NOW_S)) == [1]
+
+
+def test_a_task_without_retries_may_survive_the_loss_of_its_node_and_not_of_its_worker() -> None:
+    group = Set(size=1)
+    group.submit(1, retries=NODE_LOSSES_ONLY)
+    for lease in range(1, NODE_LOSSES_MAX + 1):
+        commands = group.join(f"w{lease}", request=next(iter(group.set.requested)))
+        assert started(commands) == [(1, lease)], "task and attempt"
+        commands = group.set.node_lost(NODE.node_id, "no heartbeat", NOW_S)
+        (left,) = of_type(commands, e.SetWorkerLeft)
+        assert left.is_node_lost and not failed(commands)
+        group.set.advance(NOW_S)
+    group.join("w8", request=next(iter(group.set.requested)))
+    assert failed(group.set.node_lost(NODE.node_id, "no heartbeat", NOW_S)) == [("worker_died", [1])], "once too often"
+    group.set.advance(NOW_S)
+    group.join("w9", request=next(iter(group.set.requested)))
+    group.submit(2, retries=NODE_LOSSES_ONLY)
+    assert failed(group.exit("w9", ran=2)) == [("worker_died", [2])]
+
+
+def test_without_any_retries_the_loss_of_a_node_is_as_that_of_a_worker() -> None:
+    group = Set(size=1)
+    group.join("w1")
+    group.submit(1)
+    assert failed(group.set.node_lost(NODE.node_id, "no heartbeat", NOW_S)) == [("worker_died", [1])]
 
 
 def test_one_worker_that_cannot_start_is_asked_for_again() -> None:

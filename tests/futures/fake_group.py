@@ -49,7 +49,7 @@ class FakeWorkerGroup:
         *,
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
-        retries: int = 0,
+        retries: int | None = 0,
         on_worker_died: Any = None,
         on_setup_failed: Any = None,
         **options: Any,
@@ -145,7 +145,7 @@ class FakeWorkerGroup:
     def _add(self, run, sink, index, retries) -> int:
         if self.closed:
             raise RuntimeError("the worker group is closed")
-        task = Task(next(self.numbers), run, sink, index, self.retries if retries is None else retries)
+        task = Task(next(self.numbers), run, sink, index, (self.retries or 0) if retries is None else retries)
         with self.changed:
             self.tasks[task.number] = task
             self.queue.append(task)
