@@ -5,8 +5,10 @@ Source: Ray paper, section 3.1 (actors).
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 ASYNC_CONCURRENCY = 1000
 # The node answers when the control store has, or says after 90 s that it is away.
 STORE_PATIENCE_S = 100.0
+_LIVING = ("alive", "pending", "restarting")
+# For so long `kill` waits until the name is free, which takes milliseconds; a node that is cut off may need longer.
+NAME_FREE_S = 5.0
+_NAME_LOOK_S = 0.005
 
 
 class ActorClass:
@@ -265,15 +271,33 @@ def find_actor(here: Runtime, name: str, namespace: str | None) -> ActorHandle:
         lambda request: m.LocateActor(request, "", name, namespace), timeout_s=STORE_PATIENCE_S
     )
     assert isinstance(answer, m.ActorLocated)
-    if answer.actor.state not in ("alive", "pending", "restarting"):
+    if answer.actor.state not in _LIVING:
         raise errors.ActorNotFound(f"no living actor is named {name!r} in namespace {namespace!r}")
     return _handle_of(here, answer.actor)
 
 
 def kill_actor(handle: ActorHandle, *, no_restart: bool = True) -> None:
-    """End an actor, wherever it is."""
+    """End an actor, wherever it is; the next one may have its name then."""
     here = runtime_of(handle)
-    actor_id = handle.actor_id
+    _kill(here, handle.actor_id, no_restart=no_restart)
+    if no_restart and handle._actor.name and not here.client.loop.is_mine:
+        _wait_name_free(here.client, handle._actor)
+
+
+def _wait_name_free(client: Client, actor: ActorPart) -> None:
+    ends_s = monotonic() + NAME_FREE_S
+    with contextlib.suppress(TimeoutError):  # the control store is away
+        while (left_s := ends_s - monotonic()) > 0:
+            answer = client.request(
+                lambda request: m.LocateActor(request, "", actor.name, actor.namespace), timeout_s=left_s
+            )
+            assert isinstance(answer, m.ActorLocated)
+            if answer.actor.actor_id != actor.actor_id or answer.actor.state not in _LIVING:
+                return
+            client.wait_until(lambda: False, _NAME_LOOK_S)
+
+
+def _kill(here: Runtime, actor_id: str, *, no_restart: bool) -> None:
 
     def is_located(machine: Any) -> Any:
         return machine.actors.channels.get(actor_id)

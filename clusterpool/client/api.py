@@ -442,7 +442,7 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
 
 
 def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:
-    """End an actor at once; its pending calls raise ActorDied.
+    """End an actor at once; its pending calls raise ActorDied, and a new actor may have its name.
 
     `no_restart=False`: only its process, so that it is started again if its `max_restarts` allow that.
     """

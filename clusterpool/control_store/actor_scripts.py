@@ -203,7 +203,7 @@ redis.call('HSET', ACTOR, 'request', ARGV[2], 'outcome', outcome, 'field:address
 if outcome == 'dead' then
   local text = ARGV[4]
   local history = field('field:history')
-  if history then text = text .. '; it had been started again after: ' .. history end
+  if history then text = text .. '; it had been started again after: ' .. string.sub(history, 1, -2) end
   redis.call('HSET', ACTOR, 'state', 'dead', 'field:text', text)
   bury(ARGV[1], ARGV[7])
 else

@@ -162,7 +162,7 @@ class FakeActors:
         made.told = (request, outcome)
         history = entry.fields.get("history", "")
         if outcome == "dead":
-            text = text + ("; it had been started again after: " + history if history else "")
+            text = text + ("; it had been started again after: " + history[:-1] if history else "")
             self._set(entry, DEAD, {"address": "", "text": text}, {"life": str(current)})
             return outcome
         made.restarts_left -= left > 0
