@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 from urllib.parse import parse_qs, urlencode, urlsplit
 
-from clusterpool.errors import AuthenticationFailed, NotConnected, ProtocolError, StoreFull
+from clusterpool.errors import AuthenticationFailed, ClusterpoolError, NotConnected, ProtocolError, StoreFull
 
 CONNECT_TIMEOUT_S = 2.0
 # The longest that a server that accepted a command may take. A blocked read must wait for less than this.
@@ -32,6 +32,7 @@ RETRIES = 4
 HEALTH_CHECK_S = 15
 SENTINEL_PORT = 26379
 SERVER_PORT = 6379
+_CROWDED = "max number of clients"
 _SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
 
 
@@ -272,11 +273,23 @@ def errors_mapped(where: str) -> Iterator[None]:
         raise _response_error(where, exc) from exc
 
 
-def had_no_answer(error: NotConnected) -> bool:
+def had_no_answer(error: ClusterpoolError) -> bool:
     """Whether the server, or the network, was silent until the patience ran out, rather than refused us."""
     import redis
 
     return isinstance(error.__cause__, redis.TimeoutError)
+
+
+def has_refused(error: ClusterpoolError) -> bool:
+    """Whether the server has answered, and will not do it now: it is full, cannot write, or has no place for us."""
+    import redis
+
+    is_crowded = _CROWDED in str(error.__cause__)
+    return (
+        is_crowded
+        or isinstance(error, (StoreFull, AuthenticationFailed))
+        or isinstance(error.__cause__, redis.ResponseError)
+    )
 
 
 def _response_error(where: str, exc: Exception) -> Exception:
@@ -297,6 +310,8 @@ def _remedy(exc: Exception) -> str:
         return "its certificate is not trusted here: add ?ssl_ca_certs=/path/to/ca.pem to the address"
     if "No master found" in text:
         return "no sentinel in the list knows a living master of that name: check the name, and the sentinels"
+    if _CROWDED in text:
+        return "raise the maxclients of that server (a node needs about five connections), or find out who has them all"
     if "read only replica" in text:
         return "that server is a replica: give the address of its master, or of the sentinels"
     return "is the server running, and does the address lead to it from this host?"

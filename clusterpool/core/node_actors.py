@@ -35,6 +35,8 @@ ASK_AGAIN_S = 2.0
 # Who waits for a next life was told that the last one is over; but a message that came back, because two nodes had lost
 # sight of one another, says so too. Later than any real end is in the registry (5 s for a node), the last one it is.
 NEXT_LIFE_WAIT_S = 10.0
+# The control store cannot do it now, and may later: it is away, has no memory left, or has another password.
+STORE_CANNOT = ("NotConnected", "StoreFull", "AuthenticationFailed")
 _OVERWRITTEN = "another program with its password has removed or overwritten a key (then the nodes' logs say which)"
 
 
@@ -111,7 +113,7 @@ class NodeActors:
         on_answer, command, is_stubborn = self._calls.get(event.tag, (None, None, False))
         if command is None:
             return []
-        if is_stubborn and isinstance(event, StoreRaised) and event.kind == "NotConnected":
+        if is_stubborn and isinstance(event, StoreRaised) and event.kind in STORE_CANNOT:
             self._again.append(command)  # whoever waits for this has nobody else to ask
             return []
         del self._calls[event.tag]

@@ -23,7 +23,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from clusterpool.core import coordination_events as e
-from clusterpool.errors import ClusterpoolError, NotConnected
+from clusterpool.errors import AuthenticationFailed, ClusterpoolError, NotConnected, StoreFull
 from clusterpool.node.store_thread import PATIENCE_S
 from clusterpool.node.thin_tokens import drain_semaphore, read_tokens, return_tokens
 from clusterpool.processes.thin_files import cell_path, remove_thin_files, semaphore_path
@@ -169,9 +169,10 @@ class _StoreCalls:
                 if self._store is None:
                     self._store = self._connect()
                 value = getattr(self._store, call.operation)(*numbers, *call.arguments)
-            except NotConnected as exc:
+            except (NotConnected, StoreFull, AuthenticationFailed) as exc:
                 # The same number again: if it took effect the first time, it does not the second.
-                if not self._is_stopping and (not call.tag or time.monotonic() < deadline_s):
+                has_time = isinstance(exc, NotConnected) and time.monotonic() < deadline_s
+                if not self._is_stopping and (not call.tag or has_time):
                     time.sleep(_RETRY_S)
                     self._fail_overdue(exc)
                     continue
@@ -185,7 +186,7 @@ class _StoreCalls:
                     self._shell.post(e.OperationAnswered(call.tag, value))
             return
 
-    def _fail_overdue(self, exc: NotConnected) -> None:
+    def _fail_overdue(self, exc: ClusterpoolError) -> None:
         """Of the calls behind the one that is tried."""
         with contextlib.suppress(queue.Empty):
             while True:

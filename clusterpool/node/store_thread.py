@@ -21,7 +21,7 @@ from clusterpool.control_store.unreadable import rejection
 from clusterpool.core import membership as ms
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
-from clusterpool.errors import ClusterpoolError, NotConnected
+from clusterpool.errors import AuthenticationFailed, ClusterpoolError, NotConnected, StoreFull
 from clusterpool.node.store_route import NodeStoreRoute, OpenTunnel, StoreRelay
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 # half a minute must be survived. Longer keeps a user waiting who could do something about it.
 PATIENCE_S = 90.0
 _RETRY_S = 0.5
+# Commands of the membership, and operations, that change nothing.
+_READS = frozenset({
+    "ReadNodes", "ReadSilent", "FindNode", "get_actor", "find_actor", "load_calls", "adopt_orphans", "reconcile_jobs",
+})  # fmt: skip
 # Of the thread that sends the heartbeats: longer than a busy server takes, shorter than the others' suspicion.
 _ANSWER_S = 2.0
 _PROBE_ANSWER_S = 1.0
@@ -58,6 +62,7 @@ class StoreThread:
         self._actors: Any = None
         self._is_stopping = False
         self._away_since_s: float | None = None
+        self._has_refused = False  # when it failed last
         self._thread = threading.Thread(target=self._main, name="control-store", daemon=True)
         self._feed = threading.Thread(target=self._follow, name="change-feed", daemon=True)
         self._membership = MembershipCalls(config.node_id)
@@ -149,11 +154,15 @@ class StoreThread:
                 return ""
         return "the node ends"
 
-    def _is_away(self, exc: NotConnected) -> None:
-        if self.route is not None:
-            from clusterpool.control_store.address import had_no_answer
+    def _is_away(self, exc: ClusterpoolError) -> None:
+        from clusterpool.control_store.address import had_no_answer, has_refused
 
-            self.route.failed(had_no_answer=had_no_answer(exc))
+        self._has_refused = has_refused(exc)
+        if self.route is not None:
+            if self._has_refused:
+                self.route.worked()
+            else:
+                self.route.failed(had_no_answer=had_no_answer(exc))
         if self._away_since_s is None:
             self._away_since_s = time.monotonic()
             logger.warning(
@@ -161,9 +170,12 @@ class StoreThread:
                 exc, PATIENCE_S,
             )  # fmt: skip
 
-    def _is_back(self) -> None:
+    def _is_back(self, operation: str = "") -> None:
         if self.route is not None:
             self.route.worked()
+        if self._has_refused and operation in _READS:
+            return  # whoever refuses to write may read all the same
+        self._has_refused = False
         if self._away_since_s is not None:
             logger.warning("the control store is back after %.1f s", time.monotonic() - self._away_since_s)
             self._away_since_s = None
@@ -188,8 +200,8 @@ class StoreThread:
         try:
             event = self._membership.carry_out(self._store, command)
             self._membership.answered(event)
-            self._is_back()
-        except NotConnected as exc:
+            self._is_back(type(command).__name__)
+        except (NotConnected, StoreFull, AuthenticationFailed) as exc:
             self._is_away(exc)
             event = ms.StoreFailed(str(exc))
         except ClusterpoolError as exc:
@@ -206,7 +218,7 @@ class StoreThread:
             try:
                 operation = getattr(self, f"_op_{call.operation}", None) or getattr(self._actors, call.operation)
                 value = operation(**call.arguments)
-                self._is_back()
+                self._is_back(call.operation)
             except NotConnected as exc:
                 self._is_away(exc)
                 if time.monotonic() < deadline_s and not self._is_stopping:

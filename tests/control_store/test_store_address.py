@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import redis
 
-from clusterpool.control_store.address import check_url, errors_mapped, open_client, redacted, split_replicas_min
-from clusterpool.errors import AuthenticationFailed, NotConnected, ProtocolError, StoreFull
+from clusterpool.control_store.address import (
+    check_url,
+    errors_mapped,
+    has_refused,
+    open_client,
+    redacted,
+    split_replicas_min,
+)
+from clusterpool.errors import AuthenticationFailed, ClusterpoolError, NotConnected, ProtocolError, StoreFull
 
 
 @pytest.mark.parametrize(
@@ -126,3 +133,23 @@ def test_foreign_errors_become_ours_with_advice(foreign: Exception, ours: type[E
         raise foreign
     assert caught.value.__cause__ is foreign
     assert "redis://h:1" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "is_refusal"),
+    [
+        (redis.ConnectionError("Connection refused"), False),
+        (redis.TimeoutError("no answer"), False),
+        (redis.ConnectionError("max number of clients reached"), True),
+        (redis.exceptions.ReadOnlyError("You can't write against a read only replica."), True),
+        (redis.ResponseError("MISCONF cannot save"), True),
+        (redis.exceptions.OutOfMemoryError("maxmemory"), True),
+        (redis.AuthenticationError("invalid password"), True),
+    ],
+)
+def test_another_way_is_sought_to_a_server_that_is_silent_not_to_one_that_refuses(
+    theirs: Exception, is_refusal: bool
+) -> None:
+    with pytest.raises(ClusterpoolError) as caught, errors_mapped("redis://h:1"):
+        raise theirs
+    assert has_refused(caught.value) is is_refusal

@@ -349,9 +349,10 @@ def test_a_creator_hears_that_its_actor_was_killed(node: Node) -> None:
     assert [located.request for located in sent(answer(node, read, dead), m.ActorLocated, DRIVER)] == [0]
 
 
-def test_what_must_be_known_is_asked_until_the_store_answers(node: Node) -> None:
+@pytest.mark.parametrize("kind", ["NotConnected", "StoreFull", "AuthenticationFailed"])
+def test_what_must_be_known_is_asked_until_the_store_answers(node: Node, kind: str) -> None:
     (ended,) = calls_of(node.hear(DRIVER, m.LifeEnded(3, "a1", 0, "killed")), "end_life")
-    assert node.handle(ne.StoreRaised(ended.tag, "NotConnected", "away")) == []
+    assert node.handle(ne.StoreRaised(ended.tag, kind, "not now")) == []
     assert node.machine.actors.time_passed(NOW_S) == [ended]
     again = msgspec.structs.replace(ALIVE, state="restarting", life=1)
     (located,) = sent(answer(node, ended, ("restart", again, b"")), m.ActorLocated, DRIVER)
