@@ -80,6 +80,20 @@ def test_draining_takes_what_is_left_and_shuts_the_channel_for_good(nodes: Nodes
     assert shell.descriptors.drain_channel("j1-d1-1") == []
 
 
+def test_nobody_waits_for_getters_in_flight_when_a_channel_is_empty(
+    nodes: Nodes, shell: FakeShell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(descriptors.time, "sleep", slept.append)
+    receiver, sender = ends_of(nodes, "j1-d1-1")
+    with receiver, sender:
+        assert shell.descriptors.drain_channel("j1-d1-1") == [] and slept == []
+    receiver, sender = ends_of(nodes, "j1-d1-2")
+    with receiver, sender:
+        sender.send(b"1")
+        assert shell.descriptors.drain_channel("j1-d1-2") == [b"1"] and slept == [descriptors.IN_FLIGHT_S]
+
+
 def test_who_was_about_to_receive_gets_the_first_message_and_not_one_of_those_that_are_drained(
     nodes: Nodes, shell: FakeShell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
