@@ -93,7 +93,7 @@ class Allocator:
         return size
 
     def shrink(self, capacity_bytes: int) -> None:
-        """Never grant beyond `capacity_bytes` again, or beyond what is in use now if that is more.
+        """Never grant beyond `capacity_bytes` until `grow`, or beyond what is in use now if that is more.
 
         For an arena whose file system turned out smaller than it had promised.
         """
@@ -104,6 +104,10 @@ class Allocator:
             if self.capacity_bytes > tail:
                 self._add_free(tail, self.capacity_bytes - tail)
             self.frontier_bytes = self.capacity_bytes
+
+    def grow(self, capacity_bytes: int) -> None:
+        """Grant up to `capacity_bytes` again: the file system may have room by now."""
+        self.capacity_bytes = max(self.capacity_bytes, capacity_bytes // PAGE_BYTES * PAGE_BYTES)
 
     def free_blocks(self) -> list[tuple[int, int]]:
         """`(offset, size)` of every free block by offset, warm and fresh joined: for tests."""

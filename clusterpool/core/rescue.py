@@ -7,6 +7,7 @@
     ran --+-- a chunk, and the item is known ---------------> the chunk goes on in spans (chunks.py)
           +-- retries left --> [rests] ---------------------> queued again
           +-- none -----------------------------------------> fails
+    ended last, and none ran since -------------------------> as one that ran: its worker may have died of it
 
 Whoever ran beside a task for whose sake we ended the worker (a limit of time, `cancel`) is not to blame: its attempt
 does not count.
@@ -74,7 +75,7 @@ class Rescue:
         failed: list[Task] = []
         cancelled: list[Task] = []
         commands: list[Command] = []
-        blamed = gone.target or _running(tasks, gone.last)
+        blamed = gone.target or _to_blame(tasks, gone.last)
         first_unstarted = _first_unstarted(tasks, gone.last)
         for position, task in enumerate(tasks):
             number = task.spec.number
@@ -221,8 +222,13 @@ def count_attempt(task: Task) -> int:
     return attempt
 
 
-def _running(tasks: list[Task], last: LastTask) -> int:
-    if last.running >= 0:
+def _to_blame(tasks: list[Task], last: LastTask) -> int:
+    """The number of the task that ran; where none did, of the one before: what it has broken may show only then, and a
+    task whose worker always ends before its result is sent must not run for ever.
+    """
+    if last.running == 0:
+        return max(0, last.started)
+    if last.running > 0:
         return last.running
     return tasks[0].spec.number if tasks else 0  # they are run in order
 

@@ -59,6 +59,9 @@ CREATE_WAIT_S = 60.0
 DISK_WAIT_S = 5.0
 # After a failed spill the disk is left alone for so long; each try writes a whole object.
 DISK_RETRY_S = 1.0
+# The file system of the arena may be full because of others (a program's own shared memory), who go again: after so
+# long the store tries to have its whole size. That costs one reservation that fails; longer leaves it small for longer.
+REGROW_S = 10.0
 # Above this part of the store held by readers, new readers are asked to copy: below, zero copy costs nobody
 # anything; above, a program that keeps its results would starve its own producers.
 SCARCE_FRACTION = 0.5
@@ -95,6 +98,8 @@ class StoreIndex:
         self.spilling_bytes = 0
         self.spilled_bytes = 0
         self.usable_bytes = capacity_bytes  # of the arena's file, as far as is known
+        self._promised_bytes = self.allocator.capacity_bytes
+        self._shrunk_s: float | None = None  # when the file system was full last; None: we have the whole arena
         self._disk_failed_s: float | None = None  # since when no spill has succeeded
         self._disk_text = ""
         self._disk_retry_at_s = 0.0
@@ -134,6 +139,7 @@ class StoreIndex:
             object_count=len(self.objects),
             queued_count=len(self.queue),
             queued_bytes=sum(self.objects[object_id].size_bytes for object_id in self.queue),
+            missing_bytes=self._promised_bytes - self.allocator.capacity_bytes,
         )
 
     # --- clients -------------------------------------------------------------------------------------------
@@ -284,11 +290,16 @@ class StoreIndex:
             self.queue.move_to_end(item.object_id, last=False)
         self.usable_bytes = min(self.usable_bytes, usable_bytes)
         self.allocator.shrink(usable_bytes)
+        self._shrunk_s = now_s
         for object_id in list(self.queue):
             if self.objects[object_id].room_bytes > self.allocator.capacity_bytes:
                 self._refuse_queued(self.objects[object_id], Refusal.TOO_LARGE, now_s)
 
     def _on_tick(self, event: Tick, now_s: float) -> None:
+        if self._shrunk_s is not None and now_s - self._shrunk_s >= REGROW_S:
+            self._shrunk_s = None
+            self.allocator.grow(self._promised_bytes)
+            self.usable_bytes = self._promised_bytes
         for object_id in [name for name in self.queue if self.objects[name].deadline_s <= now_s]:
             self._refuse_queued(self.objects[object_id], Refusal.STORE_FULL, now_s)
         if self._disk_failed_s is not None and not self.spilling_bytes:

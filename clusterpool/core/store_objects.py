@@ -50,7 +50,9 @@ class StoredObject:
 
 @dataclass(frozen=True)
 class StoreStats:
-    """What `status` shows of one store. `used_bytes` includes what is being written, in whole pages."""
+    """What `status` shows of one store. `used_bytes` includes what is being written, in whole pages. `missing_bytes`:
+    of its size, what its file system has no room for.
+    """
 
     capacity_bytes: int
     used_bytes: int
@@ -59,6 +61,7 @@ class StoreStats:
     object_count: int
     queued_count: int
     queued_bytes: int
+    missing_bytes: int = 0
 
 
 class LeastRecentlyUsed:
@@ -83,6 +86,13 @@ class LeastRecentlyUsed:
 def refusal_text(item: StoredObject, kind: Refusal, stats: StoreStats, now_s: float, disk_text: str) -> str:
     """What the user reads: what happened, the figures, what to do."""
     capacity, used = _mb(stats.capacity_bytes), _mb(stats.used_bytes)
+    if kind is Refusal.TOO_LARGE and stats.missing_bytes:
+        return (
+            f"object {item.object_id} of {_mb(item.size_bytes)} MB is larger than what is left of this node's store, "
+            f"{capacity} MB: {_mb(stats.missing_bytes)} MB of it are missing, because the file system of the shared "
+            "memory is full (`df /dev/shm`); end or remove what fills it: some seconds later the store has its size "
+            "again"
+        )
     if kind is Refusal.TOO_LARGE:
         return (
             f"object {item.object_id} of {_mb(item.size_bytes)} MB is larger than this node's whole store of "

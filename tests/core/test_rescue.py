@@ -54,6 +54,14 @@ def test_only_the_task_that_ran_pays_with_a_retry() -> None:
     assert [task.retries_left for task in tasks] == [2, 1, 2]
 
 
+def test_between_two_tasks_the_one_before_pays_lest_it_runs_for_ever() -> None:
+    tasks = tasks_with(1, 2, 4, 6)
+    rescue = make_rescue()
+    again, _ = rescue.save(tasks, gone(LastTask(0, 4)), NOW_S)
+    assert [task.retries_left for task in tasks] == [1, 0, 1]
+    assert outcome(*rescue.save(again, gone(LastTask(0, 4)), NOW_S)) == ([2, 6], [4])
+
+
 def test_a_neighbour_of_the_task_for_whose_sake_the_worker_was_killed_does_not_pay() -> None:
     tasks = tasks_with(1, 4, 6)
     tasks[0].is_cancelled = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from clusterpool.core.allocator import PAGE_BYTES
-from clusterpool.core.store_index import StoreIndex
+from clusterpool.core.store_index import REGROW_S, StoreIndex
 from clusterpool.core.store_invariants import check_store
 from clusterpool.core.store_messages import (
     ArenaExhausted,
@@ -474,6 +474,25 @@ def test_an_arena_that_cannot_grow_refuses_what_can_never_fit() -> None:
     assert not isinstance(refusal, GrantCreate)
     commands = store(ArenaExhausted("unknown", 5 * PAGE_BYTES))
     assert any(isinstance(command, RefuseCreate) for command in commands)
+
+
+def test_an_arena_whose_file_system_was_full_is_tried_again() -> None:
+    store = Store()
+    store.make("a", 2)
+    store.create("b", 8)
+    (refusal,) = store(ArenaExhausted("b", 3 * PAGE_BYTES))
+    assert isinstance(refusal, RefuseCreate) and "the file system of the shared memory is full" in refusal.text
+    store.now_s += REGROW_S / 2
+    store(Tick())
+    assert store.index.stats().missing_bytes == 7 * PAGE_BYTES
+    assert isinstance(store.create("c", 8)[0], RefuseCreate)
+    store.now_s += REGROW_S / 2
+    store(Tick())
+    assert store.index.stats().missing_bytes == 0
+    (grant,) = store.create("d", 8)
+    assert isinstance(grant, GrantCreate)
+    (refusal,) = store(ArenaExhausted("d", 3 * PAGE_BYTES))  # it is full still
+    assert isinstance(refusal, RefuseCreate) and store.index.stats().missing_bytes == 7 * PAGE_BYTES
 
 
 def test_a_request_that_met_a_full_file_system_keeps_its_place_in_the_queue() -> None:

@@ -134,6 +134,14 @@ def test_a_chunk_whose_parts_are_stored_is_put_together_again() -> None:
     assert isinstance(found[5], WorkerDied)
 
 
+def test_a_call_that_leaves_its_worker_unable_to_answer_fails_in_the_end() -> None:
+    """It has ended each time: without a limit it would run for ever."""
+    with Pool(1, retries=1) as pool:
+        with pytest.raises(WorkerDied, match="attempt 2 of 2"):
+            pool.apply_async(os.closerange, (3, 4096)).get(30)
+        assert pool.apply(double, (4,)) == 8
+
+
 def test_items_that_kill_their_worker_once_are_done_in_the_end(tmp_path: Path) -> None:
     with Pool(2) as pool:
         results = pool.starmap(die_once, [(str(tmp_path), x) for x in range(10)], chunksize=10)
