@@ -184,6 +184,9 @@ class ActorOperations:
         """As in the port."""
         names = ("calls", "checkpoint_calls", "checkpoint_chunks")
         state, *fields = self._run("HMGET", self.keys.actor(actor_id), "state", *names)
+        # Of one that was restored after a loss of memory, until a checkpoint has told what it had done.
+        is_unknown = fields[0] == b"-1"
+        fields[0] = b"0" if is_unknown else fields[0]
         logged, calls, count = (number_or_zero(field, "actors", self.on_unreadable) for field in fields)
         count = min(count, scripts.CHUNKS_MAX)
         keys = [self.keys.actor_checkpoint_chunk(actor_id, calls, number) for number in range(count)]
@@ -193,15 +196,16 @@ class ActorOperations:
         lost = ""
         if None in chunks:
             lost = lost_text(f"the checkpoint that covers its first {calls} calls", keys[chunks.index(None)])
-        elif len(log) != logged - calls and state is not None and state.decode(errors="replace") != DEAD:
-            lost = lost_text(f"calls that had been acknowledged ({len(log)} are left of {logged - calls})", log_key)
+        elif (len(log) != logged - calls or is_unknown) and state not in (None, DEAD.encode()):
+            left = "nobody knows how many" if is_unknown else f"{len(log)} are left of {logged - calls}"
+            lost = lost_text(f"calls that had been acknowledged ({left})", log_key)
         return CallLog(b"".join(chunk or b"" for chunk in chunks), calls, log, lost)
 
 
 def lost_text(what: str, key: str) -> str:
     """Why an actor with checkpoints cannot go on."""
     return (
-        f"what it had done is lost: the control store has {what} no more (key {key}). Was the store emptied or set "
+        f"what it had done is lost: the control store no longer has {what}, key {key}. Was the store emptied or set "
         "back, has another program with its password removed or overwritten the key (the nodes' logs then say what "
         "they found there), or does the server evict keys (its maxmemory-policy must be noeviction)?"
     )

@@ -122,6 +122,8 @@ local state = ARGV[11] ~= '' and 'alive' or life > 0 and 'restarting' or 'pendin
 if left > 0 then left = math.max(0, left - life) end
 enter(state, left, ARGV[10])
 redis.call('HSET', ACTOR, 'field:address', ARGV[11])
+-- What it had logged is lost, until it takes a checkpoint: it is told so when it logs more (see APPEND_CALLS).
+if state ~= 'pending' then redis.call('HSET', ACTOR, 'calls', '-1') end
 redis.call('HSET', KEEPERS, ACTOR_ID, ARGV[9])
 tell(state)
 return 1

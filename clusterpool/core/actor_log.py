@@ -10,6 +10,9 @@ runs the logged calls again, and answers those that their callers send again wit
 once, however often it was sent. So a checkpoint also holds the results that callers have not said to have. One message
 to the store is under way at a time; what ends meanwhile goes with the next.
 
+A store that has lost calls of this life (it was emptied, or set back) says so when the next ones are logged: then a
+checkpoint takes the place of all, and nothing is lost as long as this process lives.
+
 Source: Elnozahy et al., "A survey of rollback-recovery protocols in message-passing systems" (output commit).
 """
 
@@ -70,10 +73,20 @@ class StoreCheckpoint(NamedTuple):
     content: bytes
 
 
+class StateSaved(NamedTuple):
+    """The answer to `SaveState`, unless a call has run meanwhile."""
+
+    state: bytes
+
+
 class ReleaseResults(NamedTuple):
     """These may go to their callers."""
 
     results: list[tuple[Address, TaskResult]]
+
+
+class SaveState(NamedTuple):
+    """Take a checkpoint as soon as no call runs, or after the one that does."""
 
 
 class EndLife(NamedTuple):
@@ -95,8 +108,10 @@ class ActorLog:
         self._unsent: list[bytes] = []  # Invariant: the calls up to `calls`
         self._checkpoint: tuple[int, bytes] | None = None
         self._under_way = 0  # the number that will be durable; 0: nothing is
+        self._is_saving = False  # what was under way last: a checkpoint
         self._log_bytes = 0
         self._checkpoint_s = now_s
+        self._has_gap = False  # the store lacks calls: only a checkpoint helps
         self._is_over = False
 
     def load(self, checkpoint: ActorCheckpoint | None, covered: int) -> None:
@@ -122,7 +137,7 @@ class ActorLog:
         since = self.calls + 1 - self.covered
         is_time = 0 <= plan.checkpoint_period_s <= now_s - self._checkpoint_s
         is_count = 0 < plan.checkpoint_every <= since
-        return not is_loggable or is_count or is_time or self._log_bytes >= LOG_BYTES_MAX
+        return not is_loggable or is_count or is_time or self._has_gap or self._log_bytes >= LOG_BYTES_MAX
 
     def handle(self, event: Any, now_s: float) -> list[Any]:
         """Take note of `event`; what to do about it, in order."""
@@ -132,11 +147,18 @@ class ActorLog:
             self._ended(event, now_s)
             return self._release() + self._advance()
         if isinstance(event, StoreAnswered):
+            if event.kind == "gap" and not self._is_saving:
+                self._has_gap, self._under_way = self._checkpoint is None, 0
+                return self._advance() or [SaveState()]
             if event.kind != "ok":
                 self._is_over = True
                 return [EndLife(f"the control store has closed this life of the actor ({event.kind})")]
             self._durable, self._under_way = max(self._durable, self._under_way), 0
             return self._release() + self._advance()
+        if isinstance(event, StateSaved):
+            if self._has_gap:
+                self._cover(event.state, now_s)
+            return self._advance()
         assert isinstance(event, ResultsArrived)
         answers = self.answers.get(event.owner)
         if answers is not None:
@@ -152,14 +174,17 @@ class ActorLog:
             self.calls += 1
             self._keep(event.owner, event.result)
         if event.state is not None:
-            # It takes the place of all before it, also of what has not been sent.
-            self._checkpoint = (self.calls, self._encoded(event.state))
-            self._unsent.clear()
-            self.covered, self._log_bytes, self._checkpoint_s = self.calls, 0, now_s
+            self._cover(event.state, now_s)
         elif event.entry is not None:
             self._unsent.append(event.entry)
             self._log_bytes += len(event.entry)
         self.held.append((self.calls, event.owner, event.result))
+
+    def _cover(self, state: bytes, now_s: float) -> None:
+        """A checkpoint takes the place of all before it, also of what has not been sent."""
+        self._checkpoint = (self.calls, self._encoded(state))
+        self._unsent.clear()
+        self.covered, self._log_bytes, self._checkpoint_s, self._has_gap = self.calls, 0, now_s, False
 
     def _keep(self, owner: Address, result: TaskResult) -> None:
         answers = self.answers.setdefault(owner, {})
@@ -178,11 +203,11 @@ class ActorLog:
             return []
         if self._checkpoint is not None:
             (calls, content), self._checkpoint = self._checkpoint, None
-            self._under_way = calls
+            self._under_way, self._is_saving = calls, True
             return [StoreCheckpoint(calls, content)]
-        if self._unsent:
+        if self._unsent and not self._has_gap:
             entries, self._unsent = self._unsent, []
-            self._under_way = self.calls
+            self._under_way, self._is_saving = self.calls, False
             return [AppendCalls(self.calls - len(entries) + 1, entries)]
         return []
 

@@ -37,7 +37,6 @@ ASK_AGAIN_S = 2.0
 NEXT_LIFE_WAIT_S = 10.0
 # The control store cannot do it now, and may later: it is away, has no memory left, or has another password.
 STORE_CANNOT = ("NotConnected", "StoreFull", "AuthenticationFailed")
-_OVERWRITTEN = "another program with its password has removed or overwritten a key (then the nodes' logs say which)"
 
 
 class _Waiter:
@@ -344,9 +343,7 @@ class NodeActors:
 
     def _log_called(self, source: Address, message: LogCalls | SaveActor) -> Commands:
         def on_done(value: Any, kind: str, _text: str) -> Commands:
-            answer = Send(source, ActorSaved(message.request, kind or str(value)))
-            lost = "the control store has lost calls of it that had been acknowledged: it was emptied or set back, or "
-            return [*(self._lost(message.actor_id, lost + _OVERWRITTEN) if value == "gap" else []), answer]
+            return [Send(source, ActorSaved(message.request, kind or str(value)))]
 
         arguments: dict[str, Any] = {"actor_id": message.actor_id, "life": message.life}
         if isinstance(message, LogCalls):

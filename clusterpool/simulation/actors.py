@@ -100,12 +100,25 @@ class Journal:
         if len(self._log.held) > log.HELD_MAX:
             yield from self._wait(log.HELD_MAX // 2)
 
+    def save(self, actor: Actor) -> None:
+        """Take a checkpoint, though no call has ended."""
+        self._worker.wants_save = False
+        self._handle(log.StateSaved(msgspec.msgpack.encode(actor.count_by_caller)))
+
     def close(self) -> Steps:
         """Wait until all results are out."""
         yield from self._wait(0)
 
     def _wait(self, held_max: int) -> Steps:
-        yield from self._worker.wait_quietly(lambda: len(self._log.held) <= held_max or self._is_over)
+        worker = self._worker
+
+        def is_done() -> bool:
+            return len(self._log.held) <= held_max or self._is_over
+
+        while not is_done():
+            yield from worker.wait_quietly(lambda: is_done() or worker.wants_save)
+            if worker.wants_save and worker.actor is not None:
+                self.save(worker.actor)
 
     def message(self, source: Address, message: Message) -> None:
         """A caller tells which results it has, or still waits for."""
@@ -134,6 +147,8 @@ class Journal:
                 lambda request: SaveActor(request, plan.actor_id, plan.life, command.calls, command.content),
                 lambda answer: self._handle(log.StoreAnswered(answer.kind)),
             )
+        elif isinstance(command, log.SaveState):
+            worker.wants_save = True
         elif isinstance(command, log.EndLife):
             self._is_over = True
             worker.ask_to_exit(1)

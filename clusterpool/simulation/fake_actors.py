@@ -68,6 +68,8 @@ class FakeActors:
         state = "alive" if address else "restarting" if life else "pending"
         made = self._enter(actor, state, {"life": str(life), "address": address})
         made.keeper = keeper
+        if state != "pending":
+            made.calls = -1
         if actor.restarts > 0:
             made.restarts_left = max(0, actor.restarts - life)
         return True
@@ -212,7 +214,7 @@ class FakeActors:
         if refusal := self._refusal(actor_id, life):
             return refusal
         made = self._made[actor_id]
-        made.log = made.log[calls - made.checkpoint[1] :]
+        made.log = made.log[calls - made.checkpoint[1] :] if made.calls > calls else []
         made.checkpoint = (content, calls)
         made.calls = max(made.calls, calls)
         return "ok"
@@ -222,4 +224,5 @@ class FakeActors:
         made = self._made.get(actor_id)
         if made is None:
             return CallLog(b"", 0, [])
-        return CallLog(made.checkpoint[0], made.checkpoint[1], list(made.log))
+        is_lost = len(made.log) != made.calls - made.checkpoint[1] and self._actor_by_id[actor_id].state != DEAD
+        return CallLog(*made.checkpoint, list(made.log), "calls are lost" if is_lost else "")

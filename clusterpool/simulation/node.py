@@ -133,6 +133,8 @@ class SimulatedNode(Party):
                 self.world.evidence.taken_for_dead(command.node_id, f"by {self.name}")
         elif isinstance(command, CoordinationCommand):
             self.coordination.take(command)
+        elif isinstance(command, e.Warn):
+            self.note("warn", command.text)
         elif isinstance(command, e.RemoveJob):
             pass
         elif not self._take(command):

@@ -43,7 +43,9 @@ EVENTS: dict[type, frozenset[type]] = {
         transfer_messages.TimePassed, transfer_messages.OpenTransfer, transfer_messages.SendChunk,
         transfer_messages.CloseTransfer,
     }),
-    actor_log.ActorLog: frozenset({actor_log.CallEnded, actor_log.StoreAnswered, actor_log.ResultsArrived}),
+    actor_log.ActorLog: frozenset({
+        actor_log.CallEnded, actor_log.StoreAnswered, actor_log.StateSaved, actor_log.ResultsArrived,
+    }),
 }  # fmt: skip
 
 

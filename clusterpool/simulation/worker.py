@@ -68,6 +68,7 @@ class Worker(Client):
         self.early: list[tuple[Address, Message]] = []  # what callers say of an actor that is still being made
         self._is_made_known = False
         self._exit_code_wanted: int | None = None
+        self.wants_save = False  # a checkpoint of its actor
         self._started = 0
         self._item = (-1, 0, 1)  # of the chunk that runs: which item, of how many, and how many from there on
         self._retired_by = node.address
@@ -110,7 +111,7 @@ class Worker(Client):
 
     def _run(self) -> Steps:
         while True:
-            yield Wait(lambda: bool(self.pending or self.setups or self._is_ending()))
+            yield Wait(lambda: bool(self.pending or self.setups or self.wants_save or self._is_ending()))
             if self.is_closed:
                 return 0
             if self._exit_code_wanted is not None:
@@ -118,6 +119,8 @@ class Worker(Client):
             if self.setups:
                 owner, setup = self.setups.popleft()
                 yield from self._set_up(owner, setup)
+            if self.wants_save and self.actor is not None and self.actor.journal is not None:
+                self.actor.journal.save(self.actor)
             if self.pending:
                 yield from self._run_pending()
             elif self.is_retiring and not self.setups:

@@ -69,6 +69,11 @@ class ActorRunner:
         if self._journal is not None:
             self._journal.message(source, message)
 
+    def save(self) -> None:
+        """Take a checkpoint now."""
+        if self._journal is not None:
+            self._journal.save()
+
     def cancel(self, key: Key) -> bool:
         """Cancel a call that was taken; whether it was one that need not be told otherwise."""
         with self._cancelling:

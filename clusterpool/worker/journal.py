@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from clusterpool.worker.interrupts import Key
 if TYPE_CHECKING:
     from clusterpool.worker.task_runner import TaskRunner
 
+logger = logging.getLogger(__name__)
 # The store is one process for the whole cluster; 32 MiB take it some tens of milliseconds.
 CHECKPOINT_BYTES_MAX = 32 * 1024 * 1024
 
@@ -156,13 +158,33 @@ class Journal:
             )
         return serialized.to_bytes()
 
+    def save(self) -> None:
+        """Take a checkpoint, though no call has ended; the main thread, when it runs none."""
+        self._runner.wants_save = False
+        try:
+            state = self._save()
+        except errors.CheckpointFailed as exc:
+            # Its results may not go out. The next life finds that calls are lost, and the actor ends.
+            logger.error("actor %s: %s", self._plan.actor_id, exc)
+            self._is_over = True
+            self._runner.exit(SystemExit(1))
+        else:
+            self._handle(log.StateSaved(state))
+
     def close(self) -> None:
         """Wait until all results are out."""
         self._wait(0)
 
     def _wait(self, held_max: int) -> None:
-        client = self._runner.client
-        client.loop.wait_until(lambda: client.is_closed or len(self._log.held) <= held_max or self._is_over)
+        runner, client = self._runner, self._runner.client
+
+        def is_done() -> bool:
+            return client.is_closed or len(self._log.held) <= held_max or self._is_over
+
+        while not is_done():
+            client.loop.wait_until(lambda: is_done() or runner.wants_save)
+            if runner.wants_save and not is_done():
+                self.save()
 
     # --- messages (any thread)
 
@@ -197,6 +219,8 @@ class Journal:
                 lambda request: SaveActor(request, plan.actor_id, plan.life, command.calls, command.content),
                 lambda answer: self._handle(log.StoreAnswered(answer.kind)),  # type: ignore[attr-defined]
             )
+        elif isinstance(command, log.SaveState):
+            self._runner.save_soon()
         elif isinstance(command, log.EndLife):
             self._is_over = True
             self._runner.exit(SystemExit(1))

@@ -69,6 +69,7 @@ class TaskRunner:
         self._results_owner: Address | None = None
         self._flush_lock = threading.Lock()
         self._exit_code: int | None = None
+        self.wants_save = False  # a checkpoint of its actor
         self._retired_by: tuple[Address, m.RetireWorker] | None = None
         self._run_ns = 0
         self._flushed_ns = 0
@@ -84,7 +85,7 @@ class TaskRunner:
         """Run tasks until the worker is retired or its node is gone; the exit code."""
         loop, client, pending = self.client.loop, self.client, self.pending
         while True:
-            loop.wait_until(lambda: bool(pending or self.setups or self._is_ending()))
+            loop.wait_until(lambda: bool(pending or self.setups or self.wants_save or self._is_ending()))
             if client.is_closed:
                 return 0
             if self._exit_code is not None:
@@ -95,6 +96,8 @@ class TaskRunner:
                     return run_child(self.runtime, owner, setup)
                 if not self._set_up(owner, setup):
                     return _FAILED_SETUP_EXIT_CODE
+            if self.wants_save:
+                self.actor.save()
             if pending:
                 self._run_pending()
             elif self.is_retiring and not self.setups:
@@ -103,6 +106,11 @@ class TaskRunner:
 
     def _is_ending(self) -> bool:
         return self.is_retiring or self.client.is_closed or self._exit_code is not None
+
+    def save_soon(self) -> None:
+        """Have the actor take a checkpoint when the main thread runs none of its calls."""
+        self.wants_save = True
+        self.client.loop.kick()
 
     def exit(self, error: SystemExit) -> None:
         """A call in another thread wants the process to end."""

@@ -106,6 +106,22 @@ def test_calls_are_logged_once_in_order_and_by_the_present_life_only(store: Cont
     assert store.load_calls("a1") == CallLog(b"", 0, [b"one", b"two", b"three", b"four"])
 
 
+def test_a_life_that_is_told_of_after_a_loss_of_memory_makes_up_for_its_calls_by_a_checkpoint(
+    store: ControlStorePort,
+) -> None:
+    for actor_id in ("a1", "a2"):
+        definition = ActorDefinition(actor_id, b"{}", restarts=-1)
+        assert store.restore_actor(definition, keeper=("n1", 1), life=3, address="n1,w1")
+        assert store.load_calls(actor_id).lost, "should its process die before"
+    for calls in (1, 7):
+        assert store.append_calls("a1", 3, calls, [b"call"]) == "gap"
+    assert store.store_checkpoint("a1", 3, 7, b"state") == "ok"
+    assert store.append_calls("a1", 3, 8, [b"eight"]) == "ok"
+    assert store.load_calls("a1") == CallLog(b"state", 7, [b"eight"])
+    assert store.restore_actor(ActorDefinition("a3", b"{}", restarts=-1), keeper=("n1", 1))
+    assert store.load_calls("a3") == CallLog(b"", 0, []), "it has not begun to live"
+
+
 @pytest.mark.parametrize("size_bytes", [10, 9_000_000])
 def test_a_checkpoint_takes_the_place_of_the_calls_that_it_covers(store: ControlStorePort, size_bytes: int) -> None:
     store.create_actor(ActorDefinition("a1", b"{}", restarts=-1, is_detached=True), keeper="n1")

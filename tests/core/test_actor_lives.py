@@ -11,15 +11,7 @@ from clusterpool.core import membership as ms
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as ne
 from clusterpool.core import owner_events as e
-from clusterpool.core.actor_messages import (
-    ActorCreation,
-    ActorLoaded,
-    ActorSaved,
-    CallsResumed,
-    LoadActor,
-    LogCalls,
-    encode_creation,
-)
+from clusterpool.core.actor_messages import ActorCreation, ActorLoaded, CallsResumed, LoadActor, encode_creation
 from clusterpool.core.messages import Address, Reference, TaskStatus, WorkerKind
 from clusterpool.core.node_actors import NEXT_LIFE_WAIT_S, UNKNOWN_WAIT_S
 from tests.core.machines import DRIVER, JOB, NODE, Owner, T, make_result, make_task, make_worker, of_type
@@ -372,7 +364,3 @@ def test_an_actor_whose_calls_the_store_has_lost_does_not_begin_anew_without_the
     assert sent(commands, ActorLoaded) == [] and of_type(commands, ne.Warn)
     (buried,) = calls_of(commands, "bury_actor")
     assert buried.arguments["text"] == "2 calls are lost"
-    (logging,) = calls_of(node.hear(W1, LogCalls(2, "a1", 0, 3, [b"call"])), "append_calls")
-    commands = answer(node, logging, "gap")
-    assert len(calls_of(commands, "bury_actor")) == 1
-    assert sent(commands, ActorSaved) == [ActorSaved(2, "gap")]

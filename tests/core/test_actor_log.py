@@ -16,6 +16,8 @@ from clusterpool.core.actor_log import (
     EndLife,
     ReleaseResults,
     ResultsArrived,
+    SaveState,
+    StateSaved,
     StoreAnswered,
     StoreCheckpoint,
 )
@@ -70,7 +72,43 @@ def test_a_checkpoint_takes_the_place_of_calls_that_were_not_sent_yet() -> None:
     assert commands[-1] == AppendCalls(4, [b"entry"])
 
 
-@pytest.mark.parametrize("kind", ["fenced", "gone", "gap"])
+@pytest.mark.parametrize("is_idle", [True, False])
+def test_when_the_store_has_lost_calls_a_checkpoint_takes_the_place_of_all(is_idle: bool) -> None:
+    machine = machine_of()
+    ended(machine, 1)
+    ended(machine, 2)
+    assert machine.handle(StoreAnswered("gap"), NOW_S) == [SaveState()]
+    assert machine.is_checkpoint_due(True, NOW_S), "whichever comes first: the end of a call, or that none runs"
+    if is_idle:
+        (store,) = machine.handle(StateSaved(b"state"), NOW_S)
+    else:
+        (store,) = ended(machine, 3, state=b"state")
+        assert machine.handle(StateSaved(b"state"), NOW_S) == []
+    calls = 2 if is_idle else 3
+    assert isinstance(store, StoreCheckpoint) and store.calls == calls
+    assert released(machine.handle(StoreAnswered("ok"), NOW_S)) == list(range(1, calls + 1))
+    assert ended(machine, calls + 1) == [AppendCalls(calls + 1, [b"entry"])]
+
+
+def test_a_checkpoint_that_waits_already_makes_up_for_lost_calls() -> None:
+    machine = machine_of()
+    ended(machine, 1)
+    ended(machine, 2, state=b"state")
+    ended(machine, 3)
+    (store,) = machine.handle(StoreAnswered("gap"), NOW_S)
+    assert store.calls == 2
+    commands = machine.handle(StoreAnswered("ok"), NOW_S)
+    assert released(commands) == [1, 2] and commands[-1] == AppendCalls(3, [b"entry"])
+
+
+def test_a_checkpoint_that_cannot_be_kept_is_the_end_of_a_life() -> None:
+    machine = machine_of()
+    ended(machine, 1, state=b"state")
+    (end,) = machine.handle(StoreAnswered("gap"), NOW_S)
+    assert isinstance(end, EndLife)
+
+
+@pytest.mark.parametrize("kind", ["fenced", "gone"])
 def test_a_life_that_is_over_releases_nothing(kind: str) -> None:
     machine = machine_of()
     ended(machine, 1)
