@@ -146,17 +146,17 @@ class ActorOperations:
         answer: bytes = self._change(scripts.END_LIFE, self._actor_keys(actor_id), *arguments)
         return answer.decode()
 
-    def orphaned_actors(self, living: Collection[str] = ()) -> list[str]:
+    def orphaned_actors(self, living: Collection[str] = ()) -> dict[str, str]:
         """As in the port."""
         tables = (self.keys.actor_keepers, self.keys.node_incarnations)
         keepers, incarnations = self._run_all([("HGETALL", key) for key in tables], at_once=True)
-        orphans = []
+        orphans = {}
         for actor_id, keeper in keepers.items():
             node_id, _, incarnation = keeper.rpartition(b":")
             is_there = incarnation == b"0" or incarnations.get(node_id) == incarnation
             if not is_there and keeper.decode(errors="backslashreplace") not in living:
-                orphans.append(actor_id.decode(errors="backslashreplace"))
-        return sorted(orphans)
+                orphans[actor_id.decode(errors="backslashreplace")] = node_id.decode(errors="backslashreplace")
+        return dict(sorted(orphans.items()))
 
     def get_creation(self, actor_id: str) -> bytes:
         """As in the port."""

@@ -120,12 +120,12 @@ class ActorRegistry:
     def adopt_orphans(self, living: list[str]) -> list[tuple[str, m.ActorPart, bytes]]:
         """Those detached actors that we are to make again now, their nodes being gone. living: as in the port."""
         adopted = []
-        for actor_id in self._store.orphaned_actors(living):
+        for actor_id, keeper in self._store.orphaned_actors(living).items():
             actor = self.get_actor(actor_id)
             if actor is None:
                 continue
-            where = f"its node {actor.address.node_id}" if actor.address is not None else "the node that made it"
-            text = f"{where} is gone" if actor.detached else "the node of its creator is gone"
+            where = f"its node {keeper}" if actor.address is not None else f"the node {keeper} that made it"
+            text = f"{where} is gone" if actor.detached else f"the node of its creator is gone: {keeper}"
             ended = self.end_life(actor_id, actor.life, text, "orphan", None)
             if ended is not None and ended[0] == "restart":
                 adopted.append(ended)

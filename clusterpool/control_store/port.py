@@ -158,8 +158,8 @@ class ControlStorePort(Protocol):
         "orphan", anybody, which counts when the keeper's incarnation is over. `address`: only if it lives there.
         """
 
-    def orphaned_actors(self, living: Collection[str] = ()) -> list[str]:
-        """The living actors whose keeper's incarnation is over, by id.
+    def orphaned_actors(self, living: Collection[str] = ()) -> dict[str, str]:
+        """The living actors whose keeper's incarnation is over, by id, each with that node.
 
         living: incarnations that go on though the store may have forgotten them, each as `node_id:incarnation`.
         """

@@ -174,16 +174,16 @@ class FakeActors:
         self._set(entry, "restarting", fields, {"life": str(life + 1)})
         return outcome
 
-    def orphaned_actors(self, living: Collection[str] = ()) -> list[str]:
+    def orphaned_actors(self, living: Collection[str] = ()) -> dict[str, str]:
         self._reach()
-        return [
-            entry.actor_id
+        return {
+            entry.actor_id: keeper[0]
             for entry in self.list_actors()
             if (keeper := self._made[entry.actor_id].keeper) is not None
             and keeper[1] != 0
             and self._incarnation_of(keeper[0]) != keeper[1]
             and f"{keeper[0]}:{keeper[1]}" not in living
-        ]
+        }
 
     def get_creation(self, actor_id: str) -> bytes:
         self._reach()

@@ -78,18 +78,18 @@ def test_the_detached_actors_of_a_dead_node_are_one_others_and_the_ordinary_ones
     store.create_actor(ActorDefinition("a1", b"{}", restarts=2, is_detached=True), keeper="n1")
     store.start_life("a1", 0, "n2,w1", keeper="n2")
     store.create_actor(ActorDefinition("a2", b"{}", restarts=2), keeper="n2")
-    assert store.orphaned_actors() == []
+    assert store.orphaned_actors() == {}
     assert store.end_life("a1", 0, "no", teller="orphan", keeper="n3") == "none"
     incarnation = kill_node(store, "n2")
-    assert store.orphaned_actors() == ["a1", "a2"]
-    assert store.orphaned_actors([f"n2:{incarnation}"]) == [], "who knows better than the store"
+    assert store.orphaned_actors() == {"a1": "n2", "a2": "n2"}
+    assert store.orphaned_actors([f"n2:{incarnation}"]) == {}, "who knows better than the store"
     outcomes = [store.end_life("a1", 0, "gone", teller="orphan", keeper=node_id) for node_id in ("n2", "n3", "n1")]
     assert outcomes == ["none", "restart", "none"], "n2 is no member, n3 was first"
     assert store.end_life("a2", 0, "gone", teller="orphan", keeper="n3") == "dead"
-    assert store.orphaned_actors() == []
+    assert store.orphaned_actors() == {}
     kill_node(store, "n3")
     store.register_node(record("n3"))
-    assert store.orphaned_actors() == ["a1"], "the node that comes back is another one"
+    assert store.orphaned_actors() == {"a1": "n3"}, "the node that comes back is another one"
 
 
 def test_calls_are_logged_once_in_order_and_by_the_present_life_only(store: ControlStorePort) -> None:
@@ -170,4 +170,4 @@ def test_a_name_that_is_anothers_by_now_stays_the_others(store: ControlStorePort
 def test_a_keeper_that_is_over_when_an_actor_is_restored_has_left_an_orphan(store: ControlStorePort) -> None:
     actor = ActorDefinition("a1", b"{}", is_detached=True, creation=b"how")
     assert store.restore_actor(actor, keeper=("n2", 77), address="n2,w1")
-    assert store.orphaned_actors() == ["a1"]
+    assert store.orphaned_actors() == {"a1": "n2"}
