@@ -13,6 +13,7 @@ Only light imports: every driver, worker and command imports this first.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -232,7 +233,6 @@ def user_folder() -> Path:
     /tmp.
     """
     folder = base_folder() / f"clusterpool-{os.getuid()}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
     make_private_folder(folder)
     return folder
 
@@ -273,14 +273,17 @@ def default_spill_folder() -> str | None:
 
 
 def make_private_folder(folder: Path, *, variable: str = "CLUSTERPOOL_TMPDIR") -> None:
-    """Make `folder` with mode 0700, or check that it is ours. `variable` says where it lies.
+    """Make `folder` with mode 0700, and those above it, or check that it is ours. `variable` says where it lies.
 
     Raises: PermissionError if it is a link, no folder, or another user's.
     """
     try:
-        folder.mkdir(mode=0o700)
-    except FileExistsError:
-        pass
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+    except OSError as exc:
+        text = f"{exc.strerror}; set {variable} to a folder where you may write"
+        raise OSError(exc.errno, text, str(folder)) from exc
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode):
         raise PermissionError(f"{folder} is no folder but a file or a link; remove it, or set {variable} to a folder")
@@ -355,7 +358,6 @@ def home_folder() -> Path:
 def write_cluster_record(record: ClusterRecord) -> Path:
     """Make `record` the cluster that this user's programs join; returns the file."""
     home = home_folder()
-    home.parent.mkdir(parents=True, exist_ok=True)
     make_private_folder(home, variable="CLUSTERPOOL_HOME")
     path = home / "cluster.json"
     write_private_file(path, json.dumps(dataclasses.asdict(record), indent=2) + "\n")

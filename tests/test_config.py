@@ -169,6 +169,12 @@ def test_a_link_to_a_folder_of_ours_is_refused(tmp_path: Path) -> None:
         make_private_folder(tmp_path / "link", variable="CLUSTERPOOL_HOME")
 
 
+def test_a_folder_that_cannot_be_made_names_what_says_where(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="set CLUSTERPOOL_HOME to a folder where you may write: .*file/inner"):
+        make_private_folder(tmp_path / "file" / "inner", variable="CLUSTERPOOL_HOME")
+
+
 def test_a_private_file_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_private_file(path, "old")

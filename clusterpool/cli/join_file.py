@@ -43,8 +43,7 @@ def join_file_path() -> Path:
 def write_join_file(join: JoinFile) -> Path:
     """Write it, readable by this user only."""
     path = join_file_path()
-    path.parent.parent.mkdir(parents=True, exist_ok=True)
-    make_private_folder(path.parent)
+    make_private_folder(path.parent, variable="CLUSTERPOOL_HOME")
     write_private_file(path, msgspec.json.encode(join).decode() + "\n")
     return path
 

@@ -23,7 +23,8 @@ from clusterpool.cli.join_file import JoinFile, join_file_path, remove_join_file
 from clusterpool.cli.node_link import NodeLink
 from clusterpool.cli.stop import clean_up_after
 from clusterpool.control_store.address import redacted
-from clusterpool.control_store.server import ServerProcess
+from clusterpool.control_store.server import ServerProcess, free_port
+from clusterpool.control_store.store import ControlStore
 from clusterpool.core.messages import NodePart
 from clusterpool.errors import NotConnected, StartFailed
 from clusterpool.node.cluster_keys import ClusterKeys
@@ -39,6 +40,8 @@ STORE_NAME = "store"
 JOIN_WITHIN_S = 30.0
 # A member reads the list of nodes at once, and hears of news within half a second.
 _OTHERS_WITHIN_S = 5.0
+# A control store that runs already answers at once; a node would wait for one that is only away for a while.
+_STORE_WITHIN_S = 3.0
 _OBJECT_STORE_BYTES_MIN = 16 << 20
 _PAGE_BYTES = 4096
 
@@ -78,6 +81,7 @@ def start_cluster(plan: ClusterPlan) -> StartedCluster:
     Raises: AlreadyRunning, StartFailed, NotConnected, WrongFile.
     """
     _refuse_second_cluster()
+    _check_host(plan.listen_host)
     sweep_stale_sessions()
     session = config.SessionPaths.in_base(ids.new_session_id())
     undo = _Undo()
@@ -107,8 +111,11 @@ def start_cluster(plan: ClusterPlan) -> StartedCluster:
 def join_cluster(join: JoinFile, plan: NodePlan, listen_host: str | None) -> StartedCluster:
     """Start a node on this host that belongs to a cluster which runs already.
 
-    Raises: StartFailed, NotConnected.
+    Raises: StartFailed, NotConnected, AuthenticationFailed, WrongFile.
     """
+    _check_store(join.control_store_url, join.control_store_password)
+    if listen_host is not None:
+        _check_host(listen_host)
     sweep_stale_sessions()
     session = config.SessionPaths.in_base(join.cluster_id)
     undo = _Undo()
@@ -158,6 +165,7 @@ def _control_store(plan: ClusterPlan, session: config.SessionPaths, lock: int, u
             password = Path(store.password_file).read_text().strip() if store.password_file else ""
         except OSError as exc:
             raise WrongFile(f"control_store.password_file cannot be read: {exc}") from exc
+        _check_store(store.url, password)
         return store.url, password
     password = secrets.token_urlsafe(32)
     # The lock goes with the server: as long as it lives no sweep takes the session for dead.
@@ -172,6 +180,22 @@ def _control_store(plan: ClusterPlan, session: config.SessionPaths, lock: int, u
     undo.steps.append(lambda: (ServerProcess.attach(server.folder) or server).stop())
     server.wait_ready()
     return server.url, password
+
+
+def _check_host(host: str) -> None:
+    try:
+        free_port(host)
+    except OSError as exc:
+        raise CommandFailed(
+            f"nothing can listen at {host!r}: {exc}; give an address or a name of this machine (listen_host, --host)"
+        ) from exc
+
+
+def _check_store(url: str, password: str) -> None:
+    try:
+        ControlStore.connect(url, password=password or None, timeout_s=_STORE_WITHIN_S).close()
+    except ValueError as exc:
+        raise WrongFile(str(exc)) from exc
 
 
 def _write_secrets(session: config.SessionPaths, join: JoinFile) -> None:
@@ -216,27 +240,31 @@ def _launch(
     store_bytes = share.object_store_bytes if plan.object_store_memory is None else parse_size(plan.object_store_memory)
     # Nodes of one host count its GPUs by the same numbers: only the head takes them unasked.
     gpus = plan.num_gpus if plan.num_gpus is not None else (len(config.detect_gpus()) if is_head else 0)
-    process = launch_node(
-        config.NodeConfig(
-            session_folder=str(session.folder),
-            node_id=ids.new_node_id(),
-            cluster_id=join.cluster_id,
-            is_head=is_head,
-            num_cpus=share.cpus if plan.num_cpus is None else plan.num_cpus,
-            num_gpus=gpus,
-            memory_bytes=share.memory_bytes if plan.memory is None else parse_size(plan.memory),
-            resources=dict(plan.resources),
-            labels={**plan.labels, **({"name": plan.name} if plan.name else {})},
-            object_store_bytes=max(store_bytes // _PAGE_BYTES * _PAGE_BYTES, _OBJECT_STORE_BYTES_MIN),
-            spill_folder=plan.spill_folder or config.default_spill_folder(),
-            **config.memory_settings(plan.memory_limit),
-            control_store_url=join.control_store_url,
-            control_store_password_file=str(session.folder / PASSWORD_NAME) if join.control_store_password else None,
-            listen_host=listen_host,
-            listen_port=plan.port,
-            keys_file=str(session.folder / KEYS_NAME),
-        )
+    node = config.NodeConfig(
+        session_folder=str(session.folder),
+        node_id=ids.new_node_id(),
+        cluster_id=join.cluster_id,
+        is_head=is_head,
+        num_cpus=share.cpus if plan.num_cpus is None else plan.num_cpus,
+        num_gpus=gpus,
+        memory_bytes=share.memory_bytes if plan.memory is None else parse_size(plan.memory),
+        resources=dict(plan.resources),
+        labels={**plan.labels, **({"name": plan.name} if plan.name else {})},
+        object_store_bytes=max(store_bytes // _PAGE_BYTES * _PAGE_BYTES, _OBJECT_STORE_BYTES_MIN),
+        spill_folder=plan.spill_folder or config.default_spill_folder(),
+        **config.memory_settings(plan.memory_limit),
+        control_store_url=join.control_store_url,
+        control_store_password_file=str(session.folder / PASSWORD_NAME) if join.control_store_password else None,
+        listen_host=listen_host,
+        listen_port=plan.port,
+        keys_file=str(session.folder / KEYS_NAME),
     )
+    try:
+        process = launch_node(node)
+    except OSError as exc:
+        raise StartFailed(
+            f"the folders of a node could not be made in {session.folder} and {node.spill_folder}: {exc}"
+        ) from exc
     undo.steps.append(process.terminate)
     return process
 

@@ -109,7 +109,7 @@ class ServerProcess:
         program = Path(binary) if binary is not None else find_server_binary()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if host is not None and port == 0:
-            port = _free_port(host)
+            port = free_port(host)
         lines = _config_lines(folder, unix_socket_path, host, port, password, appendonly=appendonly)
         if replica_of is not None:
             lines.append(f"replicaof {replica_of[0]} {replica_of[1]}")
@@ -358,7 +358,11 @@ def _death_tie(death_signal: int) -> Callable[[], None]:
     return tie
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str) -> int:
+    """A port at which a server could listen just now.
+
+    Raises: OSError when `host` is no address or name of this machine.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.bind(("" if host == "*" else host, 0))

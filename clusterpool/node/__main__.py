@@ -16,14 +16,16 @@ def main() -> int:
     logging.basicConfig(
         level=start.config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
+    from clusterpool.errors import ClusterpoolError
     from clusterpool.node.shell import NodeShell
 
     try:
         shell = NodeShell(start, zygote)
         shell.open()
     except Exception as exc:
-        logging.getLogger(__name__).exception("the node could not start")
-        start.report_failure(f"{type(exc).__name__}: {exc}")
+        is_expected = isinstance(exc, ClusterpoolError)
+        logging.getLogger(__name__).error("the node could not start: %s", exc, exc_info=not is_expected)
+        start.report_failure(str(exc) if is_expected else f"{type(exc).__name__}: {exc}")
         zygote.close()
         start.remove_files()
         return 1

@@ -224,7 +224,9 @@ def _choose_folder(wish_bytes: int, shared_memory: Path, fallback: Path | None) 
     if wish_bytes <= allowed_bytes:
         return shared_memory, wish_bytes
     if allowed_bytes >= SHM_BYTES_MIN:
-        logger.warning(
+        is_worth_telling = wish_bytes - allowed_bytes > wish_bytes // 50  # of the default, a bit was taken meanwhile
+        logger.log(
+            logging.WARNING if is_worth_telling else logging.DEBUG,
             "the object store got %.0f MB instead of %.0f MB: %s has %.0f MB free; objects beyond that go to disk",
             allowed_bytes / 1e6,
             wish_bytes / 1e6,

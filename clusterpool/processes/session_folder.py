@@ -87,8 +87,7 @@ def make_node_folder(config: NodeConfig) -> NodeFolderLock:
             ) from error
         raise
     if config.spill_folder is not None:
-        config.spill_path.parent.mkdir(parents=True, exist_ok=True)
-        make_private_folder(config.spill_path)
+        make_private_folder(config.spill_path, variable="the spill folder")
     return NodeFolderLock(paths, session_fd, node_fd)
 
 
