@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from typing import Any
 
 from clusterpool.core.cluster_view import ClusterView, NodeRecord
@@ -11,12 +11,12 @@ from clusterpool.core.node_events import Send
 
 
 class CapacityWatch:
-    """Kept by the node whose own `record` is."""
+    """Kept by the node whose own `record` is. It takes a process that has ended out of `watchers`."""
 
     def __init__(self, record: NodeRecord, view: ClusterView) -> None:
         self._record = record
         self._view = view
-        self._watchers: dict[Address, None] = {}
+        self.watchers: set[Address] = set()
         self._told: dict[str, float] = {}
 
     def message_handlers(self) -> dict[type, Callable[[Address, Any, float], list[Any]]]:
@@ -24,19 +24,18 @@ class CapacityWatch:
         return {WatchCapacity: lambda source, _, __: self._asked(source)}
 
     def _asked(self, source: Address) -> list[Any]:
-        self._watchers[source] = None
+        self.watchers.add(source)
         return [Send(source, CapacityChanged(self._cpus_by_node()))]
 
-    def look(self, processes: Container[str]) -> list[Any]:
-        """The view may have changed: tell those of the watchers that are still here."""
-        if not self._watchers:
+    def look(self) -> list[Any]:
+        """The view may have changed: tell who watches."""
+        if not self.watchers:
             return []
         cpus_by_node = self._cpus_by_node()
         if cpus_by_node == self._told:
             return []
         self._told = cpus_by_node
-        self._watchers = {watcher: None for watcher in self._watchers if watcher.process_id in processes}
-        return [Send(watcher, CapacityChanged(cpus_by_node)) for watcher in self._watchers]
+        return [Send(watcher, CapacityChanged(cpus_by_node)) for watcher in sorted(self.watchers)]
 
     def _cpus_by_node(self) -> dict[str, float]:
         # A node that is no member yet, or no more, has its own CPUs all the same.

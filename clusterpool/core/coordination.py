@@ -37,6 +37,9 @@ Commands = list[Any]
 # Of what processes held when it moved, the tokens are counted every two seconds: what a dead one held must come free
 # within five, and a count asks all processes of the node, if no single one holds all.
 _TICKS_A_LOOK = 4
+# Of jobs whose drivers' nodes are lost, how many carriers are known to have moved, in case the drivers come back, since
+# nobody says that they will not. Without it, a process of theirs that comes back cannot use what was made here.
+MOVES_OF_LOST_JOBS_MAX = 1000
 # In the store, the holder of what processes of a carrier's home held when it moved; no process has such an id.
 THIN = "thin"
 
@@ -58,6 +61,7 @@ class CoordinationMachine:
         self._incarnation = incarnation
         self._census = TokenCensus(processes)
         self._moves: dict[str, Move] = {}  # by name
+        self._moves_of_lost_jobs: dict[str, None] = {}  # names, the oldest first
         self._adoptions: dict[str, Adoption] = {}
         self._known: set[str] = set()  # adopted here: the store has them
         self._life_over = ""  # in which the others took this node for dead; it is in no other while that is its life
@@ -375,8 +379,14 @@ class CoordinationMachine:
         for name in [name for name in self._moves if name.startswith(prefix)]:
             if self._moves[name].is_done and (event.home or not event.is_known):
                 self._moves[name].held = 0  # the job may go on elsewhere, and come back: the store has it still
+                self._moves_of_lost_jobs[name] = None
             else:
+                self._moves_of_lost_jobs.pop(name, None)
                 commands += self._tell(name, self._moves.pop(name), "ObjectLost", text)
+        while len(self._moves_of_lost_jobs) > MOVES_OF_LOST_JOBS_MAX:
+            oldest = next(iter(self._moves_of_lost_jobs))
+            del self._moves_of_lost_jobs[oldest]
+            self._moves.pop(oldest, None)
         if event.is_known:
             commands += self._call("delete_job", (event.job_id, event.home), starts=False)
         return commands

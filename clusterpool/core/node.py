@@ -80,7 +80,7 @@ class NodeMachine:
         self.processes: dict[str, Process] = {}
         self.scheduler = Scheduler(self.node_id, record.host_name, record.resources, process_ids=process_ids)
         self.memory = MemoryMonitor(self.scheduler, threshold=memory_threshold)
-        self.objects = NodeObjects(self.node_id, arena_bytes, self.scheduler.watch)
+        self.objects = NodeObjects(self.node_id, arena_bytes, self.scheduler.watch, self.processes)
         self.actors = NodeActors(self.node_id, self.scheduler, lambda: self.membership.living)
         self.membership = ms.Membership(self.node_id)
         self.capacity = CapacityWatch(record, self.membership.view)
@@ -234,7 +234,10 @@ class NodeMachine:
             # It was cut off: nobody could end it in good order.
             text = "it sent bytes that are no message of clusterpool's"
             commands += self.scheduler.end_worker(event.address.process_id, text)
-        for watchers in self._watchers.values():  # else an actor that lives long would gather all who ever called it
+        for watchers in (
+            *self._watchers.values(),
+            self.capacity.watchers,
+        ):  # else an actor that lives long would gather all who ever called it
             watchers.discard(event.address)
         if process.kind == "driver" and self.is_embedded and process.pid == self.driver_pid:
             commands.append(e.StopNode("its driver has ended"))
@@ -247,7 +250,7 @@ class NodeMachine:
     def _owner_gone(self, process: Process, now_s: float) -> Commands:
         ends_job = process.job_id if process.kind == "driver" else ""
         commands: Commands = list(self.scheduler.owner_ended(process.address, ends_job=ends_job))
-        commands += self.objects.process_ended(process.address, now_s)
+        commands += self.objects.process_left(process.address.process_id, now_s)
         commands += self.actors.process_left(process.address)
         self.jobs.process_ended(process.address)
         commands += self.coordination.handle(ce.ProcessGone(process.address), now_s)
@@ -275,9 +278,9 @@ class NodeMachine:
             return []  # it came home by way of another node, and its owner has ended meanwhile
         if self._fencing is not None and origin.process_id in self._fencing:
             return []  # from a worker that is being killed; to watch its driver would be said in a life that is over
-        driver = self.processes.get(message.job.owner.process_id)
-        is_leaving = (driver is not None and driver.is_leaving) or message.job.owner in self._departing
-        if is_leaving and not message.job.detached:
+        home, driver = message.job.owner.node_id, self.processes.get(message.job.owner.process_id)
+        is_over = home == self.node_id if driver is None else driver.is_leaving
+        if (is_over or message.job.owner in self._departing) and not message.job.detached:
             # Sent before its owner knew of the end: replacements for the workers that end with the job.
             return []
         if not message.job.detached:
@@ -337,9 +340,7 @@ class NodeMachine:
             return lost + self.coordination.handle(ce.NodeUnreachable(node_id), now_s)
         self.jobs.process_ended(message.address, is_known=isinstance(message, m.ProcessEnded))
         commands: Commands = list(self.scheduler.owner_ended(message.address))
-        if isinstance(message, m.Undeliverable):
-            return commands + self.objects.process_left(message.address.process_id, now_s)
-        return commands + self.objects.process_ended(message.address, now_s)
+        return commands + self.objects.process_left(message.address.process_id, now_s)
 
     # --- messages
 
@@ -401,7 +402,6 @@ class NodeMachine:
                 commands += self._node_lost(command.node_id, reason, now_s)
             elif isinstance(command, ms.NodeJoined):
                 node_id = command.view.node_id
-                self.objects.node_joined(node_id)
                 commands += [e.PeerJoined(node_id), *self.scheduler.peer_joined(node_id)]
             elif isinstance(command, ms.FenceSelf):
                 commands += self._fenced(command.reason, now_s)
@@ -417,7 +417,7 @@ class NodeMachine:
         commands += self.actors.membership_heard(event, is_alone=self.is_embedded)
         if self.membership.view.version != version or self._is_member != was_member:
             commands += self.scheduler.peers_changed(candidate_of(view) for view in self._peers())
-            commands += self.capacity.look(self.processes)
+            commands += self.capacity.look()
         return commands
 
     def _asked_alive(self, source: Address, message: AskAlive, _now_s: float) -> Commands:
@@ -445,7 +445,7 @@ class NodeMachine:
         for owner in self.scheduler.owners_on(node_id):
             self._departing.pop(owner, None)
             commands += self.scheduler.owner_ended(owner)
-            commands += self.objects.process_ended(owner, now_s)
+            commands += self.objects.process_left(owner.process_id, now_s)
         for process_id, watchers in list(self._watchers.items()):
             self._watchers[process_id] = {watcher for watcher in watchers if watcher.node_id != node_id}
         commands += self.scheduler.peer_lost(node_id)

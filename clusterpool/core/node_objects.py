@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 from clusterpool.core import messages as m
@@ -18,9 +18,6 @@ from clusterpool.core.transfers import Phase, TransferTable
 
 # Names of the node's own clients of its store; process ids never hold a colon.
 _PULL, _SERVE = "pull:", "serve:"
-# Owners that are remembered after their end. A worker that is being killed may still ask for room for a result of
-# theirs, some milliseconds later; nobody would ever free it.
-ENDED_OWNERS_MAX = 4096
 Commands = list[Any]
 
 
@@ -28,16 +25,20 @@ class NodeObjects:
     """Creates, pins, pulls and frees objects for the processes of one node."""
 
     def __init__(
-        self, node_id: str, capacity_bytes: int, watch: Callable[[Address], Commands] = lambda owner: []
+        self,
+        node_id: str,
+        capacity_bytes: int,
+        watch: Callable[[Address], Commands] = lambda owner: [],
+        processes: Container[str] = (),
     ) -> None:
         self.node_id = node_id
-        self._watch = watch  # has this node told of the end of an owner elsewhere
+        self._watch = watch  # has this node told of the end of an owner elsewhere, also if it has ended already
+        self._processes = processes  # ids of those of this node
         self.store = StoreIndex(capacity_bytes, reads_files=lambda client: not client.startswith(_SERVE))
         self.pulls = TransferTable()
         self.servings = ServingTable()
         self._owners: dict[str, Address] = {}  # by object that is being pulled, who keeps account of its copies
         self._wanted: dict[tuple[str, int], m.StoredValue] = {}  # pins not answered yet, by client and request
-        self._ended_owners: dict[str, str] = {}  # by process id, its node; the newest last
         self._now_s = 0.0
 
     # --- messages of processes
@@ -68,16 +69,22 @@ class NodeObjects:
         return None
 
     def _create(self, source: Address, message: m.CreateObject) -> Commands:
-        owner = message.object_id.partition(".")[0]
-        if owner in self._ended_owners:
-            text = f"object {message.object_id} is not stored: the process {owner} that would own it has ended"
+        owner = message.owner
+        if owner is not None and self._has_ended(owner):
+            # A worker that is being killed, or works for others as well, may ask for room for a result of that process;
+            # nobody would ever free it.
+            text = f"object {message.object_id} is not stored: the process {owner.process_id} that owned it has ended"
             return [Send(source, m.StoreFailed(message.request, s.Refusal.FREED.value, text))]
         event = s.ObjectCreateRequested(
             source.process_id, message.request, message.object_id, message.size_bytes, True, owner=message.owner
         )
         # Who calls an actor may have no other business on this node: without that nobody would free its results.
-        watch = self._watch(message.owner) if message.owner is not None else []
+        watch = self._watch(owner) if owner is not None else []
         return [*watch, *self._put(event)]
+
+    def _has_ended(self, owner: Address) -> bool:
+        """Of an owner elsewhere its node says so when it is watched, and what is being made for it is let go then."""
+        return owner.node_id == self.node_id and not owner.is_node and owner.process_id not in self._processes
 
     def _promote(self, owner: Address, object_id: str) -> Commands:
         if object_id not in self.store.objects:
@@ -150,22 +157,10 @@ class NodeObjects:
 
     def fenced(self, process_ids: set[str]) -> Commands:
         """The others have given up what is here; only these processes, which are here, still know their objects."""
-        self._ended_owners.clear()  # those of other nodes go on
         owner_by_name = {name: name.partition(".")[0] for name in self.store.objects}
         # What queues hold has the name of a queue, which has a hyphen, and no owner.
         names = [name for name, owner in owner_by_name.items() if "-" not in owner and owner not in process_ids]
         return [command for object_id in names for command in self._free(object_id)]
-
-    def process_ended(self, process: Address, now_s: float) -> Commands:
-        """A process has surely ended: in addition, no more objects are made that it would own."""
-        self._ended_owners[process.process_id] = process.node_id
-        if len(self._ended_owners) > ENDED_OWNERS_MAX:
-            del self._ended_owners[next(iter(self._ended_owners))]
-        return self.process_left(process.process_id, now_s)
-
-    def node_joined(self, node_id: str) -> None:
-        """It may have been taken for dead, and so may its processes."""
-        self._ended_owners = {owner: node for owner, node in self._ended_owners.items() if node != node_id}
 
     def node_lost(self, node_id: str, now_s: float) -> Commands:
         """Another node is gone."""
@@ -283,10 +278,13 @@ class NodeObjects:
 
     def _create_for_pull(self, command: t.AllocateForPull) -> Commands:
         object_id, owner = command.object_id, self._owners.get(command.object_id)
-        if owner is not None and owner.process_id in self._ended_owners:
+        if owner is not None and self._has_ended(owner):
             text = f"object {object_id} is not copied here: the process {owner.process_id} that owned it has ended"
             return self._transfer(t.RoomRefused(object_id, s.Refusal.FREED.value, text))
-        return self._put(s.ObjectCreateRequested(_PULL, 0, object_id, command.size_bytes, False, owner=owner))
+        # Again: it may have ended since the pull was begun, when there was nothing here yet to let go.
+        watch = self._watch(owner) if owner is not None else []
+        event = s.ObjectCreateRequested(_PULL, 0, object_id, command.size_bytes, False, owner=owner)
+        return [*watch, *self._put(event)]
 
     def _pull_ended(self, command: t.ReportPulled | t.ReportPullFailed) -> Commands:
         commands: Commands = []

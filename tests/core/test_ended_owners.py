@@ -15,6 +15,7 @@ from tests.core.machines import DRIVER
 from tests.core.test_node import NOW_S, W1, Node, of_type, sent
 
 REMOTE = Address("n2", "d9")
+THERE = REMOTE.node
 
 
 @pytest.fixture
@@ -26,8 +27,8 @@ def node() -> Node:
     return node
 
 
-def create(node: Node, object_id: str) -> list[Any]:
-    commands = node.hear(W1, m.CreateObject(7, object_id, 1000))
+def create(node: Node, object_id: str, owner: Address = DRIVER) -> list[Any]:
+    commands = node.hear(W1, m.CreateObject(7, object_id, 1000, owner))
     for command in of_type(commands, e.ReservePages):
         commands += node.handle(
             e.PagesReserved(command.client, command.request, command.object_id, command.offset, command.size_bytes)
@@ -35,8 +36,8 @@ def create(node: Node, object_id: str) -> list[Any]:
     return commands
 
 
-def store(node: Node, object_id: str) -> list[Any]:
-    return create(node, object_id) + node.hear(W1, m.SealObject(object_id))
+def store(node: Node, object_id: str, owner: Address = DRIVER) -> list[Any]:
+    return create(node, object_id, owner) + node.hear(W1, m.SealObject(object_id))
 
 
 def stored(node: Node) -> set[str]:
@@ -61,16 +62,19 @@ def test_what_was_being_written_when_its_owner_ended_goes_when_it_is_sealed(node
     assert stored(node) == set()
 
 
-def test_an_owner_of_another_node_is_known_to_have_ended_when_its_node_says_so(node: Node) -> None:
+def test_an_owner_of_another_node_that_has_ended_is_asked_for_again(node: Node) -> None:
     node.lease(source=REMOTE)
-    node.hear(Address("n2", "n2"), m.ProcessEnded(REMOTE, "killed"))
-    store(node, "d9.1024")
+    node.hear(THERE, m.ProcessEnded(REMOTE, "killed"))
+    # By a worker that is not its own: an actor that it had called, say.
+    assert sent(store(node, "d9.1024", REMOTE), m.WatchProcess, THERE) == [m.WatchProcess("d9")]
+    assert stored(node) == {"d9.1024"}
+    node.hear(THERE, m.ProcessEnded(REMOTE, "no such process is on its node"))
     assert stored(node) == set()
 
 
 def test_an_owner_that_could_not_be_reached_once_may_still_have_results(node: Node) -> None:
     node.hear(Address("n1", "n1"), m.Undeliverable(REMOTE))
-    store(node, "d9.1024")
+    store(node, "d9.1024", REMOTE)
     assert stored(node) == {"d9.1024"}
 
 
@@ -82,16 +86,19 @@ def listed(incarnation: int) -> ms.NodesRead:
     return ms.NodesRead(NodesSnapshot(entries))
 
 
-def test_owners_of_a_node_that_was_taken_for_dead_have_results_again_when_it_is_back() -> None:
+def test_owners_of_a_node_that_was_taken_for_dead_are_asked_for_when_it_is_back() -> None:
     node = Node()
     machine = node.machine
     machine.handle(ms.JoinRequested(machine.record), NOW_S)
     machine.handle(ms.Registered(1), NOW_S)
     node.handle(listed(incarnation=2))
-    node.lease(source=REMOTE)
+    node.join(DRIVER, "driver")
+    node.lease()
+    store(node, "d9.1024", REMOTE)
     node.handle(ms.NodeEventRead("node_died", "n2", 2, "silent"))
-    store(node, "d9.1024")
     assert stored(node) == set()
-    node.handle(listed(incarnation=3))
-    store(node, "d9.2048")
+    store(node, "d9.2048", REMOTE)
+    assert sent(node.handle(listed(incarnation=3)), m.WatchProcess, THERE) == [m.WatchProcess("d9")]
     assert stored(node) == {"d9.2048"}
+    node.hear(THERE, m.ProcessEnded(REMOTE, "no such process is on its node"))
+    assert stored(node) == set()

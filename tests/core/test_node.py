@@ -198,13 +198,21 @@ def test_a_copy_goes_with_the_process_elsewhere_that_owned_the_object(node: Node
 
 def test_nothing_is_copied_here_for_an_owner_that_has_ended(node: Node) -> None:
     node.join(W1)
-    asked = node.hear(W1, m.PinObject(1, StoredValue("d9.1", 0, ["n3"], REMOTE)))  # its size must be asked first
-    (opened,) = sent(asked, t.OpenTransfer)
+    # Their sizes must be asked first, so that there is nothing yet to let go when the owners end.
+    asked = node.hear(W1, m.PinObject(1, StoredValue("d9.1", 0, ["n3"], REMOTE)))
+    asked += node.hear(W1, m.PinObject(2, StoredValue("d1.1", 0, ["n3"], DRIVER)))
+    far, near = [opened.transfer for opened in sent(asked, t.OpenTransfer)]
     node.hear(THERE, m.ProcessEnded(REMOTE, "killed"))
-    known = node.hear(Address("n3", "n3"), t.TransferOpened(opened.transfer, 4096))
+    node.handle(e.ProcessLeft(DRIVER))
+    known = node.hear(Address("n3", "n3"), t.TransferOpened(near, 4096))
     (refusal,) = sent(known, m.StoreFailed, W1)
-    assert (refusal.kind, refusal.text.partition(":")[0]) == ("freed", "object d9.1 is not copied here")
-    assert not node.machine.objects.store.objects
+    assert (refusal.kind, refusal.text.partition(":")[0]) == ("freed", "object d1.1 is not copied here")
+    known = node.hear(Address("n3", "n3"), t.TransferOpened(far, 4096))
+    assert sent(known, m.WatchProcess, THERE) == [m.WatchProcess("d9")]
+    node.hear(THERE, m.ProcessEnded(REMOTE, "no such process is on its node"))
+    reserved(node, known)
+    assert list(node.machine.objects.store.objects) == ["d9.1"]
+    assert node.machine.objects.store.objects["d9.1"].is_freed, "and goes when it is here"
 
 
 def test_what_only_the_dead_wanted_is_not_fetched(node: Node) -> None:
