@@ -87,7 +87,7 @@ class CoordinationMachine:
             e.ThinTokensMissing: self._census.missing,
         }
         self._message_handlers: dict[type, Callable[[Address, Any], Commands]] = {
-            c.IsMoved: lambda source, message: [done(source, message, int(message.name in self._moves))],
+            c.IsMoved: self._is_moved,
             c.AdoptCarrier: self._adopt,
             c.AcquireToken: self._waits.begin,
             c.GetItem: self._waits.begin,
@@ -244,6 +244,14 @@ class CoordinationMachine:
 
     # --- moves: carriers of this node
 
+    def _is_moved(self, source: Address, message: c.IsMoved) -> Commands:
+        move = self._moves.get(message.name)
+        if move is not None and not move.is_done:
+            # Nothing is left of it here, and the store need not have it yet (see `_create`).
+            move.askers.append((source, message))
+            return []
+        return [done(source, message, int(move is not None))]
+
     def _move(
         self, message: c.MoveCarrier, *, process: tuple[Address, int] | None = None, node: Address | None = None
     ) -> Commands:
@@ -302,7 +310,8 @@ class CoordinationMachine:
     def _tell(self, name: str, move: Move, kind: str = "", text: str = "") -> Commands:
         commands: Commands = [answer(process, request, kind, text) for process, request in move.processes]
         commands += [Send(node, c.CarrierMoved(name, kind, text)) for node in move.nodes]
-        move.processes, move.nodes = [], []
+        commands += [failed(*asker, kind, text) if kind else done(*asker, 1) for asker in move.askers]
+        move.processes, move.nodes, move.askers = [], [], []
         return commands
 
     # --- ends

@@ -20,6 +20,7 @@ class Move:
         self.is_done = False
         self.processes: list[tuple[Address, int]] = []  # who waits for it, with their requests
         self.nodes: list[Address] = []
+        self.askers: list[tuple[Address, c.IsMoved]] = []  # processes of this node that want to know where it is
 
 
 class Adoption:

@@ -418,6 +418,9 @@ class Scheduler:
             # A child that still starts would wait in vain for what it shall run.
             if is_leased and lease is not None and lease.outlives_owner and lease.is_granted:
                 is_leased = False
+                if not is_of_job:  # so would one that started just now, and only it knows whether it has got that
+                    retire = m.RetireWorker(is_awaited=False)
+                    commands.append(Send(Address(self.node_id, worker.process_id), retire))
             if is_of_job or is_leased:
                 commands.append(self._end(worker, "its owner has ended"))
         for job_id in [job_id for job_id, idle in self.idle.items() if not idle or idle[0].job.owner == address]:

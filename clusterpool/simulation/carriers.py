@@ -63,6 +63,7 @@ class Carriers:
         self._unmoved: dict[str, int] = {}  # by name, the page when it had not moved
         self.held: dict[str, int] = {}  # thin tokens
         self.given: dict[str, int] = {}
+        self._stuck_s: dict[str, float] = {}  # by name, when somebody last said that the dead may hold it
 
     # --- making, moving
 
@@ -126,7 +127,8 @@ class Carriers:
             if client.now_s() >= deadline_s:
                 return None
             page = self._node.coordination.page
-            yield from client.wait_for(partial(self._is_changed, thin, page), SLICE_S)
+            slice_s = min(SLICE_S, deadline_s - client.now_s())
+            yield from client.wait_for(partial(self._is_changed, thin, page), slice_s)
             if thin.tokens > 0:
                 return self._taken_thin(carrier, thin)
             if carrier.total >= 0 and client.now_s() - reported_s >= STUCK_S:
@@ -198,6 +200,15 @@ class Carriers:
         thin = self._thin(carrier)
         return len(thin.items) if carrier.kind == "channel" else thin.tokens
 
+    def look_for_dead(self, carrier: CarrierPart) -> Steps:
+        """Somebody waits for tokens that others hold, otherwise than by `acquire`."""
+        client, name = self._client, carrier.name
+        if (yield from self._is_moved(carrier)):
+            return  # the control store hears of the end of its holders without being asked
+        if client.now_s() - self._stuck_s.setdefault(name, client.now_s()) >= STUCK_S:
+            self._stuck_s[name] = client.now_s()
+            client.send(client.node, c.ReportStuck(name, carrier.total))
+
     def count_held(self, message: c.CountHeld) -> None:
         """The node counts the tokens of a thin semaphore."""
         name = message.name
@@ -249,7 +260,8 @@ class Carriers:
             if client.now_s() >= deadline_s:
                 return None
             page = self._node.coordination.page
-            yield from client.wait_for(partial(self._is_changed, thin, page), SLICE_S)
+            slice_s = min(SLICE_S, deadline_s - client.now_s())
+            yield from client.wait_for(partial(self._is_changed, thin, page), slice_s)
 
         def give_back(answer: c.CoordinationDone) -> None:
             client.send(client.node, c.ReturnItem(carrier.name, answer.content))

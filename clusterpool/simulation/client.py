@@ -50,6 +50,9 @@ _WORKER_MESSAGES = frozenset({
     m.SetupWorker, m.StartTasks, m.ForgetFunctions, m.TakeBackTasks, m.CancelTasks, m.RetireWorker, ResultsTaken,
     CallsResumed,
 })  # fmt: skip
+# Of sets, of children and of those that are watched: to the sink of that number.
+_NEWS = (e.SetWorkerJoined, e.SetWorkerLeft, e.SetEnded, e.SetSetupFailed, e.ChildStarted, e.ChildLoaded, e.ChildEnded,
+         e.ChildFailed, e.WatchedEnded)  # fmt: skip
 NUMBERS_APART = 1024
 BLOCK_PATIENCE_S = 0.001
 VAIN_ROUNDS_MAX = 3  # as in client/reading.py
@@ -83,7 +86,7 @@ class Client(Party):
         self._wakeup_s: float | None = None
         self._is_turning = False
         self._functions: dict[str, int] = {}
-        self._set_numbers = itertools.count(1)
+        self.set_numbers = itertools.count(1)
         self.task_sets: dict[tuple[Any, ...], int] = {}
         self.carriers = Carriers(self)
 
@@ -299,7 +302,7 @@ class Client(Party):
                     outcome = Outcome(command.kind, 0, text=command.text)
                     self.world.evidence.check_attempts(self.name, task.spec.number, outcome)
                 self._deliveries.append(lambda task=task, outcome=outcome: task.sink(outcome))  # type: ignore[misc]
-        elif isinstance(command, (e.SetWorkerJoined, e.SetWorkerLeft, e.SetEnded, e.SetSetupFailed)):
+        elif isinstance(command, _NEWS):
             sink = self.set_sinks.get(command.set_number)
             if sink is not None:
                 self._deliveries.append(lambda: sink(command))
@@ -530,7 +533,7 @@ class Client(Party):
         key = (tuple(sorted(resources.items())), strategy)
         number = self.task_sets.get(key)
         if number is None:
-            number = self.task_sets[key] = next(self._set_numbers)
+            number = self.task_sets[key] = next(self.set_numbers)
             demand = m.WorkerDemand(m.WorkerKind.TASK, resources, "task", {}, strategy)
             self.event(e.SetOpened(number, demand, e.SetupPlan("task"), None))
         return number
@@ -544,7 +547,7 @@ class Client(Party):
         safe_to_repeat: bool = False,
     ) -> int:
         """A set of so many workers."""
-        number = next(self._set_numbers)
+        number = next(self.set_numbers)
         self.set_sinks[number] = sink
         demand = m.WorkerDemand(m.WorkerKind.GROUP, {}, "group")
         self.event(e.SetOpened(number, demand, e.SetupPlan("group"), size, runs_max, safe_to_repeat))

@@ -56,6 +56,15 @@ class Evidence:
         """Whether a process is no more, or seems so, without its will."""
         return address.node_id in self.over or self.cause_of(address.process_id) in VIOLENT
 
+    @property
+    def has_deaths(self) -> bool:
+        """Whether anybody has ended without its will."""
+        return any(cause in VIOLENT for cause in self._cause_by_process.values())
+
+    def has_gone(self, address: Address) -> bool:
+        """Whether a process is no more, or seems so."""
+        return address.node_id in self.over or address.process_id in self._cause_by_process
+
     def struck(self, victim: str, kind: str) -> None:
         """A trouble begins that lasts."""
         self._until_s[(victim, kind)] = float("inf")
@@ -75,7 +84,11 @@ class Evidence:
         node = next((node for node in self._world.nodes if node.node_id == node_id), None)
         if node is None or not node.is_alive or self.has_suffered(node_id, "frozen"):
             return
-        was_unheard = self.has_suffered(node_id, "partition") and (
+        # Whoever joins while a node is cut off from the control store is unknown to it, and gets no answer.
+        known = node.machine.membership.view
+        others = [other for other in self._world.nodes if other is not node and other.is_alive]
+        strangers = [other for other in others if other.node_id not in known]
+        was_unheard = (self.has_suffered(node_id, "partition") or bool(strangers)) and (
             self.has_suffered(node_id, "store_cut") or self.has_suffered("store", "loss")
         )
         self._world.monitor.check(was_unheard, f"{node_id} was taken for dead, and it could be heard: {reason}")

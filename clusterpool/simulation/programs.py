@@ -37,6 +37,7 @@ class Operation(msgspec.Struct, frozen=True, array_like=True):
     stream: bytes = b""  # a generator, and what it yields (see stream_programs.py)
     taking: bytes = b""  # a generator that it starts, and takes
     turn: bytes = b""  # what it does with a lock (see lock_programs.py); with `deaths` it dies while it holds it
+    family: bytes = b""  # children that it starts (see child_programs.py)
     handle: bytes = b""  # an actor that it calls (see actor_programs.py)
 
 

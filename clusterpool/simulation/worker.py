@@ -14,6 +14,7 @@ from clusterpool.core.messages import Address, Message, Reference, ResultExtras,
 from clusterpool.core.object_names import object_id
 from clusterpool.simulation.actor_programs import call_from_task
 from clusterpool.simulation.actors import Actor, Journal
+from clusterpool.simulation.child_programs import be_parent, run_child
 from clusterpool.simulation.chunk_programs import decode_items
 from clusterpool.simulation.client import BLOCK_PATIENCE_S, Client
 from clusterpool.simulation.lock_programs import Turn, take_turns
@@ -31,6 +32,7 @@ from clusterpool.simulation.programs import (
 from clusterpool.simulation.reading import Unreadable, View
 from clusterpool.simulation.references import Ref
 from clusterpool.simulation.stream_programs import StreamPaces, generate, take_in_task
+from clusterpool.simulation.sync_programs import Gate, Meeting, meet, pass_gate
 from clusterpool.simulation.threads import Disconnected, Interrupted, Pause, Steps, Thread, Wait
 from clusterpool.simulation.token_programs import Stint, do_stint
 
@@ -118,6 +120,8 @@ class Worker(Client):
                 return self._exit_code_wanted
             if self.setups:
                 owner, setup = self.setups.popleft()
+                if setup.is_process:
+                    return (yield from run_child(self, owner, setup))
                 yield from self._set_up(owner, setup)
             if self.wants_save and self.actor is not None and self.actor.journal is not None:
                 self.actor.journal.save(self.actor)
@@ -219,7 +223,7 @@ class Worker(Client):
             self.after(TAKE_OVER_S, self._taken_over)
         lag_s = operation.lag_s if operation.lag_s and self.world.monitor.is_first(operation) else 0.0
         yield Pause(operation.duration_s + lag_s)
-        if not operation.turn and not operation.stream:
+        if not operation.turn and not operation.stream and not operation.family:
             yield from self.maybe_die(operation)
 
     def maybe_die(self, operation: Operation) -> Steps:
@@ -257,6 +261,8 @@ class Worker(Client):
             children = yield from self._children_of(operation)
             if operation.turn:
                 yield from self._take_part(operation)
+            if operation.family:
+                yield from be_parent(self, operation)
             if operation.taking:
                 yield from take_in_task(self, operation)
             if operation.handle:
@@ -282,9 +288,13 @@ class Worker(Client):
 
     def _take_part(self, operation: Operation) -> Steps:
         """Do what there is to do with locks, semaphores or queues."""
-        turn: Turn | Stint = msgspec.msgpack.decode(operation.turn, type=Turn | Stint)
+        turn: Turn | Stint | Gate | Meeting = msgspec.msgpack.decode(operation.turn, type=Turn | Stint | Gate | Meeting)
         if isinstance(turn, Turn):
             failure = yield from take_turns(self, turn, operation)
+        elif isinstance(turn, Gate):
+            failure = yield from pass_gate(self, turn, operation)
+        elif isinstance(turn, Meeting):
+            failure = yield from meet(self, turn, operation)
         else:
             failure = yield from do_stint(self, turn, operation)
         if failure is not None:

@@ -12,6 +12,7 @@ from clusterpool.core import owner_events as e
 from clusterpool.core.dispatch import Task
 from clusterpool.core.messages import TaskExtras, TaskKind, TaskSpec
 from clusterpool.simulation.actor_programs import detached_actor, restarting_actor
+from clusterpool.simulation.child_programs import children
 from clusterpool.simulation.chunk_programs import chunks, limits, stragglers
 from clusterpool.simulation.client import Client
 from clusterpool.simulation.ledger import Promise
@@ -19,6 +20,7 @@ from clusterpool.simulation.lock_programs import locks
 from clusterpool.simulation.programs import Operation, Outcome, encode_operation, expected, mix, put_number
 from clusterpool.simulation.references import Ref
 from clusterpool.simulation.stream_programs import streaming_actor, streams
+from clusterpool.simulation.sync_programs import barriers, conditions
 from clusterpool.simulation.threads import Pause, Steps
 from clusterpool.simulation.token_programs import queues, semaphores, signals
 
@@ -316,6 +318,9 @@ PROGRAMS: dict[str, Callable[[Script], Steps]] = {
     "semaphores": semaphores,
     "signals": signals,
     "queues": queues,
+    "conditions": conditions,
+    "barriers": barriers,
+    "children": children,
     "streams": streams,
     "streaming_actor": streaming_actor,
 }

@@ -27,6 +27,7 @@ from clusterpool.simulation.monitor import Monitor
 from clusterpool.simulation.node import SimulatedNode
 from clusterpool.simulation.party import Fabric, Host
 from clusterpool.simulation.stream_programs import StreamLedger
+from clusterpool.simulation.sync_programs import MeetingLedger
 from clusterpool.simulation.threads import Disconnected, Pause, Steps, Thread
 from clusterpool.simulation.timeline import Timeline, Trace, Violation
 from clusterpool.simulation.token_programs import TokenLedger
@@ -68,6 +69,7 @@ class World:
         self.locks = LockLedger(self)
         self.streams = StreamLedger(self)
         self.tokens = TokenLedger(self)
+        self.meetings = MeetingLedger()
         random = self.random("world")
         self._numbers = itertools.count(1)
         count = plan.nodes or random.choice((1, 2, 2, 3, 3, 4, 5, 8))

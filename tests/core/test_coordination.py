@@ -315,10 +315,23 @@ def test_a_carrier_is_drained_then_created_then_all_who_asked_are_told(node: Nod
     assert sent(node.hear(OTHER_NODE, c.MoveCarrier(LOCK, "lock", 1)), c.CarrierMoved) == [c.CarrierMoved(LOCK)]
 
 
-def test_a_carrier_counts_as_moved_from_when_it_is_drained(node: Node) -> None:
+def test_a_carrier_counts_as_moved_from_when_the_store_has_it_and_until_then_nobody_is_told(node: Node) -> None:
     assert done(node.hear(W1, c.IsMoved(1, LOCK))) == [(1, 0, b"")]
     node.hear(OTHER_NODE, c.MoveCarrier(LOCK, "lock", 1))
-    assert done(node.hear(W1, c.IsMoved(2, LOCK))) == [(2, 1, b"")]
+    assert node.hear(W1, c.IsMoved(2, LOCK)) == []
+    assert node.answer(drained(node), e.LIFE_OVER) == [], "the store has forgotten this node, or took it for dead"
+    creating = node.hear(W2, c.IsMoved(3, LOCK))
+    assert [operation for operation, *_ in calls(creating)] == ["create"]
+    told = node.answer(creating, True)
+    assert (done(told, W1), done(told, W2)) == ([(2, 1, b"")], [(3, 1, b"")])
+    assert done(node.hear(W1, c.IsMoved(4, LOCK))) == [(4, 1, b"")]
+
+
+def test_who_asks_for_a_carrier_that_the_store_will_not_have_hears_that(node: Node) -> None:
+    node.hear(OTHER_NODE, c.MoveCarrier(LOCK, "lock", 1))
+    creating = drained(node)
+    node.hear(W1, c.IsMoved(2, LOCK))
+    assert failed(node.answer(creating, False), W1) == [(2, "ObjectLost")]
 
 
 def test_items_of_a_channel_move_in_order(node: Node) -> None:

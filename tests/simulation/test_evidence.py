@@ -32,6 +32,7 @@ def test_the_end_of_a_process_explains_a_loss_only_if_nobody_wanted_it(
 
 
 def test_a_living_node_may_be_taken_for_dead_only_if_nobody_could_hear_it(world: World) -> None:
+    world.run()  # so that all nodes know each other
     with pytest.raises(Violation, match="it could be heard"):
         world.evidence.taken_for_dead("n2", "it sent no heartbeat for 3.8 s")
     world.evidence.struck("n2", "store_cut")

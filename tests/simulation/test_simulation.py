@@ -45,6 +45,8 @@ FOUND_BY = {
     (52, ("semaphores", "signals", "queues")): "a token that was told of twice was given back while it was held",
     (114, ("semaphores", "signals", "queues")): "the same, told of in the other order",
     (51, ("restarts", "detached")): "a store that had forgotten that a life had begun did not let it end",
+    (66, ("conditions", "barriers", "children")): "what had left its home was asked for in a store that had not got it",
+    (2, ("children",)): "a child whose parent died before it had said what to run waited for ever",
     (400, ("restarts", "detached")): "an actor that was entered while its node was taken for dead, nobody made",
 }
 # Programs that end no process themselves.
