@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import threading
 import types
 import weakref
@@ -161,6 +162,7 @@ class VersionTable:
     def __init__(self) -> None:
         self._by_name: dict[tuple[str, str], _Version] = {}
         self._by_class: dict[int, tuple[str, dict[str, Any]]] = {}  # removed when the class dies
+        self._arrays_by_class: dict[int, tuple[int, dict[str, Any]]] = {}  # when looked at, and what large ones held
         self._lock = threading.RLock()
         self.made_count = 0  # tokens made here; a definition that needed none is as it arrived
 
@@ -193,10 +195,19 @@ class VersionTable:
         attributes = _attributes(cls)
         with self._lock:
             record = self._by_class.get(id(cls))
-            if record is not None and record[1] == attributes:
+            if record is not None and record[1] == attributes and not self._has_other_arrays(cls):
                 return record[0]
             self.made_count += 1
+            self._arrays_by_class[id(cls)] = looks.number, _large_arrays(cls)
             return self._remember_class(cls, new_token(), attributes)
+
+    def _has_other_arrays(self, cls: type) -> bool:
+        """Whether a large array of the class was changed in place, as far as a look at it is due (`Looks`)."""
+        looked, contents = self._arrays_by_class.get(id(cls), (looks.number, {}))
+        if looked == looks.number:
+            return False
+        self._arrays_by_class[id(cls)] = looks.number, contents
+        return _large_arrays(cls) != contents
 
     def class_arrived(self, cls: type, token: str, changed: Collection[str] = ()) -> None:
         """Remember the attributes that the class has now that it was filled with the state of this token.
@@ -229,9 +240,13 @@ class VersionTable:
         # By number, not in a WeakKeyDictionary: a metaclass may define its own __eq__ and __hash__.
         key = id(cls)
         if key not in self._by_class:
-            weakref.finalize(cls, self._by_class.pop, key, None).atexit = False
+            weakref.finalize(cls, self._forget_class, key).atexit = False
         self._by_class[key] = (token, attributes)
         return token
+
+    def _forget_class(self, key: int) -> None:
+        self._by_class.pop(key, None)
+        self._arrays_by_class.pop(key, None)
 
 
 # Python itself adds these when they are first looked at, or they hold caches: no change that anybody made.
@@ -262,6 +277,23 @@ def _attributes(cls: type) -> dict[str, Any]:
         if name in _ATTRIBUTES_IGNORED:
             continue
         attributes[name] = id(value)
-        if type(value) in (list, dict, set) and not (name.startswith("_") and name.endswith("_")):
+        if _is_array(value):
+            is_compared = value.nbytes <= CONTENT_CHECK_BYTES_MAX
+        else:
+            is_compared = type(value) in (list, dict, set) and not (name.startswith("_") and name.endswith("_"))
+        if is_compared:
             attributes[name] = (id(value), content_of(value))
     return attributes
+
+
+def _large_arrays(cls: type) -> dict[str, Any]:
+    return {
+        name: content_of(value)
+        for name, value in vars(cls).items()
+        if _is_array(value) and value.nbytes > CONTENT_CHECK_BYTES_MAX
+    }
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and type(value) is getattr(numpy, "ndarray", None)

@@ -142,6 +142,24 @@ def test_large_contents_are_compared_once_a_look() -> None:
         assert not dependency.is_current(), "and it stays so"
 
 
+def test_arrays_of_a_class_are_compared_as_well(plugin: Any) -> None:
+    define(
+        plugin,
+        "import numpy\nclass C:\n    small = numpy.zeros(3)\n    large = numpy.zeros(100_000)\ndef f(): return C",
+    )
+    first = functions.ship_function(plugin.f)
+    plugin.C.small[0] = 1
+    assert not first.is_current()
+    second = functions.ship_function(plugin.f)
+    plugin.C.large[0] = 1
+    assert second.is_current(), "that would take too long for each task"
+    looks.look_anew()
+    assert not second.is_current()
+    third = functions.ship_function(plugin.f)
+    looks.look_anew()
+    assert third.is_current() and third.payload == functions.dumps_function(plugin.f)
+
+
 def test_a_module_level_function_comes_back_as_itself(plugin: Any) -> None:
     define(plugin, "def f(): return 1\nclass C:\n    def m(self): return 2\n")
     assert functions.loads_function(functions.dumps_function(plugin.f)) is plugin.f
