@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from clusterpool.core import messages as m
+from clusterpool.core.kept_gpus import KeptGpus
 from clusterpool.core.leases import Lease, Pending, Worker
 from clusterpool.core.messages import Address, WorkerKind
 from clusterpool.core.node_events import Command, EndWorker, ForkWorker, Send, WorkerEnded
@@ -35,6 +36,7 @@ class Scheduler:
         self.node_id = node_id
         self.host = host
         self.pool = ResourcePool(total)
+        self.kept_gpus = KeptGpus(self.pool)
         self.pending: list[Pending] = []
         self.leases: dict[int, Lease] = {}
         self.workers: dict[str, Worker] = {}
@@ -102,7 +104,7 @@ class Scheduler:
         blocked: set[tuple[tuple[str, int], ...]] = set()
         for pending in list(self.pending):
             shape = tuple(sorted(pending.amounts.items()))
-            if shape in blocked and not pending.demand.strategy:
+            if shape in blocked and not (pending.demand.strategy or self.kept_gpus.has_for(pending.job.job_id)):
                 continue
             commands += self._serve(pending)
             if pending.count == 0:
@@ -128,7 +130,7 @@ class Scheduler:
             elif self.pool.fits(pending.amounts) or self._is_unbounded(pending):
                 commands += self._grant_one(pending)
                 pending.count -= 1
-            else:
+            elif not self.kept_gpus.lend(pending.job.job_id, pending.amounts):
                 break
         return commands
 
@@ -243,6 +245,7 @@ class Scheduler:
     def fork_failed(self, process_id: str, text: str, kind: str = "start_failed") -> list[Command]:
         """No such worker will come; `kind` as in RequestFailed."""
         worker = self.workers.pop(process_id, None)
+        self.kept_gpus.process_ended(process_id)
         if worker is None or worker.lease is None:
             return []
         lease = worker.lease
@@ -254,6 +257,7 @@ class Scheduler:
         """A worker process is gone."""
         process_id = ended.process_id
         worker = self.workers.pop(process_id, None)
+        self.kept_gpus.process_ended(process_id)
         if worker is None:
             return []
         idle = self.idle.get(worker.job.job_id, [])
@@ -296,6 +300,7 @@ class Scheduler:
             worker = lease.worker
             # Variables of one function must not be seen by another.
             is_reusable = lease.kind == WorkerKind.TASK and not (message.ends or lease.gpu_ids or lease.has_env)
+            self.kept_gpus.keep(lease)
             self._free(lease)
             idle = self.idle.setdefault(worker.job.job_id, [])
             # A worker to which a signal is on its way must not be handed to anybody.
@@ -388,11 +393,13 @@ class Scheduler:
     def lingers(self, process_id: str) -> list[Command]:
         """A worker has done all that it was leased for; what its tasks still wait for may be what it holds."""
         worker = self.workers.get(process_id)
-        lease = worker.lease if worker is not None else None
-        if lease is None:
+        if worker is None:
             return []
-        self._give_back(lease)
-        lease.amounts, lease.gpu_ids = {}, []
+        if worker.lease is not None:
+            self.kept_gpus.keep(worker.lease)
+            self._give_back(worker.lease)
+            worker.lease.amounts = {}
+        self.kept_gpus.process_lingers(process_id)
         return self.advance()
 
     # --- owners come and go

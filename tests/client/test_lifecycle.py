@@ -505,6 +505,24 @@ def test_tasks_with_gpus_see_different_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fresh")
+def test_a_gpu_is_free_when_the_process_that_used_it_has_ended() -> None:
+    clusterpool.init(num_cpus=2, num_gpus=1)
+
+    @clusterpool.remote(num_gpus=1)
+    def own_pid() -> int:
+        return os.getpid()
+
+    @clusterpool.remote(num_gpus=1)
+    def starts_another() -> Any:
+        return own_pid.remote()  # which needs the GPU, and keeps this process from ending
+
+    pid = clusterpool.get(own_pid.remote(), timeout=20)
+    assert wait_for(lambda: clusterpool.available_resources().get("GPU") == 1.0)
+    assert not Path(f"/proc/{pid}").exists()
+    assert clusterpool.get(clusterpool.get(starts_another.remote(), timeout=20), timeout=20) > 0
+
+
+@pytest.mark.usefixtures("fresh")
 def test_custom_resources_bound_what_runs_at_once(tmp_path: Path) -> None:
     clusterpool.init(num_cpus=4, resources={"licence": 1})
 

@@ -253,6 +253,18 @@ def test_a_copy_whose_file_is_unreadable_is_lost_and_another_one_is_fetched(node
     assert list(node.machine.objects.pulls.pulls) == ["d1.1"]
 
 
+def test_a_file_that_cannot_be_read_for_another_node_sends_that_one_elsewhere(node: Node) -> None:
+    spilled(node, "d1.1", DRIVER)
+    node.hear(DRIVER, m.FreeObjects(["d1.98"]))
+    n3 = Address("n3", "n3")
+    assert of_type(node.hear(n3, t.OpenTransfer(7, "d1.1")), s.RestoreObject)
+    failed = node.handle(s.RestoreFailed("d1.1", "input/output error"))
+    (refused,) = sent(failed, t.TransferRefused, n3)
+    assert (refused.transfer, refused.is_gone) == (7, True)
+    (told,) = sent(failed, r.CopyGone, DRIVER)
+    assert "input/output error" in refused.text and "input/output error" in told.text
+
+
 @pytest.mark.parametrize("end", [m.ProcessEnded(REMOTE, "killed"), m.Undeliverable(REMOTE), m.Undeliverable(THERE)])
 def test_what_was_made_for_a_caller_elsewhere_goes_with_it(node: Node, end: m.Message) -> None:
     # It calls an actor here that is another's, say, and has no lease on this node.

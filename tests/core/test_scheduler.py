@@ -201,6 +201,36 @@ def test_a_blocked_worker_lends_its_cpu_and_takes_it_back_at_once() -> None:
     assert node.scheduler.pool.free == node.scheduler.pool.total
 
 
+def pinned_gpu(node: Node, *, source: Address = DRIVER, job_id: str = "j1") -> list[str]:
+    job = msgspec.structs.replace(JOB, job_id=job_id, owner=source)
+    return forks(node.request(source=source, job=job, demand=m.WorkerDemand(WorkerKind.TASK, {"GPU": 1.0})))
+
+
+def test_a_gpu_is_kept_until_the_process_that_used_it_has_ended() -> None:
+    node = Node(CPU=2, GPU=2)
+    demand = m.WorkerDemand(WorkerKind.TASK, {"CPU": 1.0, "GPU": 1.0})
+    first, _second = node.lease(2, demand=demand)
+    node.release(first.lease)
+    assert node.scheduler.pool.free["CPU"] == 10_000, "a CPU is free at once"
+    assert pinned_gpu(node) == [], "its process may have memory there"
+    assert forks(node.scheduler.worker_ended(WorkerEnded("w1", 0, ""))) == ["w3"]
+    assert node.scheduler.leases[3].gpu_ids == first.gpu_ids
+
+
+def test_a_gpu_that_a_lingering_worker_keeps_is_for_its_own_job_alone() -> None:
+    node = Node(GPU=1)
+    (worker,) = node.lease(demand=m.WorkerDemand(WorkerKind.TASK, {"GPU": 1.0}))
+    node.release(worker.lease)
+    assert pinned_gpu(node, source=OTHER, job_id="j2") == []
+    assert node.scheduler.lingers("w1") == [], "the other job waits for its end"
+    # A task that it has started needs one: it lingers for that, and would for ever.
+    assert pinned_gpu(node) == ["w2"]
+    assert forks(node.scheduler.worker_ended(WorkerEnded("w1", 0, ""))) == []
+    assert forks(node.scheduler.worker_ended(WorkerEnded("w2", 0, ""))) == ["w3"]
+    node.scheduler.worker_ended(WorkerEnded("w3", 0, ""))
+    assert node.scheduler.pool.free == node.scheduler.pool.total
+
+
 def test_a_worker_that_lingers_gives_back_all_that_its_lease_holds() -> None:
     # The tasks that it waits for may need just that.
     node = Node(CPU=1, GPU=1)
