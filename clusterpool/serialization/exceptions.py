@@ -254,7 +254,7 @@ def _pickle(value: Any) -> bytes | None:
             pickler.dispatch_table = {kind: table[kind] for kind in table if kind.__module__ not in DESCRIPTOR_MODULES}
             pickler.dump(value)
             return file.getvalue()
-    except Exception:  # whatever the user's __reduce__ raises: the caller has another way
+    except BaseException:  # whatever the user's __reduce__ raises, an exit too: the caller has another way
         return None
 
 
@@ -263,7 +263,7 @@ def _load(pickled: bytes | None) -> Any:
         return _FAILED
     try:
         return pickle.loads(pickled)
-    except Exception:  # the same for loading
+    except BaseException:  # the same for loading
         return _FAILED
 
 
@@ -284,21 +284,21 @@ def _format_traceback(exc: BaseException) -> str:
         tb = tb.tb_next
     try:
         return _encodable("".join(traceback.format_exception(type(exc), exc, tb or exc.__traceback__)))
-    except Exception:  # an exception whose attributes raise when they are looked at
+    except BaseException:  # an exception whose attributes raise when they are looked at
         return _describe(exc) + "\n"
 
 
 def _safe_str(value: Any) -> str:
     try:
         return _encodable(str(value))
-    except Exception:
+    except BaseException:
         return f"<{type(value).__qualname__} whose text could not be made>"
 
 
 def _safe_repr(value: Any) -> str:
     try:
         text = _encodable(repr(value))
-    except Exception:
+    except BaseException:
         return f"<{type(value).__qualname__} object>"
     return text if len(text) <= _REPR_MAX else text[:_REPR_MAX] + "..."
 

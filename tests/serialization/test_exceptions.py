@@ -161,6 +161,21 @@ def test_an_exception_whose_own_pickle_explodes_is_put_together_from_its_parts()
     assert type(arrived) is Unloadable and arrived.args == ("text", 1)
 
 
+class Exiting(Exception):
+    def __reduce__(self) -> Any:
+        sys.exit("in __reduce__")
+
+
+class ExitingLater(Exception):
+    def __reduce__(self) -> Any:
+        return sys.exit, ("in the unpickling",)
+
+
+@pytest.mark.parametrize("kind", [Exiting, ExitingLater])
+def test_an_exception_that_exits_while_it_is_pickled_or_loaded_ends_nobody(kind: type[Exception]) -> None:
+    assert type(sent(kind(1))).__name__ == kind.__name__
+
+
 def test_a_stand_in_keeps_name_text_and_base_and_can_be_pickled_on() -> None:
     arrived = sent(NotEvenItself(key="k"))
     for copy in (arrived, pickle.loads(pickle.dumps(arrived)), sent(arrived)):
