@@ -27,6 +27,7 @@ HOPS_MAX = 3
 # A worker that its owner terminates (SIGTERM) may take so long to clean up. More would keep `Pool.terminate` waiting
 # for tasks that ignore the signal, as the standard library does for ever; less might cut off who writes a file.
 TERMINATED_WITHIN_S = 5.0
+_ENDED_EARLY = "a worker ended while it started (its log may say why; the disk of the session folder may be full): "
 
 
 class Scheduler:
@@ -275,7 +276,7 @@ class Scheduler:
                 lease.number, address, ended.exit_code, text, ended.task, ended.peak_bytes, cause
             )
         else:
-            message = m.RequestFailed(lease.request, 1, "start_failed", f"a worker ended while it started: {text}")
+            message = m.RequestFailed(lease.request, 1, "start_failed", _ENDED_EARLY + text)
         return [Send(lease.origin, message), *self.advance()]
 
     def _free(self, lease: Lease) -> None:

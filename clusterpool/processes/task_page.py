@@ -31,10 +31,15 @@ def task_page_path(processes_folder: str | Path, process_id: str) -> Path:
 
 
 def make_task_page(path: Path) -> memoryview:
-    """The page as four numbers. It lasts as long as the process."""
+    """The page as four numbers. It lasts as long as the process.
+
+    Raises: OSError where the disk is full.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         os.ftruncate(fd, _PAGE.size)
+        # Else the first store to the page of a full file system would be a SIGBUS, in the middle of each task.
+        os.posix_fallocate(fd, 0, _PAGE.size)
         return memoryview(mmap.mmap(fd, _PAGE.size)).cast("Q")
     finally:
         os.close(fd)

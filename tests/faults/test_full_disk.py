@@ -63,6 +63,27 @@ print([name for name in os.listdir("/dev/shm") if name.startswith("clusterpool")
 clusterpool.shutdown()
 """
 
+NO_ROOM_FOR_WORKERS = """
+import os, clusterpool
+from clusterpool import errors
+clusterpool.init(num_cpus=2)
+filler = os.environ["CLUSTERPOOL_TMPDIR"] + "/filler"
+with open(filler, "wb", 0) as file:
+    try:
+        while True:
+            file.write(bytes(4096))
+    except OSError:
+        pass
+pool = clusterpool.Pool(2)
+try:
+    pool.map_async(abs, [-1]).get(40)
+except errors.StartFailed as exc:
+    print(exc)
+os.unlink(filler)
+print(clusterpool.Pool(2).map_async(abs, [-1]).get(40))
+clusterpool.shutdown()
+"""
+
 CAN_MOUNT = (
     sys.platform == "linux"
     and os.geteuid() == 0
@@ -97,3 +118,9 @@ def test_a_full_disk_is_an_error_for_who_creates_and_loses_nothing(monkeypatch: 
 
 def test_64_mb_of_shared_memory_are_replaced_by_a_file_and_that_is_said_once() -> None:
     assert run_with_small("/dev/shm", "64m", SMALL_SHARED_MEMORY) == ["True", "1", "[]"]
+
+
+def test_workers_that_find_no_room_on_the_disk_are_an_error_and_no_hang() -> None:
+    failure, after = run_with_small(Path(os.environ["CLUSTERPOOL_TMPDIR"]), "20m", NO_ROOM_FOR_WORKERS)[-2:]
+    assert "ended while it started" in failure and "may be full" in failure
+    assert after == "[1]"
