@@ -438,7 +438,8 @@ class Membership:
             commands.append(ProbeNode(watch.node_id, watch.incarnation))
         # Said again at each read until the node is gone from the list: the store takes the first and
         # ignores the rest.
-        if silence_s >= self._dead_after_s and self._may_declare(watch.node_id):
+        is_ours = self._may_declare(watch.node_id) and not self._silences.is_for_elders(watch, self.incarnation)
+        if silence_s >= self._dead_after_s and is_ours:
             reason = f"it sent no heartbeat for {silence_s:.1f} s"
             commands.append(DeclareNodeDead(watch.node_id, watch.incarnation, reason))
         return commands

@@ -37,6 +37,7 @@ class Watch(msgspec.Struct, gc=False):
     heartbeat_us: int = -1
     absent_s: float | None = None  # since when it is not even listed
     is_suspect: bool = False
+    was_heard: bool = False  # since we watch
 
 
 class Silences:
@@ -85,10 +86,12 @@ class Silences:
         """The node has been heard."""
         watch.heard_s = self.clock_s
         watch.absent_s = None
+        watch.was_heard = True
 
     def look(self, watch: Watch, heartbeat_us: int, silence_s: float) -> None:
         """This is the node's last heartbeat, and how old the server says it is."""
         if heartbeat_us != watch.heartbeat_us:
+            watch.was_heard = watch.was_heard or watch.heartbeat_us >= 0
             watch.heartbeat_us = heartbeat_us
             known_s = watch.looked_s if watch.node_id in self.silent else max(watch.looked_s, self._fresh_s)
             watch.heard_s = self.clock_s - min(max(silence_s, 0.0), self.clock_s - known_s)
@@ -114,6 +117,17 @@ class Silences:
         """All heartbeats are read again."""
         self.silent = {}
         self._fresh_s = -math.inf
+
+    def is_for_elders(self, watch: Watch, incarnation: int) -> bool:
+        """Whether whoever has this incarnation leaves it to older nodes to declare this one dead.
+
+        A node that lost its way to the store before we joined does not know of us, and so cannot answer us: those who
+        were there before us may hear it.
+        """
+        if watch.was_heard or watch.incarnation > incarnation:
+            return False
+        others = (other for other in self.watch_by_node.values() if other.incarnation < incarnation)
+        return any(other is not watch and not other.is_suspect for other in others)
 
     def is_warden(self, incarnation: int) -> bool:
         """Whether the node with this incarnation is to act on silence."""

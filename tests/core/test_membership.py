@@ -560,3 +560,21 @@ def test_a_node_that_joins_anew_asks_for_a_number_above_all_that_it_has_seen() -
     machine.handle(NodeEventRead("node_died", "n3", 9), 0.0)
     machine.handle(HeartbeatAnswered(FENCED, 4), 0.0)
     assert machine.handle(WorkEnded(), 0.0) == [RegisterNode(record("n1"), 9)]
+
+
+@pytest.mark.parametrize("has_heard_it", [False, True])
+def test_a_newcomer_leaves_it_to_older_nodes_to_declare_dead_whom_it_has_never_heard(has_heard_it: bool) -> None:
+    # A node that lost its way to the store before does not know of it, and cannot answer it. The others hear it.
+    peers = Peers(member("n9", incarnation=9), ["n2", "n3"])
+    if has_heard_it:
+        peers.read(["n2", "n3"])
+        peers.read(["n2", "n3"])
+        (declared,) = peers.read_until(DeclareNodeDead, ["n2"], limit_s=DEAD_AFTER_S + 1)
+        assert isinstance(declared, DeclareNodeDead) and declared.node_id == "n3"
+        return
+    for _ in range(30):
+        assert not any(isinstance(command, DeclareNodeDead) for command in peers.read(["n2"]))
+    declared_dead = set()
+    for _ in range(20):  # nobody older is left
+        declared_dead |= {each.node_id for each in peers.read([]) if isinstance(each, DeclareNodeDead)}
+    assert declared_dead == {"n2", "n3"}
