@@ -288,7 +288,7 @@ def has_refused(error: ClusterpoolError) -> bool:
     return (
         is_crowded
         or isinstance(error, (StoreFull, AuthenticationFailed))
-        or isinstance(error.__cause__, redis.ResponseError)
+        or isinstance(error.__cause__, (redis.ResponseError, redis.BusyLoadingError))
     )
 
 
@@ -310,6 +310,8 @@ def _remedy(exc: Exception) -> str:
         return "its certificate is not trusted here: add ?ssl_ca_certs=/path/to/ca.pem to the address"
     if "No master found" in text:
         return "no sentinel in the list knows a living master of that name: check the name, and the sentinels"
+    if "loading" in text:
+        return "it reads its data from disk after a start, which may take minutes if it has much"
     if _CROWDED in text:
         return "raise the maxclients of that server (a node needs about five connections), or find out who has them all"
     if "read only replica" in text:

@@ -143,6 +143,7 @@ def test_foreign_errors_become_ours_with_advice(foreign: Exception, ours: type[E
         (redis.ConnectionError("max number of clients reached"), True),
         (redis.exceptions.ReadOnlyError("You can't write against a read only replica."), True),
         (redis.ResponseError("MISCONF cannot save"), True),
+        (redis.BusyLoadingError("Redis is loading the dataset in memory"), True),
         (redis.exceptions.OutOfMemoryError("maxmemory"), True),
         (redis.AuthenticationError("invalid password"), True),
     ],
