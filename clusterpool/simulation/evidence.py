@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from clusterpool.core.membership import State
+
 if TYPE_CHECKING:
     from clusterpool.core.messages import Address
     from clusterpool.simulation.party import Party
@@ -84,11 +86,9 @@ class Evidence:
         node = next((node for node in self._world.nodes if node.node_id == node_id), None)
         if node is None or not node.is_alive or self.has_suffered(node_id, "frozen"):
             return
-        # Whoever joins while a node is cut off from the control store is unknown to it, and gets no answer.
-        known = node.machine.membership.view
-        others = [other for other in self._world.nodes if other is not node and other.is_alive]
-        strangers = [other for other in others if other.node_id not in known]
-        was_unheard = (self.has_suffered(node_id, "partition") or bool(strangers)) and (
+        if node.machine.membership.state is State.JOINING:
+            return  # the answer to its registration got lost: nobody can hear it, and it has nothing to lose yet
+        was_unheard = self.has_suffered(node_id, "partition") and (
             self.has_suffered(node_id, "store_cut") or self.has_suffered("store", "loss")
         )
         self._world.monitor.check(was_unheard, f"{node_id} was taken for dead, and it could be heard: {reason}")
