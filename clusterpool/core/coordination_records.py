@@ -41,6 +41,7 @@ class Wait:
         self.message = message
         self.is_popping = False
         self.cancelled_ticks = 0  # from 1 on, since the process has given up
+        self.ticks = 0  # half seconds since it began
         self.times_asked = 0
         self.calls = 0  # to the store about it that are not answered yet
         self.is_stale = False  # the store has changed since the first of these

@@ -37,6 +37,9 @@ from clusterpool.core.messages import Address
 Commands = list[Any]
 # So many half seconds, and not the first, a process that gives up waiting waits for the store's answer to that.
 _CANCEL_TICKS = 3
+# Who has waited for so many half seconds asks again: its grant may have been lost (somebody has removed or trimmed the
+# stream in which it stood). More often burdens a store with a thousand who wait; more seldom leaves one of them longer.
+_ASK_AGAIN_TICKS = 120
 
 
 class StoreCall(Protocol):
@@ -200,8 +203,11 @@ class Waits:
     def tick(self) -> Commands:
         """Half a second has passed."""
         commands = self._give_up(self._cancelled_for(_CANCEL_TICKS))
-        for wait in self._waits.values():
+        for waiter, wait in self._waits.items():
             wait.cancelled_ticks += wait.cancelled_ticks > 0
+            wait.ticks += 1
+            if wait.ticks % _ASK_AGAIN_TICKS == 0 and not wait.cancelled_ticks and not wait.calls:
+                commands += self._ask(waiter, wait)
         return commands
 
     def process_gone(self, event: e.ProcessGone) -> Commands:

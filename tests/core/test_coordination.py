@@ -165,6 +165,17 @@ def test_of_two_tokens_for_one_wait_the_second_is_given_back(node: Node, is_read
             assert done(commands) == [] and calls(commands) == [("give_back", LOCK, "na/w1/1", second)]
 
 
+def test_who_waits_for_long_asks_again_lest_its_grant_was_lost(node: Node) -> None:
+    node.wait(c.AcquireToken(1, LOCK, True))
+    node.wait(c.GetItem(2, CHANNEL, True))
+    popping = node.handle(e.GrantRead("na/w1/2", CHANNEL, 1))
+    asked = [command for _ in range(120) for command in node.handle(e.TimeToLook())]
+    assert calls(asked) == [("acquire", LOCK, "na/w1/1", True)], "but nobody whose call is under way"
+    assert done(node.answer(asked, (GRANTED, 4))) == [(1, 4, b"")]
+    assert node.handle(e.GrantRead("na/w1/1", LOCK, 4)) == []
+    assert done(node.answer(popping, b"item")) == [(2, 1, b"item")]
+
+
 def test_a_cancelled_wait_ends_when_the_store_knows_of_it(node: Node) -> None:
     # Else a token that another process gives back now would go to nobody for a moment.
     node.wait(c.AcquireToken(1, LOCK, True))
