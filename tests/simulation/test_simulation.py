@@ -258,7 +258,8 @@ def test_the_command_says_which_transitions_a_search_has_never_taken(capsys: pyt
         }
 
     first, both = never_taken("--seed", "3"), never_taken("--seeds", "3-8")
-    assert both < first
+    # Of a machine that was never made, single transitions are not told.
+    assert {each for each in both if f"{each.partition(':')[0]}: never made" not in first} < first
     assert {"NodeMachine: StopNode", "Membership: member>fenced", "StoreRoute: never made"} <= both
 
 
