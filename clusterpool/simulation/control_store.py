@@ -24,12 +24,13 @@ from clusterpool.errors import ClusterpoolError, NotConnected
 from clusterpool.simulation.fake_actors import Made
 from clusterpool.simulation.fake_control_store import FakeControlStore
 from clusterpool.simulation.fake_coordination import FakeCoordination, FakeCoordinationClient
+from clusterpool.simulation.relays import NoAnswer, StoreWay
 
 if TYPE_CHECKING:
     from clusterpool.simulation.node import SimulatedNode
     from clusterpool.simulation.world import World
 
-CALL_TIMEOUT_S = 5.0
+CALL_TIMEOUT_S = 2.5
 RETRY_S = 0.5
 CALL_RETRIES_S = 30.0
 FSYNC_PERIOD_S = 1.0
@@ -55,6 +56,7 @@ class StoreServer:
         self.is_down = False
         self.is_paused = False
         self.life = 0  # another number is another server: readers of its events have lost some
+        self.relayed: dict[int, Any] = {}  # operations that nodes pass on for others, then what came of them
         self._waiting: deque[Callable[[], None]] = deque()
         self._kept: dict[str, Any] = {}
         self._kept_coordination = self.coordination.state()
@@ -180,6 +182,7 @@ class StoreClient:
         self._membership_calls = MembershipCalls(node.node_id)
         self._is_busy = False
         self.is_cut = False
+        self.way = StoreWay(node, self._direct)
         self._last_event: int | None = None
         self._life = -1
         self._is_feed_due = False
@@ -217,7 +220,10 @@ class StoreClient:
         self.call(lambda fake: self._membership(fake, command), self._membership_answered)
 
     def call(self, operation: Callable[[FakeControlStore], Any], answer: Answer) -> None:
-        """One round trip; exactly one answer."""
+        """One round trip, directly or through a peer; exactly one answer."""
+        self.way.call(operation, answer)
+
+    def _direct(self, operation: Callable[[FakeControlStore], Any], answer: Answer) -> None:
         node, world = self._node, self._node.world
         is_answered = False
 
@@ -234,7 +240,7 @@ class StoreClient:
         if not self.is_cut:
             node.after(world.latencies.store_s(), self._server.call, operation, executed)
         if self.is_cut or self._server.is_paused or world.has_store_outages:
-            lost = NotConnected("the control store did not answer")
+            lost = NoAnswer("the control store did not answer")
             world.timeline.after(CALL_TIMEOUT_S, node.act, answered_once, None, lost)
 
     # --- the membership's commands

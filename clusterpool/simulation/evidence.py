@@ -16,6 +16,7 @@ from clusterpool.core.membership import State
 
 if TYPE_CHECKING:
     from clusterpool.core.messages import Address
+    from clusterpool.simulation.node import SimulatedNode
     from clusterpool.simulation.party import Party
     from clusterpool.simulation.programs import Outcome
     from clusterpool.simulation.world import World
@@ -36,10 +37,12 @@ class Evidence:
         self._world = world
         self._cause_by_process: dict[str, str] = {}
         self._until_s: dict[tuple[str, str], float] = {}  # by victim and kind of trouble, when it was over
+        self._dead_s: dict[str, float] = {}  # by node, when it was last taken for dead
         self.over: set[str] = set()  # nodes of which a life is over; membership only
         self.void: set[str] = set()  # carriers and actors of which the control store has lost something
         self._retries: dict[tuple[str, int], int] = {}  # by owner and number of a task
         self._sendings: Counter[tuple[str, int]] = Counter()
+        self.relayed = 0  # how often a node that was cut off had to have found a way through a peer
         self.asks_to_kill = False  # whether some program has workers killed (a limit of time, cancel)
 
     # --- what happens
@@ -81,8 +84,9 @@ class Evidence:
         return any(self._until_s.get((victim, kind), float("-inf")) >= since_s for kind in kinds)
 
     def taken_for_dead(self, node_id: str, reason: str) -> None:
-        """The control store, or a node, holds a life of a node for over."""
+        """The control store holds a life of a node for over."""
         self.over.add(node_id)
+        self._dead_s[node_id] = self._world.timeline.now_s
         node = next((node for node in self._world.nodes if node.node_id == node_id), None)
         if node is None or not node.is_alive or self.has_suffered(node_id, "frozen"):
             return
@@ -92,6 +96,27 @@ class Evidence:
             self.has_suffered(node_id, "store_cut") or self.has_suffered("store", "loss")
         )
         self._world.monitor.check(was_unheard, f"{node_id} was taken for dead, and it could be heard: {reason}")
+
+    def told_of_death(self, node_id: str, observer: str) -> None:
+        """A node holds a life of another for over: what the control store does, or it has found out by itself."""
+        if self._world.timeline.now_s - self._dead_s.get(node_id, float("-inf")) > ECHO_S:
+            self.taken_for_dead(node_id, f"by {observer}")
+
+    def check_relayed(self, node: SimulatedNode, since_s: float) -> None:
+        """A node has been cut off from the control store since then: if nothing else is wrong, a peer helps it."""
+        world = self._world
+        took_s = world.timeline.now_s - since_s
+        is_lasting = self._until_s[(node.name, "store_cut")] == float("inf")
+        is_else_well = node.is_alive and not self.has_suffered("store", "away", "loss")
+        is_else_well = is_else_well and not self.has_suffered(node.name, "frozen", "partition")
+        peers = [other for other in world.nodes if other is not node]
+        is_else_well = is_else_well and all(
+            peer.is_alive and not self.has_suffered(peer.name, "frozen", "partition", "store_cut") for peer in peers
+        )
+        if peers and took_s >= 4.0 and is_lasting and is_else_well:
+            self.relayed += 1
+            text = f"{node.name} was cut off from the control store for {took_s:.1f} s, and nobody has helped it"
+            world.monitor.check(node.store.way.answered_s > since_s + 1.0, text)
 
     def forgotten(self, before: dict[str, Any], after: dict[str, Any]) -> None:
         """The control store has come back, and knows this of each carrier and actor, instead of that."""

@@ -22,6 +22,10 @@ KINDS = (
 )  # fmt: skip
 
 
+# By when a node that alone is cut off from the control store must have reached it through a peer.
+RELAYED_S = 4.2
+
+
 class Fault(NamedTuple):
     """One fault. `duration_s`: of those that end."""
 
@@ -180,7 +184,12 @@ class Faults:
         node = self._node(random)
         if node is None:
             return False
-        return self._break(node, "store_cut", duration_s, ("store unreachable", "store reachable"))
+        since_s = self._world.timeline.now_s
+        if not self._break(node, "store_cut", duration_s, ("store unreachable", "store reachable")):
+            return False
+        # Before it is mended: by then it must have found a way through a peer.
+        self._world.timeline.after(min(duration_s, RELAYED_S), self._world.evidence.check_relayed, node, since_s)
+        return True
 
     def _break(self, node: SimulatedNode, kind: str, duration_s: float, story: tuple[str, str]) -> bool:
         """Set a flag of a part of a node for so long. `story`: what to say before and after."""

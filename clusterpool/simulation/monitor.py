@@ -173,6 +173,9 @@ class Monitor:
         self._nothing(node.name, "pins asked for", objects._wanted)
         self._nothing(node.name, "owners of copies", objects._owners)
         self._nothing(node.name, "files on disk", node.disk.files)
+        way = node.store.way
+        self._nothing(node.name, "tunnels", [str(tunnel) for tunnel in way.tunnels._tunnels])
+        self.check(not way.route.peer, f"{node.name} reaches the control store through {way.route.peer} still")
         if is_empty:
             self._nothing(node.name, "workers", scheduler.workers)
             self._nothing(node.name, "worker processes", node.workers)

@@ -19,6 +19,7 @@ from clusterpool.core.membership import JoinRequested, LeaveRequested, NodeAbsen
 from clusterpool.core.messages import Address, Message
 from clusterpool.core.node import TICK_S, NodeMachine
 from clusterpool.core.routes import Routes
+from clusterpool.core.tunnel_messages import TunnelMessage
 from clusterpool.simulation.arena import SimulatedArena, SimulatedDisk
 from clusterpool.simulation.control_store import StoreClient
 from clusterpool.simulation.coordination import NodeCoordination
@@ -129,8 +130,9 @@ class SimulatedNode(Party):
             self.after(0.0, self.leave)
         elif isinstance(command, e.PeerLost):
             self.routes.lost(command.node_id)
+            self.store.way.lost(command.node_id)
             if self.machine.membership.has_ended(command.node_id):  # else it is we who have lost all others
-                self.world.evidence.taken_for_dead(command.node_id, f"by {self.name}")
+                self.world.evidence.told_of_death(command.node_id, self.name)
         elif isinstance(command, CoordinationCommand):
             self.coordination.take(command)
         elif isinstance(command, e.Warn):
@@ -141,6 +143,10 @@ class SimulatedNode(Party):
             self.note("warning", command.text)
         elif not self._take(command):
             self.store.put(command)
+
+    def tell(self, command: e.Send) -> None:
+        """Send what is not the machine's."""
+        self._send(command.destination, command.message)
 
     # --- processes of this host
 
@@ -193,6 +199,9 @@ class SimulatedNode(Party):
             self._send_to_node(relay)
         elif destination.process_id == self.node_id:
             message = wire.decode(relay.body)
+            if isinstance(message, TunnelMessage):
+                self.store.way.arrived(relay.source.node_id, message)
+                return
             self.note(type(message).__name__, (relay.source, message))
             self.event(e.MessageArrived(relay.source, message))
         else:
@@ -215,6 +224,7 @@ class SimulatedNode(Party):
         if relay.source.node_id != self.node_id:
             return
         if relay.source == self.address:
+            self.store.way.lost(relay.destination.node_id)
             self._posted.append(e.MessageArrived(self.address, m.Undeliverable(relay.destination)))
         else:
             self._tell_unsent(relay)

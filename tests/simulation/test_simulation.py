@@ -14,6 +14,8 @@ from clusterpool.core.messages import Address
 from clusterpool.core.scheduler import Scheduler
 from clusterpool.simulation.__main__ import attempt, command_of, main
 from clusterpool.simulation.coverage import Coverage, machines
+from clusterpool.simulation.faults import Fault
+from clusterpool.simulation.timeline import Violation
 from clusterpool.simulation.world import Plan, World
 
 # Each of these found something once; what it was stands beside it.
@@ -260,7 +262,7 @@ def test_the_command_says_which_transitions_a_search_has_never_taken(capsys: pyt
     first, both = never_taken("--seed", "3"), never_taken("--seeds", "3-8")
     # Of a machine that was never made, single transitions are not told.
     assert {each for each in both if f"{each.partition(':')[0]}: never made" not in first} < first
-    assert {"NodeMachine: StopNode", "Membership: member>fenced", "StoreRoute: never made"} <= both
+    assert {"NodeMachine: StopNode", "Membership: member>fenced"} <= both
 
 
 def test_the_command_says_which_lines_never_ran(capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,3 +277,22 @@ def test_machines_are_watched_only_meanwhile() -> None:
         run(Plan(3, faults=0, size=0.3))
     assert {kind: dict(vars(kind)) for kind in machines()} == before
     assert "requested()" in coverage.taken["Scheduler"]
+
+
+def test_a_node_that_alone_is_cut_off_from_the_store_finds_a_way_through_a_peer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from clusterpool.core.store_route import StoreRoute
+
+    def cut_off(seed: int) -> World:
+        world = World(Plan(seed, nodes=3, faults=0, programs=("flat",), size=0.3))
+        world.faults, world.has_store_outages = [Fault(1.0, "store_cut", 8.0, seed)], True
+        error = attempt(world)
+        if error is not None:
+            raise error
+        return world
+
+    assert all(cut_off(seed).evidence.relayed == 1 for seed in (1, 2, 3))
+    monkeypatch.setattr(StoreRoute, "handle", lambda self, event, now_s: [])
+    with pytest.raises(Violation, match="nobody has helped it"):
+        cut_off(1)
