@@ -37,6 +37,9 @@ from clusterpool.core.messages import Address
 Commands = list[Any]
 # So many half seconds, and not the first, a process that gives up waiting waits for the store's answer to that.
 _CANCEL_TICKS = 3
+# Carriers of which the last token read is kept, the latest: only what is still in the stream can be read again, which
+# is of far fewer. A job that makes lock after lock must not fill the node's memory.
+_CARRIERS_READ_MAX = 10_000
 # Who has waited for so many half seconds asks again: its grant may have been lost (somebody has removed or trimmed the
 # stream in which it stood). More often burdens a store with a thousand who wait; more seldom leaves one of them longer.
 _ASK_AGAIN_TICKS = 120
@@ -117,9 +120,12 @@ class Waits:
             if not event.waiter:
                 return self.ask_again()
             return self._ask_anew(event.waiter, wait) if wait is not None else []
-        if event.token <= self._read.get(event.name, 0):
+        last = self._read.pop(event.name, 0)
+        self._read[event.name] = max(last, event.token)
+        if len(self._read) > _CARRIERS_READ_MAX:
+            del self._read[next(iter(self._read))]
+        if event.token <= last:
             return []
-        self._read[event.name] = event.token
         if wait is None:
             answered, _ = self._answered.pop(event.waiter, (0, None))
             return self.give_back(event.name, event.waiter, event.token) if event.token != answered else []

@@ -111,6 +111,13 @@ def test_a_grant_that_nobody_waits_for_is_given_back_by_its_token(node: Node) ->
     assert calls(node.handle(e.GrantRead("na/w1/1", LOCK, 10))) == [("give_back", LOCK, "na/w1/1", 10)]
 
 
+def test_tokens_read_are_known_of_the_latest_carriers_only(node: Node) -> None:
+    for number in range(10_001):
+        node.handle(e.GrantRead("na/gone/1", f"j1-d1-{number}", 1))
+    assert node.handle(e.GrantRead("na/gone/1", "j1-d1-10000", 1)) == []
+    assert node.handle(e.GrantRead("na/gone/1", "j1-d1-0", 1)) != []
+
+
 def test_a_grant_of_nothing_has_one_or_all_ask_again(node: Node) -> None:
     node.wait(c.AcquireToken(1, LOCK, True))
     node.wait(c.GetItem(2, CHANNEL, True))
