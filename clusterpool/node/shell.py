@@ -223,6 +223,7 @@ class NodeShell:
                     self._last_tick_s = now_s
                     self.handle(e.TimePassed())
                     self.log_lines.time_passed(now_s)
+                    self.workers.time_passed()
                     if self.routes is not None:
                         self.routes.time_passed(now_s)
                     if self._have_peers_changed:

@@ -12,6 +12,7 @@ import msgspec
 from clusterpool.config import PATCHING_SETUP, WORKER_SETUP_VARIABLE
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
+from clusterpool.core.zygote_watch import Finding, ZygoteWatch
 from clusterpool.errors import StartFailed
 from clusterpool.processes.logs import LogPipe, WorkerLog, prune_logs
 from clusterpool.processes.sweep import SESSION_VARIABLE
@@ -47,6 +48,7 @@ class WorkerProcesses:
     def __init__(self, shell: NodeShell, zygote: Zygote) -> None:
         self._shell = shell
         self._zygote = zygote
+        self._watch = ZygoteWatch()
         self._workers: dict[str, _WorkerProcess] = {}
         self._preloaded: set[str] = set()
         self._ended_logs = 0
@@ -114,6 +116,17 @@ class WorkerProcesses:
     def end(self, command: e.EndWorker) -> None:
         """Send a worker a signal."""
         self._zygote.kill_worker(command.process_id, command.signal, with_group=command.with_group)
+
+    def time_passed(self) -> None:
+        """A tick: whether the zygote answers."""
+        found = self._watch.look(is_asked=self._zygote.is_asked, heard=self._zygote.heard)
+        if found is Finding.PROBE_DUE:
+            self._zygote.probe()
+        elif found is Finding.STUCK:
+            self._zygote.end_stuck(
+                f"the process that forks workers (pid {self._zygote.pid}) did not answer for a minute; it was stopped "
+                "(SIGSTOP, a debugger), or hangs in the kernel, and has been killed"
+            )
 
     def close(self) -> None:
         """End all workers, and the zygote."""

@@ -15,6 +15,7 @@ Values go over as `marshal`, because both ends are the same interpreter, and it 
 
 from __future__ import annotations
 
+import contextlib
 import marshal
 import os
 import signal
@@ -32,6 +33,7 @@ WORKER_MODULE = "clusterpool.worker.main"
 REQUEST_BYTES_MAX = 128 * 1024
 _EVENTS_MAX = 256
 _EXIT_WAIT_S = 2.0
+_ANSWERS = frozenset({"forked", "fork_failed", "preloaded", "acknowledged"})
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class Zygote:
         self._unsent: deque[bytes] = deque()
         self._reason = ""
         self._abandoned: set[str] = set()  # workers whose pipes could not be taken over: killed, and reported as failed
+        self.heard = 0  # messages that have come from it
+        self._unanswered = 0
 
     @classmethod
     def start(cls, worker_module: str = WORKER_MODULE) -> Zygote:
@@ -159,6 +163,22 @@ class Zygote:
         """
         self._request(("preload", tuple(modules)))
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether a request waits for its answer."""
+        return self._unanswered > 0 and self._control is not None
+
+    def probe(self) -> None:
+        """Ask what is answered by nothing but an acknowledgement."""
+        if self._control is not None:
+            self._request(("kill", "", 0, False))
+
+    def end_stuck(self, reason: str) -> None:
+        """Kill a zygote that does not answer; ZygoteDied with `reason` follows."""
+        self._reason = reason
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)  # our child, not yet waited for: the pid is its own still
+
     def read_events(self) -> list[ZygoteEvent]:
         """What has happened since; does not block. After ZygoteDied, nothing more."""
         events: list[ZygoteEvent] = []
@@ -199,6 +219,7 @@ class Zygote:
                 "send what is large to the worker once it runs"
             )
         self._unsent.append(packet)
+        self._unanswered += 1
         self._send_unsent()
 
     def _send_unsent(self) -> None:
@@ -213,6 +234,9 @@ class Zygote:
 
     def _event(self, reply: tuple[Any, ...], descriptors: list[int]) -> ZygoteEvent | None:
         kind, *fields = reply
+        self.heard += 1
+        if kind in _ANSWERS:
+            self._unanswered = max(0, self._unanswered - 1)
         if kind == "forked":
             worker_id, pid = fields
             return self._forked(worker_id, pid, descriptors)

@@ -124,6 +124,15 @@ def test_when_the_zygote_dies_the_node_is_told_and_the_workers_die() -> None:
     wait_until_gone(found["pids"])
 
 
+def test_a_zygote_that_is_stopped_is_seen_to_be_silent_and_ended_with_its_workers() -> None:
+    found = play("zygote_stopped")
+    assert found["asked"] == [False, True]
+    assert found["is_silent"]
+    assert found["answers"] == 3  # to both requests, and the worker's end
+    assert found["reason"] == "it did not answer"
+    wait_until_gone(found["pids"])
+
+
 def test_when_the_node_dies_all_die() -> None:
     wait_until_gone(play("node_dies", exit_code=-signal.SIGKILL))
 

@@ -203,6 +203,30 @@ def zygote_dies() -> Any:
     return {"code": died.exit_code, "pids": pids, "error": error, "fileno": node.zygote.fileno()}
 
 
+def zygote_stopped() -> Any:
+    """What shows that it does not answer; it goes on, and is stopped again and ended."""
+    node = Node()
+    forked = node.fork("w1", do="sleep")
+    asked = [node.zygote.is_asked]
+    os.kill(node.zygote.pid, signal.SIGSTOP)
+    node.zygote.kill_worker("w1", signal.SIGKILL)
+    heard = node.zygote.heard
+    node.zygote.probe()
+    node.events += node.zygote.read_events()
+    asked.append(node.zygote.is_asked)
+    is_silent = node.zygote.heard == heard
+    os.kill(node.zygote.pid, signal.SIGCONT)
+    node.wait(lambda: bool(node.of(WorkerExited)) and not node.zygote.is_asked)
+    answers = node.zygote.heard - heard
+    second = node.fork("w2", do="sleep")
+    os.kill(node.zygote.pid, signal.SIGSTOP)
+    node.zygote.end_stuck("it did not answer")
+    node.wait(lambda: bool(node.of(ZygoteDied)))
+    died = node.of(ZygoteDied)[0]
+    pids = [forked.pid, second.pid, node.zygote.pid]
+    return {"asked": asked, "is_silent": is_silent, "answers": answers, "reason": died.reason, "pids": pids}
+
+
 def node_dies() -> Any:
     node = Node()
     pids = [node.zygote.pid] + [node.fork(f"w{i}", do="sleep").pid for i in range(3)]
