@@ -119,3 +119,7 @@ class ProtocolError(ClusterpoolError):
 
 class InvalidTransition(ClusterpoolError):
     """A bug in clusterpool: a state machine met an event that its state does not allow."""
+
+
+# The control store cannot do it now, and may later: it is away, has no memory left, or has another password.
+STORE_CANNOT = (NotConnected, StoreFull, AuthenticationFailed)

@@ -1,8 +1,9 @@
 """What the rest of the program may ask of a control store; `store.ControlStore` is the real one.
 
-Every call may raise NotConnected (the store could not be reached; the call may or may not have taken
-effect, and may be made again), AuthenticationFailed (never worth a retry) or StoreFull. Records are opaque
-bytes here, UTF-8 text because events carry them too; see `records`.
+Every call may raise what is in `errors.STORE_CANNOT`: NotConnected (the store could not be reached; the call may or
+may not have taken effect, and may be made again), StoreFull or AuthenticationFailed (worth another try only once
+somebody has made room, or mended the password). Records are opaque bytes here, UTF-8 text because events carry them
+too; see `records`.
 """
 
 from __future__ import annotations

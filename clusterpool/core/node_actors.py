@@ -24,6 +24,7 @@ from clusterpool.core.messages import Address
 from clusterpool.core.node_events import ActorEventRead, CallStore, Send, StoreRaised, StoreReturned, Warn
 from clusterpool.core.scheduler import Scheduler
 from clusterpool.core.store_facts import StoreFacts
+from clusterpool.errors import STORE_CANNOT
 
 Commands = list[Any]
 OnAnswer = Callable[[Any, str, str], Commands]
@@ -35,8 +36,7 @@ ASK_AGAIN_S = 2.0
 # Who waits for a next life was told that the last one is over; but a message that came back, because two nodes had lost
 # sight of one another, says so too. Later than any real end is in the registry (5 s for a node), the last one it is.
 NEXT_LIFE_WAIT_S = 10.0
-# The control store cannot do it now, and may later: it is away, has no memory left, or has another password.
-STORE_CANNOT = ("NotConnected", "StoreFull", "AuthenticationFailed")
+_STORE_CANNOT = frozenset(error.__name__ for error in STORE_CANNOT)
 
 
 class _Waiter:
@@ -112,7 +112,7 @@ class NodeActors:
         on_answer, command, is_stubborn = self._calls.get(event.tag, (None, None, False))
         if command is None:
             return []
-        if is_stubborn and isinstance(event, StoreRaised) and event.kind in STORE_CANNOT:
+        if is_stubborn and isinstance(event, StoreRaised) and event.kind in _STORE_CANNOT:
             self._again.append(command)  # whoever waits for this has nobody else to ask
             return []
         del self._calls[event.tag]

@@ -23,7 +23,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from clusterpool.core import coordination_events as e
-from clusterpool.errors import AuthenticationFailed, ClusterpoolError, NotConnected, StoreFull
+from clusterpool.errors import STORE_CANNOT, ClusterpoolError, NotConnected
 from clusterpool.node.store_thread import PATIENCE_S
 from clusterpool.node.thin_tokens import drain_semaphore, read_tokens, return_tokens
 from clusterpool.processes.thin_files import cell_path, remove_thin_files, semaphore_path
@@ -169,7 +169,7 @@ class _StoreCalls:
                 if self._store is None:
                     self._store = self._connect()
                 value = getattr(self._store, call.operation)(*numbers, *call.arguments)
-            except (NotConnected, StoreFull, AuthenticationFailed) as exc:
+            except STORE_CANNOT as exc:
                 # The same number again: if it took effect the first time, it does not the second.
                 has_time = isinstance(exc, NotConnected) and time.monotonic() < deadline_s
                 if not self._is_stopping and (not call.tag or has_time):

@@ -21,7 +21,7 @@ from clusterpool.control_store.unreadable import rejection
 from clusterpool.core import membership as ms
 from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
-from clusterpool.errors import AuthenticationFailed, ClusterpoolError, NotConnected, StoreFull
+from clusterpool.errors import STORE_CANNOT, ClusterpoolError, NotConnected
 from clusterpool.node.store_route import NodeStoreRoute, OpenTunnel, StoreRelay
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ class StoreThread:
             event = self._membership.carry_out(self._store, command)
             self._membership.answered(event)
             self._is_back(type(command).__name__)
-        except (NotConnected, StoreFull, AuthenticationFailed) as exc:
+        except STORE_CANNOT as exc:
             self._is_away(exc)
             event = ms.StoreFailed(str(exc))
         except ClusterpoolError as exc:
