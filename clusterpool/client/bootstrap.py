@@ -20,7 +20,7 @@ import msgspec
 from clusterpool import config, ids
 from clusterpool.client.client import Client
 from clusterpool.client.packages import Prepared, upload
-from clusterpool.client.resource_needs import checked_amounts
+from clusterpool.client.resource_needs import checked_other_amounts
 from clusterpool.client.runtime import Runtime
 from clusterpool.core import messages as m
 from clusterpool.core.messages import Address
@@ -107,9 +107,7 @@ def check_arguments(
 ) -> None:
     """Raises: ValueError, TypeError for sizes that no cluster can have, and for a namespace that is no name."""
     named = {"num_cpus": num_cpus, "num_gpus": num_gpus, "memory": memory, "object_store_bytes": object_store_bytes}
-    for name in resources or {}:
-        if name in ("CPU", "GPU", "memory"):
-            raise ValueError(f"give {name} as num_cpus=, num_gpus= or memory=, not in resources=")
+    checked_other_amounts(resources)
     for name, amount in named.items():
         if amount is None:
             continue
@@ -117,7 +115,6 @@ def check_arguments(
             raise TypeError(f"{name} must be a number, not {amount!r}")
         if not 0 <= amount < float("inf"):
             raise ValueError(f"{name} must be a number of 0 or more: {amount}")
-    checked_amounts(resources)
     if not isinstance(namespace or "", str):
         raise TypeError(f"namespace must be a string, not {namespace!r}")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from clusterpool.client import api, packages
 from clusterpool.client.object_ref import ObjectRef
-from clusterpool.client.resource_needs import checked_amount, checked_amounts
+from clusterpool.client.resource_needs import checked_amount, checked_other_amounts
 from clusterpool.client.runtime import Runtime
 from clusterpool.client.task_limits import limits_for
 from clusterpool.core import owner_events as e
@@ -50,10 +50,7 @@ def resources_of(options: Mapping[str, Any], *, default_cpus: float) -> dict[str
 
     Raises: ValueError for negative amounts, TypeError for what is no number.
     """
-    resources: dict[str, Any] = {**checked_amounts(options.get("resources"))}
-    for name in ("CPU", "GPU", "memory"):
-        if name in resources:
-            raise ValueError(f"give {name} as num_cpus=, num_gpus= or memory=, not in resources=")
+    resources: dict[str, Any] = {**checked_other_amounts(options.get("resources"))}
     resources["CPU"] = options.get("num_cpus") if options.get("num_cpus") is not None else default_cpus
     for name, key in (("GPU", "num_gpus"), ("memory", "memory")):
         if options.get(key):

@@ -18,6 +18,18 @@ def checked_amounts(resources: Any) -> dict[str, float]:
     return {checked_name(name): checked_amount(name, amount) for name, amount in resources.items()}
 
 
+def checked_other_amounts(resources: Any) -> dict[str, float]:
+    """The same, where CPU, GPU and memory have arguments of their own.
+
+    Raises: TypeError, ValueError.
+    """
+    amounts = checked_amounts(resources)
+    for name in ("CPU", "GPU", "memory"):
+        if name in amounts:
+            raise ValueError(f"give {name} as num_cpus=, num_gpus= or memory=, not in resources=")
+    return amounts
+
+
 def checked_name(name: Any) -> str:
     """The name of a resource.
 
