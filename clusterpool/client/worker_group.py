@@ -274,8 +274,8 @@ class WorkerGroup:
             self.size = command.size
         elif isinstance(command, e.SetSetupFailed):
             if self._on_setup_failed is not None:
-                failed = errors.WorkerSetupFailed(command.text)
-                self._on_setup_failed(load_exception(command.error) if command.error else failed)
+                error = load_exception(command.error) if command.error else errors.WorkerSetupFailed(command.text)
+                self._on_setup_failed(error)
         elif isinstance(command, e.SetEnded):
             self._is_ended = True
             self._functions.clear()

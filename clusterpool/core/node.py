@@ -234,11 +234,9 @@ class NodeMachine:
             # It was cut off: nobody could end it in good order.
             text = "it sent bytes that are no message of clusterpool's"
             commands += self.scheduler.end_worker(event.address.process_id, text)
-        for watchers in (
-            *self._watchers.values(),
-            self.capacity.watchers,
-        ):  # else an actor that lives long would gather all who ever called it
+        for watchers in self._watchers.values():  # else an actor that lives long would gather all who ever called it
             watchers.discard(event.address)
+        self.capacity.watchers.discard(event.address)
         if process.kind == "driver" and self.is_embedded and process.pid == self.driver_pid:
             commands.append(e.StopNode("its driver has ended"))
         return commands

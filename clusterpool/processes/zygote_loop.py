@@ -162,9 +162,8 @@ class ZygoteLoop:
     def _kill(self, worker_id: str, signal_number: int, with_group: bool) -> None:
         pid = self._pid_by_worker.get(worker_id)
         if pid is not None:
-            # Its group has its own number, from its first moments on. Both are its own until it is waited for.
-            if with_group and os.getpgid(pid) == pid:
-                os.killpg(pid, signal_number)
+            if with_group:
+                _signal_with_group(pid, signal_number)
             else:
                 os.kill(pid, signal_number)
         self._send(("acknowledged",))
@@ -228,9 +227,7 @@ class ZygoteLoop:
         not wait for it.
         """
         for pid in (*self._worker_by_pid, *self._modules_by_trial_pid):
-            if os.getpgid(pid) == pid:
-                os.killpg(pid, signal.SIGKILL)
-            os.kill(pid, signal.SIGKILL)
+            _signal_with_group(pid, signal.SIGKILL)
         for pid in (*self._worker_by_pid, *self._modules_by_trial_pid):
             os.waitpid(pid, 0)
 
@@ -282,6 +279,14 @@ def _rebuild_standard_streams() -> None:
         stream: TextIO = open(number, "w", 1, "utf-8", "backslashreplace", closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+
+
+def _signal_with_group(pid: int, signal_number: int) -> None:
+    # Its group has its own number, from its first moments on. Both are its own until it is waited for.
+    if os.getpgid(pid) == pid:
+        os.killpg(pid, signal_number)
+    else:
+        os.kill(pid, signal_number)
 
 
 def _explain(error: OSError) -> str:

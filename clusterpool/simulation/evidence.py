@@ -177,10 +177,11 @@ class Evidence:
     def _is_by_fork(self, text: str) -> bool:
         return "could not be started" in text and "fork" in self._world.monitor.happened
 
+    def _names_node_that_is_over(self, text: str) -> bool:
+        return not self.over.isdisjoint(_NAMES.findall(text))
+
     def _is_by_lost_copy(self, text: str) -> bool:
-        if any(name in self.over for name in _NAMES.findall(text) if name.startswith("n")):
-            return True
-        return self._is_by_disk(text)
+        return self._names_node_that_is_over(text) or self._is_by_disk(text)
 
     def _is_by_end_of_carrier(self, text: str) -> bool:
         names = _CARRIERS.findall(text)
@@ -192,14 +193,13 @@ class Evidence:
         return maker is not None and maker.node_party.node_id in self.over
 
     def _is_by_silence(self, text: str) -> bool:
-        return any(name in self.over for name in _NAMES.findall(text)) or self._is_by_end_of_carrier(text)
+        return self._names_node_that_is_over(text) or self._is_by_end_of_carrier(text)
 
     def _is_by_outage(self, text: str) -> bool:
-        nodes = [name for name in _NAMES.findall(text) if name.startswith("n")]
         return (
             self.has_suffered("store", "away", "loss")
-            or any(self.has_suffered(node, "store_cut", "frozen") for node in nodes)
-            or any(node in self.over for node in nodes)
+            or any(self.has_suffered(name, "store_cut", "frozen") for name in _NAMES.findall(text))
+            or self._names_node_that_is_over(text)
         )
 
     def _is_by_small_store(self, _text: str) -> bool:

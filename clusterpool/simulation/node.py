@@ -139,8 +139,6 @@ class SimulatedNode(Party):
             self.note("warn", command.text)
         elif isinstance(command, e.RemoveJob):
             pass
-        elif isinstance(command, e.Warn):
-            self.note("warning", command.text)
         elif not self._take(command):
             self.store.put(command)
 
