@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -27,6 +28,15 @@ def one_node() -> Iterator[dict[str, Any]]:
     started = answer_of("up", *SMALL, "--name", "only", "--label", "zone=a", "--resources", '{"ssd": 2}')
     yield started
     clusterpool_command("down")
+
+
+def forge_join_file(started: dict[str, Any], folder: Path, **changes: str) -> Path:
+    """That of the cluster with changes, and in the name of another: it must not be taken for the one that is here."""
+    join = json.loads(Path(started["join_file"]).read_text())
+    forged = folder / "join.json"
+    forged.write_text(json.dumps({**join, **changes, "cluster_id": "00000000"}))
+    forged.chmod(0o600)
+    return forged
 
 
 @pytest.mark.parametrize(
@@ -165,12 +175,7 @@ def test_stop_without_a_name_ends_the_cluster_that_is_only_here(one_node: dict[s
 
 
 def test_a_node_with_wrong_keys_of_the_store_is_refused(one_node: dict[str, Any], tmp_path: Path) -> None:
-    import json
-
-    join = json.loads(Path(one_node["join_file"]).read_text())
-    forged = tmp_path / "join.json"
-    forged.write_text(json.dumps({**join, "control_store_password": "wrong", "cluster_id": "00000000"}))
-    forged.chmod(0o600)
+    forged = forge_join_file(one_node, tmp_path, control_store_password="wrong")
     done = clusterpool_command("start", "--address", forged, *SMALL)
     assert done.returncode == 1
     assert "refused our password" in done.stderr
@@ -179,12 +184,7 @@ def test_a_node_with_wrong_keys_of_the_store_is_refused(one_node: dict[str, Any]
 
 
 def test_a_node_of_a_cluster_that_is_not_there_says_so_soon(one_node: dict[str, Any], tmp_path: Path) -> None:
-    import json
-
-    join = json.loads(Path(one_node["join_file"]).read_text())
-    forged = tmp_path / "join.json"
-    forged.write_text(json.dumps({**join, "control_store_url": "redis://127.0.0.1:1/0", "cluster_id": "00000000"}))
-    forged.chmod(0o600)
+    forged = forge_join_file(one_node, tmp_path, control_store_url="redis://127.0.0.1:1/0")
     done = clusterpool_command("start", "--address", forged, *SMALL)
     assert done.returncode == 1
     assert done.stderr.startswith("Error: the control store at redis://127.0.0.1:1/0 did not answer: ")
@@ -192,8 +192,6 @@ def test_a_node_of_a_cluster_that_is_not_there_says_so_soon(one_node: dict[str, 
 
 
 def test_a_node_of_another_python_is_refused_and_both_are_named(one_node: dict[str, Any]) -> None:
-    import json
-
     from clusterpool.control_store.store import ControlStore
     from clusterpool.core.cluster_view import NodeLoad, NodeRecord
 

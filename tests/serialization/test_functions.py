@@ -18,6 +18,7 @@ import pytest
 from clusterpool import errors
 from clusterpool.serialization import functions, packing
 from clusterpool.serialization.versions import CONTENT_CHECK_BYTES_MAX, Dependency, looks
+from tests.serialization.sources import SINGLE_DISPATCH
 
 
 @pytest.fixture
@@ -100,18 +101,7 @@ def test_a_shipment_knows_when_it_is_out_of_date(plugin: Any, source: str, chang
 
 
 def test_a_single_dispatch_function_is_sent_with_all_its_kinds(plugin: Any) -> None:
-    source = """
-import functools
-class Own: pass
-@functools.singledispatch
-def name(value): return "object"
-@name.register
-def _(value: list): return [name(item) for item in value]
-@name.register(Own)
-def _(value): return "own"
-name(Own())
-"""
-    define(plugin, source)
+    define(plugin, SINGLE_DISPATCH)
     payload = functions.dumps_function(plugin.name)
     expected = ["object", ["own"]]
     assert functions.loads_function(payload)([1, [plugin.Own()]]) == expected

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.serialization.sources import SINGLE_DISPATCH
 from tests.serialization.two_interpreters import ScriptRunner
 
 
@@ -33,16 +34,8 @@ assert model is None
 
 def test_a_single_dispatch_function_is_one_in_each_process(script: ScriptRunner) -> None:
     script.run(
-        """
-import functools
-class Own: pass
-@functools.singledispatch
-def name(value): return "object"
-@name.register
-def _(value: list): return [name(item) for item in value]
-@name.register(Own)
-def _(value): return "own"
-name(Own())
+        SINGLE_DISPATCH
+        + """
 assert worker.call(name, [1, [Own()]]) == ["object", ["own"]]
 assert worker.call(lambda: name(Own())) == "own"
 name.register(int, lambda value: "int")
