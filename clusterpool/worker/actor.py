@@ -32,6 +32,7 @@ class ActorRunner:
         self._running: dict[Key, concurrent.futures.Future[None]] = {}
         # One of two threads that cancel the same call says so to its owner. Never held while something is sent.
         self._cancelling = threading.Lock()
+        self._cancelled: set[Key] = set()  # coroutines that have still to hear of it
         # Not `inspect.getmembers` of the instance: that would run the user's properties.
         members = [inspect.getattr_static(type(instance), name, None) for name in dir(type(instance))]
         if any(inspect.iscoroutinefunction(member) or inspect.isasyncgenfunction(member) for member in members):
@@ -78,8 +79,12 @@ class ActorRunner:
         """Cancel a call that was taken; whether it was one that need not be told otherwise."""
         with self._cancelling:
             future = self._running.get(key)
+            if future is None or future.cancelled():
+                return False
+            if self._loop is not None:
+                self._cancelled.add(key)  # first, since the loop may run it at once
             # A thread cannot be interrupted, but a generator that it runs ends with its next item.
-            is_cancelled = future is not None and not future.cancelled() and future.cancel()
+            is_cancelled = future.cancel()
         if is_cancelled:
             self._finished(key.owner, TaskResult(key.number, TaskStatus.CANCELLED, b""))
         return is_cancelled
@@ -124,21 +129,22 @@ class ActorRunner:
         self._loop_thread.start()
 
     async def _run_async(self, owner: Address, spec: TaskSpec) -> None:
-        runner = self._runner
-        async with self._limit:
-            try:
+        runner, key = self._runner, Key(owner, spec.number)
+        try:
+            async with self._limit:
                 result = await self._result_of(owner, spec)
-            except asyncio.CancelledError:
-                raise  # `cancel` has sent the result
-            except Interrupted:
-                result = TaskResult(spec.number, TaskStatus.CANCELLED, b"")
-            except SystemExit as exc:
-                runner.exit(exc)
-                return
-            except BaseException as exc:
-                result = runner.calls.error(spec, exc, is_loaded=not isinstance(exc, ObjectUnreadable))
-            finally:
-                runner.drop_references(spec)
+        except Interrupted:
+            result = TaskResult(spec.number, TaskStatus.CANCELLED, b"")
+        except SystemExit as exc:
+            runner.exit(exc)
+            return
+        except BaseException as exc:
+            if isinstance(exc, asyncio.CancelledError) and key in self._cancelled:
+                raise  # `cancel` has sent the result; any other is the method's own, for which its caller waits
+            result = runner.calls.error(spec, exc, is_loaded=not isinstance(exc, ObjectUnreadable))
+        finally:
+            self._cancelled.discard(key)
+            runner.drop_references(spec)
         self._finished(owner, result)
 
     async def _result_of(self, owner: Address, spec: TaskSpec) -> TaskResult:

@@ -56,10 +56,9 @@ class CallRunner:
             return self.returned(owner, spec, call())
         except Interrupted:
             return TaskResult(spec.number, TaskStatus.CANCELLED, b"")
-        except (Exception, KeyboardInterrupt) as exc:
-            return self.error(spec, exc, is_loaded=is_loaded)
         except BaseException as exc:
-            if not runner.runtime.returns_exits:
+            # All but an exit is the task's own affair: asyncio.CancelledError, for one, which is no Exception.
+            if isinstance(exc, SystemExit) and not runner.runtime.returns_exits:
                 raise
             return self.error(spec, exc, is_loaded=is_loaded)
         finally:

@@ -307,6 +307,30 @@ def test_coroutines_are_cancelled_at_the_moment_when_they_begin() -> None:
             clusterpool.get(ref, timeout=20)
 
 
+def test_a_method_that_is_cancelled_by_itself_answers() -> None:
+    import asyncio
+
+    class Sleeper:
+        async def cancel_myself(self, value: Any) -> None:
+            raise asyncio.CancelledError(f"had {type(value).__name__}")
+
+        def hello(self) -> str:
+            return "hello"
+
+    class Threaded:
+        def cancel_myself(self, value: Any) -> None:
+            raise asyncio.CancelledError(f"had {type(value).__name__}")
+
+        def hello(self) -> str:
+            return "hello"
+
+    for actor in (clusterpool.remote(Sleeper), clusterpool.remote(max_concurrency=2)(Threaded)):
+        handle = actor.remote()
+        with pytest.raises(asyncio.CancelledError, match="had list"):
+            clusterpool.get(handle.cancel_myself.remote([clusterpool.put(1)]), timeout=50)
+        assert clusterpool.get(handle.hello.remote(), timeout=50) == "hello"
+
+
 def test_a_queued_call_is_cancelled(tmp_path: Path) -> None:
     counter = RemoteCounter.remote()
     running = counter.touch_and_wait.remote(str(tmp_path / "started"))

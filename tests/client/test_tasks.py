@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import os
@@ -283,6 +284,26 @@ def test_retries_are_counted(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path)) == 4  # the first, and three more
 
 
+class Unusual(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError("x"), GeneratorExit("x"), Unusual("x")])
+def test_what_is_no_exception_but_no_exit_either_arrives_and_costs_no_worker(error: BaseException) -> None:
+    @clusterpool.remote
+    def fail() -> None:
+        raise error
+
+    @clusterpool.remote
+    def pid() -> int:
+        return os.getpid()
+
+    before = clusterpool.get(pid.remote())
+    with pytest.raises(type(error), match="x"):
+        clusterpool.get(fail.remote())
+    assert clusterpool.get(pid.remote()) == before
+
+
 def test_sys_exit_in_a_task_ends_its_worker_and_nothing_else(tmp_path: Path) -> None:
     @clusterpool.remote(retries=0)
     def leave() -> None:
@@ -543,7 +564,6 @@ def test_a_future_gets_the_error(tmp_path: Path) -> None:
 
 
 def test_references_are_awaited() -> None:
-    import asyncio
 
     async def main() -> list[int]:
         first = await add.remote(1)
