@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import concurrent.futures
 import contextlib
+import operator
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import monotonic
@@ -22,6 +23,7 @@ from clusterpool.client.future import LeanFuture
 from clusterpool.client.object_ref import ObjectRef
 from clusterpool.client.readiness import Readiness, are_own_and_distinct, check_distinct
 from clusterpool.client.reading import Rounds, read_values
+from clusterpool.client.ref_stream import ObjectRefStream
 from clusterpool.client.runtime import Runtime
 from clusterpool.client.submission import put_value
 from clusterpool.client.values import ObjectUnreadable
@@ -264,6 +266,8 @@ def get(refs: ObjectRef | Sequence[ObjectRef], timeout: float | None = None) -> 
     Raises: the task's own exception; GetTimeout; ObjectLost, OwnerDied, TaskCancelled, WorkerDied, ActorDied.
     """
     is_single = isinstance(refs, ObjectRef)
+    if not is_single and not isinstance(refs, Iterable):
+        raise TypeError(f"get() takes an ObjectRef or a sequence of them, not {type(refs).__name__}: {refs!r}")
     wanted: list[ObjectRef] = [refs] if isinstance(refs, ObjectRef) else list(refs)
     for ref in wanted:
         if not isinstance(ref, ObjectRef):
@@ -320,8 +324,12 @@ def wait(
     """Wait until `num_returns` of `refs` have values (or errors), for at most `timeout` seconds.
 
     Returns: those that have (at most `num_returns`), and the rest, each in the order given.
-    Raises: ValueError for duplicates or a `num_returns` that is not in 1 .. len(refs).
+    Raises: ValueError for duplicates or a `num_returns` that is not in 1 .. len(refs); TypeError.
     """
+    if isinstance(refs, ObjectRef) or not isinstance(refs, Iterable):
+        raise TypeError(f"wait() takes a sequence of ObjectRefs, not {type(refs).__name__}: {refs!r}")
+    if type(num_returns) is not int:
+        num_returns = operator.index(num_returns)
     wanted = list(refs)
     here = current.get_if_any()
     is_own = here is not None and are_own_and_distinct(wanted, here.client.address)
@@ -371,13 +379,16 @@ def future_of(ref: ObjectRef) -> concurrent.futures.Future[Any]:
     return future
 
 
-def cancel(ref: ObjectRef, *, force: bool = False) -> bool:
+def cancel(ref: ObjectRef | ObjectRefStream, *, force: bool = False) -> bool:
     """Cancel the task that makes `ref`: drop it if it has not started, else interrupt it (KeyboardInterrupt is raised
     in it, as by Ctrl-C, so that it can clean up), or with `force` kill its worker. `get` raises TaskCancelled.
+    A generator's task is cancelled by its stream, which ends with an item that raises TaskCancelled.
 
     Returns: whether it will certainly not run to its end.
     Raises: ValueError when another process has submitted the task.
     """
+    if isinstance(ref, ObjectRefStream):
+        return ref.cancel(force=force)
     if not isinstance(ref, ObjectRef):
         raise TypeError(f"cancel() takes an ObjectRef, not {type(ref).__name__}")
     client = _runtime_of([ref]).client

@@ -30,6 +30,7 @@ class Deliveries:
         self.chunk_loader: Callable[[e.DeliverChunk, Any], None] = _no_loader
         self.watchers: dict[tuple[Address, int], list[Delivery]] = {}
         self.listeners: list[Callable[[list[tuple[Address, int]]], None]] = []  # to all that becomes known
+        self.stream_watchers: dict[int, list[Delivery]] = {}  # coroutines that wait for an item, by task number
         self.set_sinks: dict[int, Any] = {}  # WorkerGroups, by set number
         self._worker_facts: dict[str, GroupWorker | None] = {}
 
@@ -57,7 +58,10 @@ class Deliveries:
         elif kind is e.DeliverChunk:
             load_chunk, facts = self.chunk_loader, self._facts_of(command.worker)  # type: ignore[attr-defined]
             self.queue.append(lambda: load_chunk(command, facts))  # type: ignore[arg-type]
-        elif kind is not e.StreamMoved and kind is not e.ActorMoved:
+        elif kind is e.StreamMoved:
+            if self.stream_watchers:
+                self.queue.extend(self.stream_watchers.pop(command.number, ()))  # type: ignore[attr-defined]
+        elif kind is not e.ActorMoved:
             sink = self.set_sinks.get(command.set_number)  # type: ignore[attr-defined]
             if sink is not None:
                 self.queue.append(lambda: sink.set_event(command))

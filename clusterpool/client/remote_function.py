@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from clusterpool.client import api, packages
 from clusterpool.client.object_ref import ObjectRef
+from clusterpool.client.ref_stream import ObjectRefStream
 from clusterpool.client.resource_needs import checked_amount, checked_other_amounts
 from clusterpool.client.runtime import Runtime
 from clusterpool.client.task_limits import limits_for
-from clusterpool.core import owner_events as e
 from clusterpool.core.messages import TaskExtras, TaskKind, WorkerDemand, WorkerKind
 
 RETRIES_DEFAULT = 3
@@ -210,60 +210,3 @@ def _drawn_to(here: Runtime, args: tuple[Any, ...]) -> str:
             if stored is not None and stored.size_bytes >= DRAWING_BYTES_MIN and own not in stored.node_ids:
                 return f"near:{stored.node_ids[0]}" if stored.node_ids else ""
     return ""
-
-
-class ObjectRefStream(Iterator[ObjectRef]):
-    """The references that a generator task yields, as it makes them; also an async iterator."""
-
-    def __init__(self, here: Runtime, number: int, stream: Any) -> None:
-        self._here = here
-        self._number = number
-        self._stream = stream
-        self._position = 0
-        self._told = 0  # of the position, what the generator knows
-        self._is_closed = False
-
-    def __iter__(self) -> ObjectRefStream:
-        return self
-
-    def __next__(self) -> ObjectRef:
-        stream, position = self._stream, self._position
-        if self._is_closed:
-            raise StopIteration
-        self._here.client.wait_until(lambda: len(stream.items) > position or stream.is_ended, None)
-        if len(stream.items) <= position:
-            self.close()
-            raise StopIteration
-        self._position += 1
-        client = self._here.client
-        if self._position - self._told >= stream.step:
-            self._told = self._position
-            client.handle_event(e.ItemsTaken(self._number, self._position))
-        return ObjectRef(client, client.address, stream.items[position], is_counted=True)
-
-    def __aiter__(self) -> ObjectRefStream:
-        return self
-
-    def __anext__(self) -> Any:
-        import asyncio
-
-        def next_or_end() -> ObjectRef:
-            try:
-                return next(self)
-            except StopIteration:
-                raise StopAsyncIteration from None
-
-        return asyncio.get_running_loop().run_in_executor(None, next_or_end)
-
-    def close(self) -> None:
-        """End the generator if it still runs, and let go of items that nobody took."""
-        if not self._is_closed:
-            self._is_closed = True
-            # From a garbage collection, perhaps: the machine is only left a note.
-            self._here.client.handle_event_later(e.StreamClosed(self._number, self._position))
-
-    def __del__(self) -> None:
-        try:
-            self.close()
-        except Exception:  # the interpreter is at its end
-            pass

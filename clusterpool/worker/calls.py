@@ -151,6 +151,8 @@ class CallRunner:
         return self._retry_on[1]
 
     def _several(self, owner: Address, spec: TaskSpec, value: Any, returns: int) -> TaskResult:
+        if returns and not isinstance(value, Iterable):
+            raise TypeError(f"the task has num_returns={returns}, but returned no sequence: {type(value).__name__}")
         values = list(value) if returns else []
         if len(values) != returns:
             raise ValueError(f"the task has num_returns={returns}, but returned {len(values)} values")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -141,12 +143,76 @@ def test_items_are_arguments_of_other_tasks() -> None:
 
 
 def test_a_stream_is_iterated_asynchronously() -> None:
-    import asyncio
-
     async def main() -> list[int]:
         return [await ref async for ref in count.remote(10)]
 
     assert asyncio.run(asyncio.wait_for(main(), 20)) == list(range(10))
+
+
+def test_a_coroutine_that_waits_for_an_item_takes_no_thread_and_can_be_cancelled(tmp_path: Path) -> None:
+    @clusterpool.remote(num_cpus=0)
+    def wait_for_file(path: str) -> Iterator[int]:
+        while not Path(path).exists():
+            time.sleep(0.005)
+        yield 1
+
+    file = tmp_path / "go"
+    streams = [wait_for_file.remote(str(file)) for _ in range(3)]
+
+    async def main() -> tuple[int, list[int]]:
+        waiting = [asyncio.ensure_future(anext(stream)) for stream in streams]
+        await asyncio.wait(waiting, timeout=0.1)
+        threads = threading.active_count()
+        waiting[0].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting[0]
+        streams[1].close()
+        with pytest.raises(StopAsyncIteration):
+            await waiting[1]
+        file.touch()
+        return threads, [await (await waiting[2]), *[await ref async for ref in streams[0]]]
+
+    before = threading.active_count()
+    threads, items = asyncio.run(asyncio.wait_for(main(), 50))
+    assert items == [1, 1]
+    assert threads <= before
+
+
+def test_a_program_of_coroutines_ends_though_a_stream_has_not_moved() -> None:
+    @clusterpool.remote
+    def never() -> Iterator[int]:
+        time.sleep(1000)
+        yield 1
+
+    stream = never.remote()
+
+    async def main() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(anext(stream), 0.05)
+
+    asyncio.run(main())
+    assert clusterpool.cancel(stream, force=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_generator_is_cancelled_by_its_stream(force: bool) -> None:
+    @clusterpool.remote
+    def forever() -> Iterator[int]:
+        while True:
+            yield 1
+            time.sleep(0.005)
+
+    stream = forever.remote()
+    assert clusterpool.get(next(stream), timeout=50) == 1
+    clusterpool.cancel(stream, force=force)
+    *_, last = stream
+    with pytest.raises(errors.TaskCancelled):
+        clusterpool.get(last, timeout=50)
+
+
+def test_a_stream_says_that_it_cannot_be_passed_on() -> None:
+    with pytest.raises(TypeError, match=r"pass on the references that it yields"):
+        clusterpool.put(count.remote(1))
 
 
 def test_a_stream_whose_worker_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -227,8 +293,6 @@ def test_closing_the_stream_of_an_actor(tmp_path: Path) -> None:
 
 
 def test_an_asynchronous_generator_method_streams(tmp_path: Path) -> None:
-    import asyncio
-
     class AsyncSource:
         async def numbers(self, stop: int) -> AsyncIterator[int]:
             for number in range(stop):

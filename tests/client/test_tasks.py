@@ -95,6 +95,31 @@ def test_a_wrong_number_of_return_values_is_an_error_of_each() -> None:
 
 
 @pytest.mark.usefixtures("nothing_left")
+def test_one_value_where_several_are_wanted_is_said_to_be_one() -> None:
+    @clusterpool.remote(num_returns=2)
+    def one() -> int:
+        return 1
+
+    for ref in one.remote():
+        with pytest.raises(TypeError, match="num_returns=2, but returned no sequence: int"):
+            clusterpool.get(ref, timeout=30)
+
+
+@pytest.mark.parametrize("call", [clusterpool.get, clusterpool.wait])
+def test_what_is_no_reference_is_named(call: Any) -> None:
+    with pytest.raises(TypeError, match="takes .*, not int: 3"):
+        call(3)
+
+
+def test_wait_says_what_it_takes() -> None:
+    ref = clusterpool.put(1)
+    with pytest.raises(TypeError, match="takes a sequence of ObjectRefs, not ObjectRef"):
+        clusterpool.wait(ref)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="float"):
+        clusterpool.wait([ref], num_returns=1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("nothing_left")
 def test_no_return_value(tmp_path: Path) -> None:
     @clusterpool.remote(num_returns=0)
     def nothing(path: str) -> None:
