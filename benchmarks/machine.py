@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+ROOT = Path(__file__).parents[1]
 PACKAGES = ("clusterpool", "loky", "ray", "dask", "distributed", "joblib", "numpy")
 
 
@@ -68,17 +70,21 @@ def processor_name() -> str:
     return platform.machine()
 
 
-def commit() -> str:
-    """The commit that was measured, with a plus sign if the checkout differed from it."""
-    root = Path(__file__).parents[1]
+def commit(root: Path = ROOT) -> str:
+    """The commit that is measured; if the checkout differs from it, with a plus sign and a digest of how.
+
+    Results of benchmarks do not count: they lie in the checkout, but are not what is measured.
+    """
+    named = git(root, "describe", "--always").decode().strip()
+    changes = git(root, "diff", "HEAD", "--binary", "--", ".", ":(exclude)benchmarks/results")
+    if changes:
+        named += f"+{hashlib.sha256(changes).hexdigest()[:8]}"
+    return named or "unknown"
+
+
+def git(root: Path, *arguments: str) -> bytes:
+    """What it prints; nothing where it fails, or is not there."""
     try:
-        named = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=False).stdout
     except OSError:
-        return "unknown"
-    return named.stdout.strip() or "unknown"
+        return b""

@@ -93,12 +93,11 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
     return names
 
 
-def table_of(rows: Sequence[Row]) -> Table:
+def table_of(rows: Sequence[Row], *, is_incomplete: bool = False) -> Table:
     """For the terminal."""
     columns = columns_of(rows)
-    table = Table(
-        title="Medians; less is better. A ratio is the other's cost divided by clusterpool's", show_lines=True
-    )
+    title = "Medians; less is better. A ratio is the other's cost divided by clusterpool's"
+    table = Table(title=f"INCOMPLETE. {title}" if is_incomplete else title, show_lines=True)
     table.add_column("figure")
     for name in columns:
         table.add_column(name, justify="right", style="bold" if name == OURS else "")

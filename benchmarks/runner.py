@@ -11,16 +11,21 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.figures import MEMCPY, Figure
+import psutil
+
+from benchmarks.figures import FIGURES, MEMCPY, Figure
+from benchmarks.journal import Journal, Plan, Sample
 from benchmarks.sample import MARK
 
 ROOT = Path(__file__).parents[1]
 # A contender that needs longer than this for one sample is reported as failed; the slowest need about 20 s.
 SAMPLE_TIMEOUT_S = 180.0
+# For what a killed sample had started: our own node, for one, finds its driver dead within a second, and tidies up.
+END_PATIENCE_S = 10.0
 
 
 @dataclass
@@ -30,10 +35,10 @@ class Results:
     samples: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=dict)
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def add(self, figure: str, contender: str, sample: dict[str, float]) -> None:
+    def add(self, sample: Sample) -> None:
         """Notes the values of one sample."""
-        metrics = self.samples.setdefault(figure, {}).setdefault(contender, {})
-        for metric, value in sample.items():
+        metrics = self.samples.setdefault(sample.figure, {}).setdefault(sample.contender, {})
+        for metric, value in sample.costs.items():
             metrics.setdefault(metric, []).append(value)
 
     def median(self, figure: str, contender: str, metric: str) -> float | None:
@@ -46,32 +51,43 @@ class SampleFailed(Exception):
     """The process of a sample failed or took too long; the text is the end of what it printed."""
 
 
-def run_all(
-    figures: Sequence[Figure],
-    contenders: Sequence[str],
-    *,
-    repeats: int,
-    quick: bool,
-    report: Callable[[str], None],
-) -> Results:
-    """Every figure for every contender that has it. A contender that fails at a figure is not asked again."""
-    results = Results()
+def turns_of(plan: Plan) -> list[tuple[Figure, str, int]]:
+    """Every figure for every contender that has it, in each round: figure, contender and the round's number."""
+    return [
+        (figure, contender, round_number)
+        for figure in FIGURES
+        if figure.name in plan.figures
+        for round_number in range(1, plan.repeats + 1)
+        for contender in figure.contenders
+        if contender in plan.contenders or contender == MEMCPY
+    ]
+
+
+def run_all(plan: Plan, results: Results, journal: Journal, *, report: Callable[[str], None]) -> None:
+    """Takes each turn of the plan of which the journal has no sample yet, and adds to both.
+
+    A contender that fails at a figure is not asked again. No process of a sample is left, after Ctrl-C neither.
+    """
+    turns = turns_of(plan)
+    known = {(sample.figure, sample.contender, sample.round_number): sample for sample in journal.samples}
+    for figure, contender, round_number in turns:
+        if sample := known.get((figure.name, contender, round_number)):
+            results.add(sample)
     with private_environment() as environment:
-        for figure in figures:
-            chosen = [name for name in figure.contenders if name in contenders or name == MEMCPY]
-            for round_number in range(1, repeats + 1):
-                for contender in chosen:
-                    if contender in results.failures.get(figure.name, {}):
-                        continue
-                    report(f"{figure.name}: {contender}, round {round_number} of {repeats}")
-                    try:
-                        sample = run_sample(figure, contender, quick=quick, environment=environment)
-                    except SampleFailed as error:
-                        results.failures.setdefault(figure.name, {})[contender] = str(error)
-                        report(f"{figure.name}: {contender} FAILED: {str(error).strip().splitlines()[-1]}")
-                    else:
-                        results.add(figure.name, contender, sample)
-    return results
+        for figure, contender, round_number in turns:
+            is_known = (figure.name, contender, round_number) in known
+            if is_known or contender in results.failures.get(figure.name, {}):
+                continue
+            report(f"{figure.name}: {contender}, round {round_number} of {plan.repeats}")
+            try:
+                costs = run_sample(figure, contender, quick=plan.quick, environment=environment)
+            except SampleFailed as error:
+                results.failures.setdefault(figure.name, {})[contender] = str(error)
+                report(f"{figure.name}: {contender} FAILED: {str(error).strip().splitlines()[-1]}")
+            else:
+                sample = Sample(figure.name, contender, round_number, costs)
+                journal.append(sample)
+                results.add(sample)
 
 
 def run_sample(figure: Figure, contender: str, *, quick: bool, environment: dict[str, str]) -> dict[str, float]:
@@ -88,16 +104,28 @@ def run_sample(figure: Figure, contender: str, *, quick: bool, environment: dict
         except subprocess.TimeoutExpired:
             exit_code = None
         finally:
-            # Whatever the library forgot must not disturb the next sample.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end_tree(process)
         output.seek(0)
         printed = output.read()
     if exit_code != 0:
         what = f"took more than {SAMPLE_TIMEOUT_S:g} s" if exit_code is None else f"exit code {exit_code}"
         raise SampleFailed(f"{printed[-2000:]}\n({what}) {last_line(printed)}")
     return scaled(parse(printed), divisor)
+
+
+def end_tree(process: subprocess.Popen[bytes]) -> None:
+    """Whatever the library forgot must not disturb the next sample, nor outlive a run that was interrupted."""
+    started = []
+    if process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started = psutil.Process(process.pid).children(recursive=True)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    # Those in groups of their own end by themselves where a library has thought of its user's death, and tidy up first.
+    for forgotten in psutil.wait_procs(started, END_PATIENCE_S)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            forgotten.kill()
 
 
 def last_line(printed: str) -> str:
@@ -130,6 +158,7 @@ def private_environment() -> Iterator[dict[str, str]]:
     environment.update(
         CLUSTERPOOL_HOME=f"{folder}/home",
         CLUSTERPOOL_TMPDIR=f"{folder}/tmp",
+        TMPDIR=f"{folder}/tmp",
         DASK_TEMPORARY_DIRECTORY=f"{folder}/tmp",
         PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         RAY_USAGE_STATS_ENABLED="0",

@@ -54,7 +54,7 @@ def with_ray(measure: Measure) -> Measure:
     """The measure, on a Ray that is started for it and ended after it."""
 
     def measured(amount: int) -> Sample:
-        folder = tempfile.mkdtemp(prefix="cpb-ray-")
+        folder = tempfile.mkdtemp(prefix="r-")
         ray.init(**OPTIONS, _temp_dir=folder)
         try:
             return measure(amount)
@@ -133,7 +133,7 @@ def joblib_figure(name: str) -> Measure:
 
 def first_result(_: int) -> Sample:
     """Ray and its Pool from nothing, each time."""
-    folder = tempfile.mkdtemp(prefix="cpb-ray-")
+    folder = tempfile.mkdtemp(prefix="r-")
     try:
         return time_fresh_program(FIRST_RESULT_PROGRAM.format(options=OPTIONS, folder=folder))
     finally:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks.contenders import MODULE_BY_CONTENDER
 from benchmarks.figures import CONTENDERS, FIGURES, MEMCPY, Ceiling, Speedup
+from benchmarks.journal import Journal, Plan, Sample
 from benchmarks.report import judge, rows_of, summary_of
 from benchmarks.runner import Results, SampleFailed, parse, run_all, run_sample, scaled
 from benchmarks.sample import MARK
+from tests.waiting import is_alive, wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,8 +44,8 @@ def test_a_bar_is_judged_by_the_medians(bar: Speedup | Ceiling, costs: dict[str,
 def test_the_median_is_over_the_rounds_and_rows_count_bars() -> None:
     results = Results()
     for seconds in (5.0, 1.0, 2.0):
-        results.add("map_chunk1", "clusterpool", {"seconds": seconds, "cpu_us": 1.0})
-        results.add("map_chunk1", "multiprocessing", {"seconds": 6.0, "cpu_us": 2.0})
+        results.add(Sample("map_chunk1", "clusterpool", 1, {"seconds": seconds, "cpu_us": 1.0}))
+        results.add(Sample("map_chunk1", "multiprocessing", 1, {"seconds": 6.0, "cpu_us": 2.0}))
     assert results.median("map_chunk1", "clusterpool", "seconds") == 2.0
     figures = [figure for figure in FIGURES if figure.name == "map_chunk1"]
     previous = {"medians": {"map_chunk1": {"cpu_us": {"clusterpool": 3.0}}}}
@@ -59,7 +64,9 @@ def test_a_sample_is_found_among_the_prints_of_a_library() -> None:
         parse("warning\n")
 
 
-def test_a_contender_that_fails_is_reported_and_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contender_that_fails_is_reported_and_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
     def fail(figure: object, contender: str, **options: object) -> dict[str, float]:
@@ -67,7 +74,9 @@ def test_a_contender_that_fails_is_reported_and_not_asked_again(monkeypatch: pyt
         raise SampleFailed("the end of its output")
 
     monkeypatch.setattr("benchmarks.runner.run_sample", fail)
-    results = run_all(FIGURES[:1], ["loky"], repeats=3, quick=True, report=lambda line: None)
+    plan = Plan((FIGURES[0].name,), ("loky",), 3, True, {})
+    results = Results()
+    run_all(plan, results, Journal.start(tmp_path, plan), report=lambda line: None)
     assert asked == ["loky"]
     assert results.failures == {"submit": {"loky": "the end of its output"}}
 
@@ -89,6 +98,44 @@ def test_every_bar_is_against_somebody_who_is_measured() -> None:
         for metric in figure.metrics:
             for bar in metric.bars:
                 assert not isinstance(bar, Speedup) or bar.against in figure.contenders, (figure.name, bar)
+
+
+def test_a_run_that_is_interrupted_leaves_its_samples_and_goes_on_from_them(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "--output", str(tmp_path)]
+    options = ["--quick", "--repeats", "1000", "--only", "apply", "--contenders", "multiprocessing,futures"]
+    with subprocess.Popen([*command, *options], cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+        try:
+            wait_for(lambda: len(samples_in(tmp_path)) >= 2, "it has two samples")
+            started = psutil.Process(first.pid).children(recursive=True)
+            first.send_signal(signal.SIGINT)
+            printed, _ = first.communicate(timeout=30)
+        finally:
+            first.kill()
+    assert first.returncode == 130, printed
+    assert not any(is_alive(process.pid) for process in started)
+    before = samples_in(tmp_path)
+    incomplete = f"INCOMPLETE: interrupted with {len(before)} samples of 2000."
+    assert incomplete in (tmp_path / "partial.md").read_text() and incomplete in printed
+    (journal,) = tmp_path.glob("samples-*.jsonl")
+    assert f"--resume {journal}" in printed
+    rounds = max(sample["round_number"] for sample in before) + 1
+    again = [*command, "--resume", str(journal), "--repeats", str(rounds)]
+    subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=50, check=True)
+    after = samples_in(tmp_path)
+    assert after[: len(before)] == before
+    assert sorted((sample["round_number"], sample["contender"]) for sample in after) == [
+        (number, contender) for number in range(1, rounds + 1) for contender in ("futures", "multiprocessing")
+    ]
+    assert "INCOMPLETE" not in (tmp_path / "partial.md").read_text()
+    kept = json.loads((tmp_path / "partial.json").read_text())["samples"]["apply"]
+    assert {len(values["round_trip_us"]) for values in kept.values()} == {rounds}
+
+
+def samples_in(folder: Path) -> list[dict[str, Any]]:
+    """Of the only journal in the folder."""
+    lines = [line for path in folder.glob("samples-*.jsonl") for line in path.read_text().splitlines(keepends=True)]
+    whole = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [line for line in whole if line["type"] == "sample"]
 
 
 def test_the_smallest_run_goes_through(tmp_path: Path) -> None:
