@@ -71,6 +71,17 @@ class Lineages(Owner):
             commands += self.finish(name, result, node_id=node_id)
         return commands
 
+    def make_first(self) -> None:
+        """Task 1 runs; its large result, to which there is a reference, lies on n2."""
+        self.submit(make_task(1, sink=None, retries=3))
+        self.run(made(1))
+
+    def make_first_two(self) -> None:
+        """And so does task 2, which takes the first one's."""
+        self.make_first()
+        self.submit_with(2, ref(1))
+        self.run(made(2))
+
     def drop(self, *numbers: int) -> list[e.Command]:
         return self.handle(e.ReferencesDropped([(DRIVER, number) for number in numbers]))
 
@@ -110,8 +121,7 @@ def attempts(commands: list[e.Command]) -> list[tuple[int, int]]:
 
 
 def test_a_lost_object_is_made_again_when_it_is_wanted(owner: Lineages) -> None:
-    owner.submit(make_task(1, sink=None, retries=3))
-    owner.run(made(1))
+    owner.make_first()
     assert not specs(owner.lose())  # nobody wants it yet
     assert owner.value(1).stored == StoredValue("d1.1", 10**6, [], DRIVER)
     owner.want(1)
@@ -125,8 +135,7 @@ def test_a_lost_object_is_made_again_when_it_is_wanted(owner: Lineages) -> None:
 
 
 def test_a_chain_is_made_again_from_its_start_though_its_middle_was_freed(owner: Lineages) -> None:
-    owner.submit(make_task(1, sink=None, retries=3))
-    owner.run(made(1))
+    owner.make_first()
     for number in (2, 3):
         owner.submit_with(number, ref(number - 1))
         owner.run(made(number))
@@ -147,8 +156,7 @@ def test_a_chain_is_made_again_from_its_start_though_its_middle_was_freed(owner:
 
 def test_a_long_chain_needs_no_deep_stack(owner: Lineages) -> None:
     count = 3000
-    owner.submit(make_task(1, sink=None, retries=3))
-    owner.run(made(1))
+    owner.make_first()
     for number in range(2, count + 1):
         owner.submit_with(number, ref(number - 1))
         owner.run(made(number))
@@ -170,8 +178,7 @@ def test_an_error_goes_down_a_long_chain_without_a_deep_stack(owner: Lineages) -
 
 
 def test_both_arms_of_a_diamond_use_one_rebuilt_top(owner: Lineages) -> None:
-    owner.submit(make_task(1, sink=None, retries=3))
-    owner.run(made(1))
+    owner.make_first()
     owner.submit_with(2, ref(1))
     owner.submit_with(3, ref(1))
     owner.run(made(2), made(3))
@@ -251,10 +258,7 @@ def test_what_was_lost_and_not_wanted_is_taken_from_a_run_for_another(owner: Lin
 
 
 def test_what_was_small_the_second_time_may_be_let_go_before_what_was_made_of_it(owner: Lineages) -> None:
-    owner.submit(make_task(1, sink=None, retries=3))
-    owner.run(made(1))
-    owner.submit_with(2, ref(1))
-    owner.run(made(2))
+    owner.make_first_two()
     owner.lose()
     owner.want(1)
     owner.run(make_result(1), node_id="n3")
@@ -270,8 +274,7 @@ def test_what_was_small_the_second_time_may_be_let_go_before_what_was_made_of_it
 
 
 def test_a_borrower_that_asks_gets_the_rebuilt_value(owner: Lineages) -> None:
-    owner.submit(make_task(1, sink=None, retries=3))
-    owner.run(made(1))
+    owner.make_first()
     owner.hear(NODE, m.AddBorrower(OTHER, [1]))
     owner.lose()
     assert not sent(owner.hear(OTHER, m.ResolveObject(5, 1)), m.ObjectResolved)
@@ -286,8 +289,7 @@ def unreadable(number: int, *gone: str, attempt: int = 1) -> m.UnreadablePart:
 
 
 def test_a_reader_that_says_it_is_gone_is_believed(owner: Lineages) -> None:
-    owner.submit(make_task(1, sink=None, retries=3))
-    owner.run(made(1))
+    owner.make_first()
     owner.hear(NODE, m.AddBorrower(OTHER, [1]))
     commands = owner.hear(OTHER, m.ResolveObject(5, 1, unreadable(1, "n2")))
     assert not sent(commands, m.ObjectResolved)
@@ -310,8 +312,7 @@ def test_a_reader_that_takes_the_owners_own_node_for_dead_is_not_believed(owner:
 
 
 def test_a_reader_gets_the_other_copy(owner: Lineages) -> None:
-    owner.submit(make_task(1, sink=None, retries=3))
-    owner.run(made(1))
+    owner.make_first()
     owner.hear(N3, r.CopyMade("d1.1"))
     commands = owner.hear(OTHER, m.ResolveObject(5, 1, unreadable(1, "n2")))
     assert sent(commands, m.ObjectResolved, OTHER) == [m.ObjectResolved(5, stored(1, "n3"))]
@@ -319,8 +320,7 @@ def test_a_reader_gets_the_other_copy(owner: Lineages) -> None:
 
 
 def test_a_late_complaint_of_the_old_value_changes_nothing(owner: Lineages) -> None:
-    owner.submit(make_task(1, sink=None, retries=3))
-    owner.run(made(1))
+    owner.make_first()
     owner.lose()
     owner.want(1)
     owner.run(made(1, "n3", attempt=2), node_id="n3")
@@ -329,8 +329,7 @@ def test_a_late_complaint_of_the_old_value_changes_nothing(owner: Lineages) -> N
 
 
 def test_a_task_whose_argument_was_not_there_is_sent_again_with_the_rebuilt_one(owner: Lineages) -> None:
-    owner.submit(make_task(1, sink=None, retries=3))
-    owner.run(made(1))
+    owner.make_first()
     owner.submit_with(2, ref(1), retries=0)
     lost = TaskResult(2, TaskStatus.LOST, b"", ResultExtras(unreadable=unreadable(1, "n2")))
     commands = owner.finish("w1", lost, node_id="n2")
@@ -343,8 +342,7 @@ def test_a_task_whose_argument_was_not_there_is_sent_again_with_the_rebuilt_one(
 
 
 def test_a_task_whose_argument_nobody_can_reach_fails_at_last(owner: Lineages) -> None:
-    owner.submit(make_task(1, sink=None, retries=3))
-    owner.run(made(1))
+    owner.make_first()
     owner.submit_with(2, ref(1), retries=1)
     lost = TaskResult(2, TaskStatus.LOST, b"", ResultExtras(unreadable=unreadable(1)))
     owner.finish("w1", lost, node_id="n2")
@@ -462,8 +460,7 @@ def test_a_queued_task_asks_the_owner_of_an_argument_that_went_with_its_node(own
 
 
 def test_a_task_submitted_with_a_lost_argument_waits_for_it(owner: Lineages) -> None:
-    owner.submit(make_task(1, sink=None, retries=3))
-    owner.run(made(1))
+    owner.make_first()
     owner.lose()
     owner.submit_with(2, ref(1))
     commands = owner.run(made(1, "n3", attempt=2), make_result(2), node_id="n3")
@@ -471,8 +468,7 @@ def test_a_task_submitted_with_a_lost_argument_waits_for_it(owner: Lineages) -> 
 
 
 def test_an_argument_lost_while_the_task_waited_for_another_is_rebuilt(owner: Lineages) -> None:
-    owner.submit(make_task(1, sink=None, retries=3))
-    owner.run(made(1))
+    owner.make_first()
     owner.submit(make_task(2, sink=None))
     owner.submit_with(3, ref(1), ref(2))
     owner.handle(e.ValueUnreadable(ref(1), unreadable(1, "n2")))  # somebody else wants it
@@ -509,10 +505,7 @@ def test_a_task_is_run_again_as_often_as_its_retries_allow(owner: Lineages) -> N
 
 
 def test_the_node_is_lost_again_while_the_chain_is_rebuilt(owner: Lineages) -> None:
-    owner.submit(make_task(1, sink=None, retries=3))
-    owner.run(made(1))
-    owner.submit_with(2, ref(1))
-    owner.run(made(2))
+    owner.make_first_two()
     owner.drop(1)
     owner.lose()
     owner.want(2)
@@ -530,10 +523,7 @@ def test_the_node_is_lost_again_while_the_chain_is_rebuilt(owner: Lineages) -> N
 
 
 def test_what_a_rebuilt_task_raises_is_the_value(owner: Lineages) -> None:
-    owner.submit(make_task(1, sink=None, retries=3))
-    owner.run(made(1))
-    owner.submit_with(2, ref(1))
-    owner.run(made(2))
+    owner.make_first_two()
     owner.drop(1)
     owner.lose()
     owner.want(2)
@@ -570,10 +560,7 @@ def test_the_oldest_lineage_goes_when_there_is_too_much(owner: Lineages) -> None
 
 
 def test_a_chain_whose_start_is_forgotten_says_so(owner: Lineages) -> None:
-    owner.submit(make_task(1, sink=None, retries=3))
-    owner.run(made(1))
-    owner.submit_with(2, ref(1))
-    owner.run(made(2))
+    owner.make_first_two()
     owner.drop(1)
     owner.lineage.bytes_max = 2500
     owner.submit(make_task(3, sink=None, retries=3))
@@ -602,8 +589,7 @@ def test_a_function_lives_as_long_as_it_may_be_needed_again(owner: Lineages) -> 
 
 
 def test_what_references_inside_a_payload_name_is_rebuilt_when_the_task_asks(owner: Lineages) -> None:
-    owner.submit(make_task(1, sink=None, retries=3))
-    owner.run(made(1))
+    owner.make_first()
     owner.submit_with(2, references=[ref(1)])
     worker = Address("n2", "w1")
     owner.run(made(2))
@@ -629,8 +615,7 @@ def test_what_references_inside_a_payload_name_is_rebuilt_when_the_task_asks(own
 
 
 def test_copies_are_freed_with_the_object(owner: Lineages) -> None:
-    owner.submit(make_task(1, sink=None, retries=3))
-    owner.run(made(1))
+    owner.make_first()
     owner.hear(N3, r.CopyMade("d1.1"))
     commands = owner.drop(1)
     assert [len(sent(commands, m.FreeObjects, node)) for node in (N2, N3)] == [1, 1]
@@ -639,8 +624,7 @@ def test_copies_are_freed_with_the_object(owner: Lineages) -> None:
 
 
 def test_a_copy_that_was_evicted_is_not_counted_on(owner: Lineages) -> None:
-    owner.submit(make_task(1, sink=None, retries=3))
-    owner.run(made(1))
+    owner.make_first()
     owner.hear(N3, r.CopyMade("d1.1"))
     owner.hear(N3, r.CopyGone("d1.1"))
     owner.lose()

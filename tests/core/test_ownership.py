@@ -182,16 +182,20 @@ def run_step(network: Network, step: tuple[str, int, int, int]) -> None:
         network.load(address, reference)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(STEP, max_size=60))
-def test_no_object_is_freed_while_somebody_holds_it_and_all_are_in_the_end(
-    steps: list[tuple[str, int, int, int]],
-) -> None:
+def run_history(steps: list[tuple[str, int, int, int]]) -> None:
     network = Network()
     for step in steps:
         run_step(network, step)
         network.check_held_objects_exist()
     network.check_all_is_freed()
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(STEP, max_size=60))
+def test_no_object_is_freed_while_somebody_holds_it_and_all_are_in_the_end(
+    steps: list[tuple[str, int, int, int]],
+) -> None:
+    run_history(steps)
 
 
 DYING_STEP = st.one_of(STEP, st.tuples(st.just("die"), st.integers(0, 3), st.just(0), st.just(0)))
@@ -202,11 +206,7 @@ DYING_STEP = st.one_of(STEP, st.tuples(st.just("die"), st.integers(0, 3), st.jus
 def test_what_the_dead_held_is_freed_and_what_the_living_hold_is_not(
     steps: list[tuple[str, int, int, int]],
 ) -> None:
-    network = Network()
-    for step in steps:
-        run_step(network, step)
-        network.check_held_objects_exist()
-    network.check_all_is_freed()
+    run_history(steps)
 
 
 ACTIONS = [*["put"] * 3, *["put_with"] * 2, *["hand"] * 12, *["drop"] * 6, "read", *["deliver"] * 16]

@@ -8,16 +8,15 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from clusterpool.config import NodeConfig, SessionPaths, is_folder_locked
+from clusterpool.config import SessionPaths, is_folder_locked
 from clusterpool.errors import StartFailed
-from clusterpool.ids import new_node_id, new_session_id
-from clusterpool.processes.launch import NodeProcess, describe_exit, launch_node, log_tail
+from clusterpool.processes.launch import NodeProcess, describe_exit, log_tail
 from clusterpool.processes.sweep import sweep_stale_sessions
+from tests.processes.launching import config_of, launch
 from tests.waiting import HANGS_AFTER_S, wait_for
 
 HERE = Path(__file__).parent
@@ -26,34 +25,6 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(HERE))
-
-
-@pytest.fixture
-def session() -> SessionPaths:
-    return SessionPaths.in_base(new_session_id())
-
-
-@pytest.fixture
-def launched() -> Iterator[list[NodeProcess]]:
-    processes: list[NodeProcess] = []
-    yield processes
-    for process in processes:
-        process.terminate()
-
-
-def config_of(session: SessionPaths, do: str, **changes: object) -> NodeConfig:
-    values = {
-        "session_folder": str(session.folder),
-        "node_id": new_node_id(),
-        "cluster_id": "c1",
-        "labels": {"do": do},
-        **changes,
-    }
-    return NodeConfig(**values)  # type: ignore[arg-type]
-
-
-def launch(config: NodeConfig) -> NodeProcess:
-    return launch_node(config, node_module="launched_node")
 
 
 def test_a_node_starts_detached_and_says_when_it_is_ready(session: SessionPaths, launched: list[NodeProcess]) -> None:

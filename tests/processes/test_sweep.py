@@ -9,29 +9,24 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from clusterpool.config import NodeConfig, NodePaths, SessionPaths
+from clusterpool.config import NodePaths, SessionPaths
 from clusterpool.control_store.server import ServerProcess
 from clusterpool.errors import StartFailed
-from clusterpool.ids import new_node_id, new_session_id
+from clusterpool.ids import new_session_id
 from clusterpool.processes import sweep
 from clusterpool.processes.death import process_identity, record_process
-from clusterpool.processes.launch import NodeProcess, launch_node
+from clusterpool.processes.launch import NodeProcess
 from clusterpool.processes.session_folder import make_node_folder, try_lock
 from clusterpool.processes.sweep import SweepReport, belongs_to_session, sweep_stale_sessions
+from tests.processes.launching import config_of, launch
+from tests.waiting import wait_for
 
 HERE = Path(__file__).parent
-
-
-def wait_until(is_true: Callable[[], bool], timeout_s: float = 10) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < deadline_s, "timed out"
-        time.sleep(0.005)
 
 
 @contextlib.contextmanager
@@ -52,36 +47,8 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def session() -> SessionPaths:
-    return SessionPaths.in_base(new_session_id())
-
-
-@pytest.fixture
 def user_folder(session: SessionPaths) -> Path:
     return session.folder.parent
-
-
-@pytest.fixture
-def launched() -> Iterator[list[NodeProcess]]:
-    processes: list[NodeProcess] = []
-    yield processes
-    for process in processes:
-        process.terminate()
-
-
-def config_of(session: SessionPaths, do: str = "serve", **changes: object) -> NodeConfig:
-    values = {
-        "session_folder": str(session.folder),
-        "node_id": new_node_id(),
-        "cluster_id": "c1",
-        "labels": {"do": do},
-        **changes,
-    }
-    return NodeConfig(**values)  # type: ignore[arg-type]
-
-
-def launch(config: NodeConfig) -> NodeProcess:
-    return launch_node(config, node_module="launched_node")
 
 
 def test_a_killed_session_is_swept_with_its_processes_and_files(
@@ -117,9 +84,9 @@ def test_the_control_store_of_a_killed_cluster_is_ended_with_it(session: Session
     process.wait()
     host, port = server.url.removeprefix("redis://").removesuffix("/0").split(":")
     with socket.create_connection((host, int(port))):  # a node of another host
-        wait_until(lambda: sweep._has_clients(process_identity(server.pid)))  # type: ignore[arg-type]
+        wait_for(lambda: sweep._has_clients(process_identity(server.pid)))  # type: ignore[arg-type]
         assert sweep_stale_sessions([user_folder]) == SweepReport()
-    wait_until(lambda: not sweep._has_clients(process_identity(server.pid)))  # type: ignore[arg-type]
+    wait_for(lambda: not sweep._has_clients(process_identity(server.pid)))  # type: ignore[arg-type]
     with running("sleep", "60", cwd=session.store_folder) as bystander:
         assert sweep_stale_sessions([user_folder]).pids_killed == [server.pid]
         assert bystander.poll() is None
@@ -293,7 +260,7 @@ def test_a_process_belongs_to_its_session_by_environment_or_command_line(tmp_pat
         running("tail", "-f", str(folder / "f")) as second,
     ):
         # Just after exec there is a moment in which a process shows neither.
-        wait_until(lambda: all(Path(f"/proc/{p.pid}/cmdline").read_bytes() for p in (first, second)))
+        wait_for(lambda: all(Path(f"/proc/{p.pid}/cmdline").read_bytes() for p in (first, second)))
         found = [[belongs_to_session(p.pid, s) for s in ("12345678", "87654321", "1234567")] for p in (first, second)]
     assert found == [[True, False, False], [False, True, False]]
     assert not belongs_to_session(1 << 30, "12345678")
