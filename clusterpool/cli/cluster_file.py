@@ -80,7 +80,7 @@ def read_cluster_file(path: Path) -> ClusterPlan:
     except yaml.YAMLError as exc:
         raise WrongFile(f"the cluster file {path} is not YAML: {exc}") from exc
     try:
-        plan = msgspec.convert({} if found is None else found, ClusterPlan)
+        plan = msgspec.convert({} if found is None else _without_empty(found), ClusterPlan)
         check_plan(plan)
     except ValueError as exc:  # msgspec's ValidationError is one
         raise WrongFile(f"the cluster file {path} is wrong: {_explained(exc)}; docs/cli.md describes it") from exc
@@ -90,6 +90,13 @@ def read_cluster_file(path: Path) -> ClusterPlan:
         store = msgspec.structs.replace(plan.control_store, password_file=str(folder / password_file))
         plan = msgspec.structs.replace(plan, control_store=store)
     return plan
+
+
+def _without_empty(found: Any) -> Any:
+    """`nodes:` with nothing behind it, as when its lines are comments, is as if it were left out."""
+    if isinstance(found, dict):
+        return {name: _without_empty(value) for name, value in found.items() if value is not None}
+    return [_without_empty(value) for value in found] if isinstance(found, list) else found
 
 
 def check_plan(plan: ClusterPlan) -> None:

@@ -7,6 +7,7 @@ start --address: session folder, keys and password from the join file -> node ->
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import socket
@@ -80,6 +81,28 @@ def start_cluster(plan: ClusterPlan) -> StartedCluster:
 
     Raises: AlreadyRunning, StartFailed, NotConnected, WrongFile.
     """
+    with _only_start():
+        return _start_cluster(plan)
+
+
+@contextlib.contextmanager
+def _only_start() -> Iterator[None]:
+    """Wait until no other start of this user's is under way: of two at once, only one would have its cluster recorded,
+    and nothing would ever end the other.
+    """
+    home = config.home_folder()
+    config.make_private_folder(home, variable="CLUSTERPOOL_HOME")
+    folder = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Where the file system has no locks (a home folder on some network), all goes on as it can.
+        with contextlib.suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _start_cluster(plan: ClusterPlan) -> StartedCluster:
     _refuse_second_cluster()
     _check_host(plan.listen_host)
     sweep_stale_sessions()

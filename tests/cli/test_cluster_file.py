@@ -22,6 +22,11 @@ def test_an_empty_file_is_a_head_alone(tmp_path: Path) -> None:
     assert plan.listen_host == "127.0.0.1"
 
 
+def test_what_has_nothing_behind_it_is_as_if_left_out(tmp_path: Path) -> None:
+    text = "control_store:\nhead: {num_cpus: 2, resources: , memory: }\nnodes:\n# - {num_cpus: 4}\n"
+    assert read(tmp_path, text) == read(tmp_path, "head: {num_cpus: 2}")
+
+
 def test_everything_that_can_be_said(tmp_path: Path) -> None:
     plan = read(
         tmp_path,

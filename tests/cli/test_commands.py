@@ -113,6 +113,18 @@ def test_a_cluster_from_up_to_down(one_node: dict[str, Any]) -> None:
     assert clusterpool_command("down").returncode == 3
 
 
+def test_of_two_starts_at_once_one_is_refused() -> None:
+    command = [sys.executable, "-m", "clusterpool.cli", "up", *SMALL]
+    starts = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        texts = [start.communicate(timeout=50)[1] for start in starts]
+    finally:
+        down = clusterpool_command("down")
+    assert sorted(start.returncode for start in starts) == [0, 4], texts
+    assert "runs on this host already" in "".join(texts)
+    assert down.returncode == 0
+
+
 def test_secrets_are_for_their_owner_alone(one_node: dict[str, Any]) -> None:
     session = Path(one_node["session_folder"])
     secrets = [session / "keys.json", session / "password", Path(one_node["join_file"]), *session.glob("store/*.conf")]
