@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from clusterpool.core.messages import WorkerDemand
+from clusterpool.core.resources import UNIT
 
 
 class Candidate(NamedTuple):
@@ -57,8 +58,10 @@ def choose_node(candidates: list[Candidate], demand: dict[str, int], wish: Worke
         room = has_room(candidate, demand)
         load = _load(candidate)
         if is_spread:
-            # What needs no CPU, as most actors, shows in the number of workers only.
-            crowd = candidate.workers / max(1, candidate.total.get("CPU", 0))
+            crowd = _crowd(candidate)
+            if "CPU" not in demand:
+                # As most actors: each shows in the number of workers only, and the freest node would get them all.
+                load += crowd
             return (not room, load, crowd, candidate.queue_length, not candidate.is_self)
         return (
             candidate.node_id != near if near and room else bool(near),
@@ -89,6 +92,11 @@ def spread_group(candidates: list[Candidate], demand: dict[str, int], count: int
         )
         counts[best.node_id] += 1
     return {node_id: assigned for node_id, assigned in counts.items() if assigned}
+
+
+def _crowd(candidate: Candidate) -> float:
+    """Workers for a CPU, with one more; a node without CPUs comes behind all others."""
+    return (candidate.workers + 1) * UNIT / max(1, candidate.total.get("CPU", 0))
 
 
 def _load(candidate: Candidate) -> float:

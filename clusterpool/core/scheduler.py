@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from clusterpool.core import messages as m
+from clusterpool.core.infeasible import why_infeasible
 from clusterpool.core.kept_gpus import KeptGpus
 from clusterpool.core.leases import Lease, Pending, Worker
 from clusterpool.core.messages import Address, WorkerKind
 from clusterpool.core.node_events import Command, EndWorker, ForkWorker, Send, WorkerEnded
 from clusterpool.core.placement import Candidate, bytes_by_node, choose_node, spread_group
 from clusterpool.core.recovery_messages import RequestsLost
-from clusterpool.core.resources import ResourcePool, to_numbers
-from clusterpool.sizes import memory_amount
+from clusterpool.core.resources import ResourcePool
 
 # A request goes from node to node at most so often; then it waits where it is. More would chase a view that is old.
 HOPS_MAX = 3
@@ -179,22 +179,7 @@ class Scheduler:
         return Send(Address(node_id, node_id), message)
 
     def _infeasible(self, pending: Pending, count: int) -> Command:
-        wanted = ", ".join(_shown(name, amount) for name, amount in sorted(pending.demand.resources.items()))
-        nodes = [self._self_candidate(), *self.peers]
-        have = "; ".join(
-            f"{node.node_id}: "
-            + ", ".join(
-                _shown(name, amount)
-                for name, amount in to_numbers(node.total).items()
-                if name != f"node:{node.node_id}"
-            )
-            for node in nodes
-        )
-        where = f" with strategy {pending.demand.strategy!r}" if pending.demand.strategy else ""
-        text = (
-            f"{pending.demand.name or 'a worker'} needs {wanted or 'nothing special'}{where}, which no node of the "
-            f"cluster could give even when idle ({have}); ask for less, or add a node that has it"
-        )
+        text = why_infeasible(pending.demand, [self._self_candidate(), *self.peers])
         return Send(pending.origin, m.RequestFailed(pending.request, count, "infeasible", text))
 
     # --- granting
@@ -494,7 +479,3 @@ class Scheduler:
             "leases": float(len(self.leases)),
             "pending": float(sum(pending.count for pending in self.pending)),
         }
-
-
-def _shown(name: str, amount: float) -> str:
-    return f"{memory_amount(amount)} {name}" if name == "memory" else f"{amount:g} {name}"

@@ -47,6 +47,31 @@ def test_the_node_for_a_worker(candidates: list[Candidate], wish: WorkerDemand, 
     assert choose_node(candidates, CPU, wish) == chosen
 
 
+@pytest.mark.parametrize(
+    ("candidates", "count", "counts"),
+    [
+        ([node("a", is_self=True), node("b"), node("c")], 6, {"a": 2, "b": 2, "c": 2}),
+        # "a" and "b" are busy at the moment: "c" gets more, but not all.
+        (
+            [node("a", free=2, workers=2, is_self=True), node("b", free=2, workers=2), node("c")],
+            6,
+            {"c": 4, "a": 1, "b": 1},
+        ),
+        ([node("a", cpus=0, is_self=True), node("b"), node("c")], 6, {"b": 3, "c": 3}),  # a head for nothing else
+        ([node("a", cpus=0, is_self=True), node("b", cpus=0)], 4, {"a": 2, "b": 2}),
+    ],
+)
+def test_what_needs_no_cpu_is_spread_too(candidates: list[Candidate], count: int, counts: dict[str, int]) -> None:
+    given: dict[str, int] = {}
+    for _ in range(count):
+        chosen = choose_node(candidates, {}, demand("spread"))
+        assert chosen is not None
+        given[chosen] = given.get(chosen, 0) + 1
+        # As the scheduler does, until the node's next heartbeat.
+        candidates = [item._replace(workers=item.workers + (item.node_id == chosen)) for item in candidates]
+    assert given == counts
+
+
 def test_bytes_of_copies_count_on_each_node_that_has_one() -> None:
     wish = WorkerDemand(WorkerKind.TASK, {}, stored=[StoredValue("o1", 5, ["a", "b"]), StoredValue("o2", 7, ["b"])])
     assert bytes_by_node(wish) == {"a": 5, "b": 12}
