@@ -131,7 +131,7 @@ class RemoteFunction:
         extras = None
         if self._returns != 1:
             extras = TaskExtras(1, self._name, self._returns, limits=self._limits, stream_buffer=self._stream_buffer)
-        elif self._limits is not None:
+        elif self._limits is not None or self._options.get("name"):
             extras = TaskExtras(1, self._name, self._returns, limits=self._limits)
         kind = TaskKind.STREAM if self._returns == -1 else TaskKind.CALL
         made = here.maker.call(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -14,7 +15,7 @@ from clusterpool.core import messages as m
 from clusterpool.core import node_events as e
 from clusterpool.core.zygote_watch import Finding, ZygoteWatch
 from clusterpool.errors import StartFailed
-from clusterpool.processes.logs import LogPipe, WorkerLog, prune_logs
+from clusterpool.processes.logs import LogLine, LogPipe, WorkerLog, prune_logs
 from clusterpool.processes.sweep import SESSION_VARIABLE
 from clusterpool.processes.task_page import read_task_page, task_page_path
 from clusterpool.processes.worker_end import explain_end
@@ -156,15 +157,16 @@ class WorkerProcesses:
             self._shell.watch(fd, lambda _, worker=worker, pipe=pipe: self._pipe_ready(worker, pipe))  # type: ignore[misc]
 
     def _pipe_ready(self, worker: _WorkerProcess, pipe: LogPipe) -> None:
-        self._pass_on(worker, pipe, [line.text for line in pipe.read()])
+        self._pass_on(worker, pipe, pipe.read())
         if pipe.is_at_end:
             self._shell.unwatch(pipe.fileno())
             pipe.close()
 
-    def _pass_on(self, worker: _WorkerProcess, pipe: LogPipe, lines: list[str]) -> None:
-        if lines:
-            stream = 1 if pipe.stream == "stdout" else 2
-            message = m.LogLines(worker.name, worker.pid, self._shell.node_id, stream, lines)
+    def _pass_on(self, worker: _WorkerProcess, pipe: LogPipe, lines: list[LogLine]) -> None:
+        stream = 1 if pipe.stream == "stdout" else 2
+        for name, of_name in groupby(lines, lambda line: line.name):
+            texts = [line.text for line in of_name]
+            message = m.LogLines(name or worker.name, worker.pid, self._shell.node_id, stream, texts)
             self._shell.log_lines.send(worker.job.owner, message)
 
     def _exited(self, event: WorkerExited) -> None:
@@ -174,7 +176,7 @@ class WorkerProcesses:
         for pipe in worker.pipes:
             if pipe.fileno() >= 0:
                 self._shell.unwatch(pipe.fileno())
-                self._pass_on(worker, pipe, [line.text for line in [*pipe.read(), *pipe.close()]])
+                self._pass_on(worker, pipe, [*pipe.read(), *pipe.close()])
         if worker.log is not None:
             worker.log.close()
             self._prune_logs()

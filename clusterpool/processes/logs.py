@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from clusterpool.processes.named_output import strip_marks
+
 # A longer line reaches the driver in pieces. Less breaks up people's printed tables, more lets one line
 # fill a message.
 LINE_BYTES_MAX = 16 * 1024
@@ -24,10 +26,13 @@ LOG_FILES_MAX = 1000
 
 @dataclass(frozen=True)
 class LogLine:
-    """`stream`: stdout or stderr. `text` has no line end."""
+    """`stream`: stdout or stderr. `text` has no line end. `name`: of the function that has printed it; "" if the worker
+    has but one.
+    """
 
     stream: str
     text: str
+    name: str = ""
 
 
 class WorkerLog:
@@ -89,6 +94,7 @@ class LogPipe:
         self._log = log
         self._line_bytes_max = line_bytes_max
         self._unfinished = b""
+        self._name = ""
 
     def fileno(self) -> int:
         return self._descriptor
@@ -114,7 +120,7 @@ class LogPipe:
         output = b"".join(parts)
         if output and self._log is not None:
             try:
-                self._log.append(output)
+                self._log.append(strip_marks(output)[0])
             except OSError:
                 pass
         lines = self._split(output) if output else []
@@ -132,17 +138,24 @@ class LogPipe:
 
     def _split(self, output: bytes) -> list[LogLine]:
         *complete, unfinished = (self._unfinished + output).split(b"\n")
-        lines = [self._line(piece) for line in complete for piece in self._pieces(_as_shown(line))]
+        lines = [self._line(piece) for line in complete for piece in self._pieces(_as_shown(self._unmarked(line)))]
         # A progress bar redraws itself with "\r" for hours: only what a terminal would now show is kept.
-        *pieces, self._unfinished = self._pieces(_latest_redraw(unfinished))
+        *pieces, self._unfinished = self._pieces(_latest_redraw(self._unmarked(unfinished)))
         return lines + [self._line(piece) for piece in pieces]
+
+    def _unmarked(self, line: bytes) -> bytes:
+        """A line is whose who has printed the last of it."""
+        line, name = strip_marks(line)
+        if name is not None:
+            self._name = name
+        return line
 
     def _rest(self) -> list[LogLine]:
         rest, self._unfinished = _as_shown(self._unfinished), b""
         return [self._line(rest)] if rest else []
 
     def _line(self, raw: bytes) -> LogLine:
-        return LogLine(self.stream, raw.decode("utf-8", "replace"))
+        return LogLine(self.stream, raw.decode("utf-8", "replace"), self._name)
 
     def _pieces(self, line: bytes) -> list[bytes]:
         pieces = []

@@ -17,9 +17,10 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any
 
 from clusterpool.processes.death import die_with_parent, set_process_name
+from clusterpool.processes.named_output import rebuild_standard_streams
 from clusterpool.processes.zygote import REQUEST_BYTES_MAX
 
 WorkerMain = Callable[[dict[str, Any]], "int | None"]
@@ -47,7 +48,7 @@ def run_zygote(control_fd: int, worker_module: str, node_pid: int) -> int:
     set_process_name("cpool-zygote")
     control_fd = _keep_only(control_fd)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _rebuild_standard_streams()
+    rebuild_standard_streams()
     # A crash in C code then leaves a Python traceback in the worker's log; forks inherit the handlers.
     faulthandler.enable(file=2)
     control = socket.socket(fileno=control_fd)
@@ -267,18 +268,6 @@ def _keep_only(control_fd: int) -> int:
             except OSError:
                 pass
     return control_fd
-
-
-def _rebuild_standard_streams() -> None:
-    """Fresh objects on descriptors 1 and 2, which each worker points at its own pipes; made once, shared by
-    all forks.
-    """
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        # Whole lines: else what two workers print at once is mixed, and what a killed one printed is lost.
-        # Any text can be printed: a worker must not fail because the node was started with LANG=C.
-        stream: TextIO = open(number, "w", 1, "utf-8", "backslashreplace", closefd=False)  # noqa: SIM115
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
 
 
 def _signal_with_group(pid: int, signal_number: int) -> None:

@@ -75,6 +75,7 @@ class CallRunner:
             return partial(_call, runner.actor.method(spec.extras.method), args, kwargs)
         if spec.function:
             function = runner.function_of(owner, spec.function)
+            runner.called_as = spec.extras.name if spec.extras is not None else ""
         else:
             function, *rest = args
             args = tuple(rest)

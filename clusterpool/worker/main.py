@@ -19,6 +19,7 @@ from clusterpool.client.runtime import Runtime
 from clusterpool.config import WORKER_SETUP_VARIABLE
 from clusterpool.core import messages as m
 from clusterpool.core.messages import Address
+from clusterpool.processes.named_output import name_output
 from clusterpool.processes.task_page import make_task_page, task_page_path
 from clusterpool.serialization.functions import install_main_module
 from clusterpool.worker.task_runner import TaskRunner
@@ -43,6 +44,7 @@ def main(spec: dict[str, Any]) -> int:
     runtime = Runtime(client)
     page = make_task_page(task_page_path(spec["processes_folder"], spec["process_id"]))
     runner = TaskRunner(runtime, name=spec["name"], page=page)
+    name_output(runner.called_name)
     client.on_worker_message = runner.message
     client.on_thread_turn = runner.turn_by_thread
     api.install(runtime)

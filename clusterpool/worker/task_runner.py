@@ -58,6 +58,8 @@ class TaskRunner:
         self.setups: deque[tuple[Address, m.SetupWorker]] = deque()
         self.is_retiring = False
         self.page = page  # what runs, for the node to read should the process die
+        self.called: tuple[Address, int] | None = None  # the function that was called last
+        self.called_as = ""  # its name, if the call has one
         self.interrupts = Interrupts(USER_CODE_CALLERS)
         self.streams = StreamPaces(self)
         self.actor: Any = None  # worker.actor.ActorRunner
@@ -78,6 +80,12 @@ class TaskRunner:
         self.client.loop.stays_awake = True
         self.client.on_block = self._block
         self.client.on_unblock = self._unblock
+
+    def called_name(self) -> str:
+        """Of the function that prints, where a worker runs those of many names: for who has called `remote` only."""
+        if self.called is None or self.actor is not None or self.runtime.returns_exits:
+            return ""
+        return self.called_as or str(getattr(self.functions.get(self.called), "__qualname__", ""))
 
     # --- the main thread
 
@@ -371,7 +379,7 @@ class TaskRunner:
 
         Raises: VersionMismatch when it needs what this node has not.
         """
-        key = (owner, number)
+        key = self.called = (owner, number)
         function = self.functions[key]
         if isinstance(function, bytes):
             function = self.functions[key] = loads_function(function, node_id=self.client.address.node_id)

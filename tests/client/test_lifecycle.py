@@ -621,3 +621,44 @@ def test_what_arrives_while_the_cluster_is_left_does_not_wait_for_who_leaves_it(
         assert is_answered.wait(30)
         monkeypatch.undo()
     assert len(answers) == 1
+
+
+def test_each_line_has_the_name_of_the_function_that_printed_it() -> None:
+    done = run_script(
+        """
+        import os, sys, tempfile, clusterpool
+        from clusterpool.client import api, current
+        clusterpool.init(num_cpus=1)
+        client, seen = current.get().client, []
+        show = client.on_log_lines
+        client.on_log_lines = lambda message: (show(message), seen.extend(message.lines))
+
+        @clusterpool.remote
+        def first(ref): print("one", os.getpid())
+
+        @clusterpool.remote
+        def second(): print("two", os.getpid())
+
+        def redirected(path):
+            kept = os.dup(1)
+            os.dup2(os.open(path, os.O_WRONLY), 1)
+            print("into a file")
+            os.dup2(kept, 1)
+            print(repr(open(path).read()))
+
+        for _ in range(2):
+            clusterpool.get(first.remote(clusterpool.put(1)))
+            clusterpool.get(second.remote())
+            clusterpool.get(second.options(name="third").remote())
+        with tempfile.NamedTemporaryFile() as file:
+            clusterpool.get(clusterpool.remote(redirected).remote(file.name))
+        api.wait_until(lambda: len(seen) >= 7, 30)
+        """
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 7, done
+    assert len({line.split()[-1] for line in lines[:6]}) == 1, "all in one worker"
+    said = [(line.partition(" ")[0], line.partition(") ")[2].split()[0]) for line in lines[:6]]
+    assert said == [("(first", "one"), ("(second", "two"), ("(third", "two")] * 2
+    assert lines[6].startswith("(redirected ")
+    assert lines[6].endswith(r" 'into a file\n'")

@@ -57,6 +57,20 @@ def test_output_is_split_into_lines(
     assert texts(log_pipe.close()) == rest  # type: ignore[arg-type]
 
 
+def test_lines_have_the_name_of_who_printed_them_and_no_mark(pipe: tuple[int, int], tmp_path: Path) -> None:
+    read_end, write_end = pipe
+    log = WorkerLog(tmp_path / "w1.log")
+    log_pipe = LogPipe(read_end, "stdout", log)
+    mark = "\x1b]clusterpool;{}\x07"
+    os.write(write_end, f"a\n{mark.format('f')}b\nc".encode())
+    lines = log_pipe.read()
+    os.write(write_end, f"{mark.format('fé')}d\n{mark.format('')}e".encode())
+    lines += [*log_pipe.read(), *log_pipe.close()]
+    assert [(line.name, line.text) for line in lines] == [("", "a"), ("f", "b"), ("fé", "cd"), ("", "e")]
+    log.close()
+    assert log.path.read_text() == "a\nb\ncd\ne"
+
+
 def test_read_never_blocks_and_sees_the_end(pipe: tuple[int, int]) -> None:
     read_end, write_end = pipe
     log_pipe = LogPipe(read_end, "stderr")
