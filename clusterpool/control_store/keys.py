@@ -63,9 +63,6 @@ class Keys:
     def package_chunk(self, digest: str, number: int) -> str:
         return f"{self.prefix}package:{digest}:{number}"
 
-    def value(self, name: str) -> str:
-        return f"{self.prefix}value:{name}"
-
     def carrier(self, name: str) -> str:
         return f"{self.prefix}carrier:{name}"
 

@@ -187,22 +187,6 @@ class ControlStorePort(Protocol):
 
     def get_package(self, digest: str) -> bytes | None: ...
 
-    # Values for coordination
-
-    def put_value(self, key: str, value: bytes, *, ttl_s: float | None = None) -> None: ...
-
-    def get_value(self, key: str) -> bytes | None: ...
-
-    def delete_value(self, key: str) -> bool: ...
-
-    def claim_value(self, key: str, value: bytes, *, ttl_s: float | None = None) -> bool:
-        """True if the key was free or already had this value (then the time starts anew). `value` names the
-        claimant: two that use the same one both succeed.
-        """
-
-    def release_value(self, key: str, value: bytes) -> bool:
-        """Delete the key if it has this value."""
-
     # Events
 
     def publish_event(self, kind: str, fields: Mapping[str, str]) -> int: ...
@@ -217,9 +201,6 @@ class ControlStorePort(Protocol):
 
     def last_event_id(self) -> int:
         """0 before the first event."""
-
-    def recent_events(self, count: int = 100) -> list[Event]:
-        """The last events that are still kept, oldest first; for people."""
 
     def close(self) -> None: ...
 

@@ -241,24 +241,3 @@ return 1
 
 # ARGV: kind, then field and value by turns. Returns the event's number.
 PUBLISH_EVENT = Script(PUBLISH + "return publish(unpack(ARGV))\n")
-
-# KEYS[3]: the value. ARGV: value, time to live in ms (0: none). Returns 1 if the value is now ours, or was
-# already.
-CLAIM_VALUE = Script(
-    """
-local current = redis.call('GET', KEYS[3])
-if current and current ~= ARGV[1] then return 0 end
-if ARGV[2] == '0' then redis.call('SET', KEYS[3], ARGV[1])
-else redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[2]) end
-return 1
-"""
-)
-
-# KEYS[3]: the value. ARGV: the value that the caller claimed. Returns 1 if it was there.
-RELEASE_VALUE = Script(
-    """
-if redis.call('GET', KEYS[3]) ~= ARGV[1] then return 0 end
-redis.call('DEL', KEYS[3])
-return 1
-"""
-)

@@ -251,27 +251,6 @@ class ControlStore(ActorOperations):
                 return count
         return None
 
-    # Values
-
-    def put_value(self, key: str, value: bytes, *, ttl_s: float | None = None) -> None:
-        expiry = ("PX", _milliseconds(ttl_s)) if ttl_s is not None else ()
-        self._write("SET", self.keys.value(key), value, *expiry)
-
-    def get_value(self, key: str) -> bytes | None:
-        value: bytes | None = self._run("GET", self.keys.value(key))
-        return value
-
-    def delete_value(self, key: str) -> bool:
-        return bool(self._run("DEL", self.keys.value(key)))
-
-    def claim_value(self, key: str, value: bytes, *, ttl_s: float | None = None) -> bool:
-        expiry_ms = _milliseconds(ttl_s) if ttl_s is not None else 0
-        keys = self._with_events(self.keys.value(key))
-        return bool(self._change(scripts.CLAIM_VALUE, keys, value, expiry_ms))
-
-    def release_value(self, key: str, value: bytes) -> bool:
-        return bool(self._change(scripts.RELEASE_VALUE, self._with_events(self.keys.value(key)), value))
-
     # Events
 
     def publish_event(self, kind: str, fields: Mapping[str, str]) -> int:
@@ -297,9 +276,6 @@ class ControlStore(ActorOperations):
 
     def last_event_id(self) -> int:
         return number_or_zero(self._run("GET", self.keys.event_number), "event_number", self.on_unreadable)
-
-    def recent_events(self, count: int = 100) -> list[Event]:
-        return self._events(reversed(self._run("XREVRANGE", self.keys.events, "+", "-", "COUNT", count)))
 
     def _events(self, entries: Any) -> list[Event]:
         events: list[Event] = []
@@ -500,12 +476,6 @@ def _encoded(command: tuple[Any, ...]) -> list[Any]:
         name,
         *(word.encode(errors="backslashreplace") if isinstance(word, str) else word for word in words),
     ]
-
-
-def _milliseconds(ttl_s: float) -> int:
-    if ttl_s <= 0:
-        raise ValueError(f"a time to live must be positive: {ttl_s=}")
-    return max(1, round(ttl_s * 1000))
 
 
 def _text(value: bytes) -> str:

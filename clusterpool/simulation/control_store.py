@@ -37,7 +37,7 @@ FSYNC_PERIOD_S = 1.0
 _STATE = (
     "_events", "_event_number", "_generation", "_generation_by_node", "_incarnation", "_entry_by_node",
     "_registration_by_node",
-    "_record_by_job", "_actor_by_id", "_made", "_values",
+    "_record_by_job", "_actor_by_id", "_made",
 )  # fmt: skip
 
 Answer = Callable[[Any, BaseException | None], None]

@@ -50,7 +50,6 @@ class FakeControlStore(FakeActors):
         self._record_by_job: dict[str, bytes] = {}
         self._forget_actors()
         self._package_by_digest: dict[str, bytes] = {}
-        self._values: dict[str, tuple[bytes, float | None]] = {}
 
     def _reach(self) -> None:
         if self.is_away:
@@ -195,33 +194,6 @@ class FakeControlStore(FakeActors):
         self._reach()
         return self._package_by_digest.get(digest)
 
-    # Values
-
-    def put_value(self, key: str, value: bytes, *, ttl_s: float | None = None) -> None:
-        self._reach()
-        if ttl_s is not None and ttl_s <= 0:
-            raise ValueError(f"a time to live must be positive: {ttl_s=}")
-        self._values[key] = (value, None if ttl_s is None else self._now_s() + ttl_s)
-
-    def get_value(self, key: str) -> bytes | None:
-        self._reach()
-        value, end_s = self._values.get(key, (None, None))
-        return None if end_s is not None and self._now_s() >= end_s else value
-
-    def delete_value(self, key: str) -> bool:
-        was_there = self.get_value(key) is not None
-        self._values.pop(key, None)
-        return was_there
-
-    def claim_value(self, key: str, value: bytes, *, ttl_s: float | None = None) -> bool:
-        if self.get_value(key) not in (None, value):
-            return False
-        self.put_value(key, value, ttl_s=ttl_s)
-        return True
-
-    def release_value(self, key: str, value: bytes) -> bool:
-        return self.get_value(key) == value and self.delete_value(key)
-
     # Events
 
     def publish_event(self, kind: str, fields: Mapping[str, str]) -> int:
@@ -240,10 +212,6 @@ class FakeControlStore(FakeActors):
     def last_event_id(self) -> int:
         self._reach()
         return self._event_number
-
-    def recent_events(self, count: int = 100) -> list[Event]:
-        self._reach()
-        return self._events[-count:]
 
     def close(self) -> None:
         pass

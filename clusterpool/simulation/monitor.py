@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from clusterpool.core.messages import Address
 from clusterpool.core.store_invariants import check_store
 from clusterpool.simulation.programs import Operation, Outcome
 from clusterpool.simulation.timeline import Violation
@@ -27,7 +26,6 @@ class Monitor:
     def __init__(self, world: World) -> None:
         self._world = world
         self.happened: set[str] = set()  # kinds of faults; what each may explain, world.evidence knows
-        self.delivered: Counter[tuple[Address, int]] = Counter()
         self.losses: Counter[str] = Counter()
         self.outcomes = 0
         self._steps: Counter[str] = Counter()
@@ -44,12 +42,6 @@ class Monitor:
         raise Violation(text)
 
     # --- programs
-
-    def sunk(self, client: Client, index: int) -> None:
-        """A result was handed to a sink."""
-        key = (client.address, index)
-        self.delivered[key] += 1
-        self.check(self.delivered[key] == 1, f"task {index} of {client.name} was delivered twice")
 
     def judge(
         self, client: Client, what: str, outcome: Outcome, wanted: Outcome, *, was_cancelled: bool = False,

@@ -124,16 +124,16 @@ def test_scripts_are_sent_again_to_a_server_that_dropped_them() -> None:
 
 def test_what_a_server_does_not_understand_is_a_protocol_error() -> None:
     with embedded_server() as server, connected(server.url) as store:
-        store.put_value("v", b"text")
+        store._run("SET", store.keys.generation, b"text")
         with pytest.raises(ProtocolError, match="must be Redis 6.2 or later"):
-            store._run("INCR", store.keys.value("v"))
+            store._run("INCR", store.keys.generation)
 
 
 def test_full_server_is_told_as_such() -> None:
     with embedded_server() as server, connected(server.url) as store:
         store._client.execute_command("CONFIG", "SET", "maxmemory", "1")
         with pytest.raises(StoreFull, match="maxmemory"):
-            store.put_value("k", b"v")
+            store.register_job("k", b"v")
         with pytest.raises(StoreFull, match="maxmemory"):
             store.register_node(RECORD)
 
@@ -209,15 +209,15 @@ def test_what_a_stopped_server_was_sent_takes_effect_before_what_comes_later_or_
         try:
             for value in (b"first", b"second"):
                 with pytest.raises(NotConnected):
-                    store.put_value("k", value)
+                    store.register_job("k", value)
         finally:
             os.kill(server.pid, signal.SIGCONT)
         wait_for(lambda: is_reached(store))
-        store.put_value("k", b"last")
+        store.register_job("k", b"last")
         with connected(server.url) as other:
             for _ in range(20):
                 other.ping()
-                assert store.get_value("k") == b"last"
+                assert store.list_jobs() == {"k": b"last"}
             assert len(other._client.execute_command("CLIENT", "LIST").splitlines()) == 2
 
 
@@ -415,19 +415,19 @@ def test_changes_wait_for_a_replica() -> None:
             with tcp_server(replica_of=("127.0.0.1", port_of(master))) as replica:
                 wait_for(lambda: has_replica(master))
                 # On a busy machine the replica's first answers may take more than the second that is waited for them.
-                wait_for(lambda: accepts_value(store))
+                wait_for(lambda: accepts_job(store))
                 incarnation = store.register_node(RECORD)
                 with connected(replica.url, password=PASSWORD) as reader:
                     # No wait here: the acknowledgement said that it is there.
                     assert reader.list_nodes().nodes[0].incarnation == incarnation
-                    assert reader.get_value("k") == b"v"
+                    assert reader.list_jobs() == {"k": b"v"}
                     with pytest.raises(NotConnected, match="address of its master"):
                         reader.register_node(RECORD)
 
 
-def accepts_value(store: ControlStore) -> bool:
+def accepts_job(store: ControlStore) -> bool:
     try:
-        store.put_value("k", b"v")
+        store.register_job("k", b"v")
     except NotConnected:
         return False
     return True
@@ -467,12 +467,12 @@ def test_without_a_number_changes_wait_for_a_replica_while_there_is_one(caplog: 
             wait_for(lambda: is_put(store, b"v"))
             assert "has a replica again" in caplog.text
             with connected(replica.url, password=PASSWORD) as reader:
-                assert reader.get_value("k") == b"v"
+                assert reader.list_jobs() == {"k": b"v"}
             # One that is there but does not confirm is waited for.
             os.kill(replica.pid, signal.SIGSTOP)
             try:
                 with pytest.raises(NotConnected, match="only 0 of the 1 replicas"):
-                    store.put_value("k", b"w")
+                    store.register_job("k", b"w")
             finally:
                 os.kill(replica.pid, signal.SIGCONT)
 
@@ -488,8 +488,8 @@ def test_everything_can_go_through_a_peer_with_sentinels_and_without(tmp_path: P
             nowhere = url.replace(f":{port}/", ":1/").replace(f":{port_of(master)}/", ":1/")
             route = Relayed(lambda url=url: connect_to_server(url))  # type: ignore[misc]
             with connected(nowhere, password=PASSWORD, route=route) as store:
-                store.put_value("k", b"v")
-                assert store.get_value("k") == b"v"
+                store.register_job("k", b"v")
+                assert store.list_jobs() == {"k": b"v"}
                 assert route.dialed == 1
 
 
@@ -507,7 +507,7 @@ class Relayed:
 
 def is_put(store: ControlStore, value: bytes) -> bool:
     try:
-        store.put_value("k", value)
+        store.register_job("k", value)
     except NotConnected:
         return False
     return True
@@ -526,8 +526,8 @@ def test_tls_goes_end_to_end_through_a_peer(tls_port: int, certificate: tuple[Pa
     route = Relayed(lambda: connect_to_server(url))
     nowhere = f"rediss://127.0.0.1:1/0?ssl_ca_certs={quote(str(certificate[0]))}"
     with connected(nowhere, password=PASSWORD, route=route) as store:
-        store.put_value("k", b"v")
-        assert store.get_value("k") == b"v"
+        store.register_job("k", b"v")
+        assert store.list_jobs() == {"k": b"v"}
     assert route.dialed == 1
 
 
