@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clusterpool.cli.failures import CommandFailed, ExitCode
+from clusterpool.config import WORKING_DIR_VARIABLE
 from clusterpool.errors import ClusterpoolError
 from clusterpool.version import __version__
 
@@ -225,19 +226,28 @@ def _watch(module: Any, target: Any, nodes: Any, period_s: float) -> None:
 @cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--patch", is_flag=True, help="Let the script's standard pools run on the cluster.")
 @_address_option
+@click.option(
+    "--working-dir", type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A folder that goes along to every node: tasks run in a copy of it, and find its modules.",
+)  # fmt: skip
 @click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def run(patch: bool, address: str | None, script: Path, arguments: tuple[str, ...]) -> Callable[[], int]:
+def run(
+    patch: bool, address: str | None, working_dir: Path | None, script: Path, arguments: tuple[str, ...]
+) -> Callable[[], int]:
     """Run a Python SCRIPT with its ARGUMENTS on the cluster; its exit code is the command's.
 
     With --patch the script needs no change: its multiprocessing, its ProcessPoolExecutor and joblib's default backend
-    are the cluster's, in its workers too. Use `--address local` for a private cluster of this run alone.
+    are the cluster's, in its workers too. Use `--address local` for a private cluster of this run alone, and
+    --working-dir where nodes on other machines lack the modules beside the script.
     """
     from clusterpool.cli import run_script
     from clusterpool.cli.status import find_cluster
 
     where = "local" if address == "local" else find_cluster(address).node_socket
     environment = {**os.environ, "CLUSTERPOOL_ADDRESS": where}
+    if working_dir is not None:
+        environment[WORKING_DIR_VARIABLE] = str(working_dir.absolute())
     runner = run_script.run_patched if patch else run_script.replace_process
     return lambda: runner(script, arguments, environment)
 

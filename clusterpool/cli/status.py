@@ -106,8 +106,8 @@ def render(target: Target, nodes: list[NodePart]) -> Group:
         state = ("[green]alive" if node.alive else "[yellow]silent") + (", head" if node.is_head else "")
         memory, queue = show_size(node.total.get("memory", 0)), str(node.queue_length)
         table.add_row(
-            node.node_id, node.host, node.address or "-", state, _used(node, "CPU"), _used(node, "GPU"), memory,
-            _store(node), str(node.workers), queue, _others(node),
+            Text(_shown_name(node)), node.host, node.address or "-", state, _used(node, "CPU"), _used(node, "GPU"),
+            memory, _store(node), str(node.workers), queue, Text(_others(node)),
         )  # fmt: skip
     return Group(Text.from_markup(_heading(target, nodes)), table, Text(_together(nodes)))
 
@@ -145,7 +145,12 @@ def _store(node: NodePart) -> str:
 
 def _others(node: NodePart) -> str:
     names = [name for name in _named(node.total) if name not in ("CPU", "GPU", "memory")]
-    return ", ".join(f"{name} {_used(node, name)}" for name in names)
+    labels = [f"{name}={value}" for name, value in node.labels.items() if name != "name"]
+    return ", ".join([*(f"{name} {_used(node, name)}" for name in names), *labels])
+
+
+def _shown_name(node: NodePart) -> str:
+    return f"{node.node_id} {node.labels['name']}" if node.labels.get("name") else node.node_id
 
 
 def _named(amounts: dict[str, float]) -> dict[str, float]:

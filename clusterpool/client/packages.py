@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from clusterpool.config import WORKING_DIR_VARIABLE
 from clusterpool.core.package_messages import PACKAGE_BYTES_MAX, OfferPackage, PackageAnswer, SendPackage
 from clusterpool.errors import WorkerSetupFailed
 
@@ -28,6 +29,7 @@ EXCLUDED = frozenset({".git", ".hg", ".svn", "__pycache__"})
 CHUNK_BYTES = 1024 * 1024
 # The node may have to start its control store first, and retries for some time when that is away.
 _ANSWER_TIMEOUT_S = 60.0
+_SAMPLE_BYTES = 64 * 1024
 # The first moment that a zip file can express.
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
@@ -51,10 +53,14 @@ NOTHING = Prepared("", [])
 
 
 def prepare(runtime_env: Mapping[str, Any] | None, *, bytes_max: int = PACKAGE_BYTES_MAX) -> Prepared:
-    """Check a job's runtime environment, and pack its folders.
+    """Check a job's runtime environment, and pack its folders. Without a working_dir in it, that of
+    CLUSTERPOOL_WORKING_DIR counts, which `clusterpool run --working-dir` sets.
 
     Raises: ValueError for unknown keys, for folders that are missing or larger than `bytes_max`; TypeError.
     """
+    asked = os.environ.get(WORKING_DIR_VARIABLE)
+    if asked and "working_dir" not in (runtime_env or {}):
+        runtime_env = {**(runtime_env or {}), "working_dir": asked}
     if not runtime_env:
         return NOTHING
     check_keys(runtime_env, JOB_KEYS)
@@ -202,9 +208,23 @@ def pack(source: Path, name: str, *, bytes_max: int = PACKAGE_BYTES_MAX) -> Pack
             else:
                 is_program = bool(path.stat().st_mode & 0o100)
                 info.external_attr = (stat.S_IFREG | (0o700 if is_program else 0o600)) << 16
-                archive.writestr(info, path.read_bytes())
-    content = file.getvalue()
-    return Package(hashlib.sha256(content).hexdigest(), content, source)
+                content = path.read_bytes()
+                if not _shrinks(content):
+                    info.compress_type = zipfile.ZIP_STORED
+                archive.writestr(info, content)
+    packed = file.getvalue()
+    return Package(hashlib.sha256(packed).hexdigest(), packed, source)
+
+
+def _shrinks(content: bytes) -> bool:
+    """Whether to compress a file, by its beginning: images, archives and weights would cost a second for each 30 MB,
+    at every start of the program, and come out as they went in.
+    """
+    import zlib
+
+    if len(content) <= _SAMPLE_BYTES:
+        return True
+    return len(zlib.compress(content[:_SAMPLE_BYTES], 1)) < 0.9 * _SAMPLE_BYTES
 
 
 def _entries(path: Path, name: str, above: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:

@@ -7,6 +7,8 @@ from clusterpool.core.cluster_view import NodeView
 from clusterpool.core.placement import Candidate
 from clusterpool.core.resources import to_amounts
 
+_HEAD = "head"  # the label that the cluster itself gives; all others are users'
+
 
 def candidate_of(view: NodeView) -> Candidate:
     """For the placement of workers."""
@@ -21,7 +23,7 @@ def part_of(view: NodeView) -> m.NodePart:
         node_id=view.node_id,
         host=view.host_name or host,
         alive=not view.is_suspect,
-        is_head=view.labels.get("head") == "yes",
+        is_head=view.labels.get(_HEAD) == "yes",
         total=view.total,
         available={name: view.available.get(name, 0.0) for name in view.total},
         workers=view.workers,
@@ -31,4 +33,5 @@ def part_of(view: NodeView) -> m.NodePart:
         spilled_bytes=view.spilled_bytes,
         pid=view.pid,
         address=f"{host}:{port}" if port else "",
+        labels={name: value for name, value in view.labels.items() if name != _HEAD},
     )

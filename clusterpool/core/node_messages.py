@@ -386,6 +386,7 @@ class NodePart(Part, frozen=True):
     pid: int
     address: str
     details: dict[str, float] = {}
+    labels: dict[str, str] = {}
 
 
 class ClusterDescribed(Message, frozen=True):

@@ -349,8 +349,8 @@ def explain_load_failure(error: BaseException, node_id: str) -> BaseException:
     if isinstance(error, ModuleNotFoundError):
         return errors.VersionMismatch(
             f"module {error.name!r} is needed by the task but cannot be imported on {where} ({python}); "
-            f"install it there, put its folder on PYTHONPATH, or ship it with runtime_env="
-            f"{{'py_modules': [...]}}; sys.path there is {sys.path}"
+            "install it there, put its folder on PYTHONPATH, or ship it with runtime_env={'py_modules': [...]} or "
+            f"`clusterpool run --working-dir FOLDER`; sys.path there is {sys.path}"
         )
     if isinstance(error, (ImportError, AttributeError)):
         return errors.VersionMismatch(

@@ -99,7 +99,9 @@ def test_a_cluster_from_up_to_down(one_node: dict[str, Any]) -> None:
     assert node["alive"] and node["is_head"] and node["store_bytes"] == 64 << 20
     shown = clusterpool_command("status")
     assert shown.returncode == 0
-    assert node["node_id"] in shown.stdout and "ssd 0/2" in shown.stdout and "alive, head" in shown.stdout
+    assert f"{node['node_id']} only" in shown.stdout and "alive, head" in shown.stdout
+    assert "ssd 0/2, zone=a" in shown.stdout
+    assert node["labels"] == {"name": "only", "zone": "a"}
     again = clusterpool_command("up")
     assert again.returncode == 4
     assert "clusterpool down" in again.stderr

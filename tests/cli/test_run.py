@@ -160,6 +160,32 @@ def test_what_the_workers_of_an_unchanged_program_print_has_no_prefix(tmp_path: 
     assert run(tmp_path, text, "--patch").stdout == "from a worker\n"
 
 
+@PATCHED
+def test_a_working_folder_goes_along(tmp_path: Path, options: tuple[str, ...]) -> None:
+    folder = tmp_path / "with modules"
+    folder.mkdir()
+    (folder / "beside.py").write_text("NAME = 'beside'\n")
+    done = run(
+        tmp_path,
+        """
+        import os
+        from clusterpool import Pool
+
+        def look(_):
+            import beside
+            return beside.NAME, os.path.exists("beside.py"), os.getcwd()
+
+        with Pool(1) as pool:
+            name, is_there, folder = pool.apply(look, (0,))
+        print(name, is_there, folder != os.getcwd())
+        """,
+        *options,
+        "--working-dir",
+        str(folder),
+    )
+    assert done.stdout == "beside True True\n", done
+
+
 def test_processes_queues_locks_and_managers_are_the_cluster_s(tmp_path: Path) -> None:
     done = run(
         tmp_path,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import platform
+import random
 import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,6 +97,26 @@ def test_the_same_files_give_the_same_package(project: Path, tmp_path: Path) -> 
     assert pack(copy, "").digest == first.digest, "histories and byte code are left out, times do not count"
     (copy / "rt_module.py").write_text("NUMBER = 42\n")
     assert pack(copy, "").digest != first.digest
+
+
+def test_what_does_not_shrink_is_not_compressed(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("words and more words " * 10_000)
+    (tmp_path / "image.bin").write_bytes(random.Random(1).randbytes(200_000))
+    package = pack(tmp_path, "")
+    with zipfile.ZipFile(io.BytesIO(package.content)) as archive:
+        kinds = {entry.filename: entry.compress_type for entry in archive.infolist()}
+        assert archive.read("image.bin") == (tmp_path / "image.bin").read_bytes()
+    assert kinds == {"text.txt": zipfile.ZIP_DEFLATED, "image.bin": zipfile.ZIP_STORED}
+
+
+def test_the_folder_of_the_variable_goes_along_unless_another_is_named(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLUSTERPOOL_WORKING_DIR", str(project))
+    named = prepare({"working_dir": project})
+    assert prepare(None) == named
+    assert prepare({"env_vars": {"A": "1"}}).packages == named.packages
+    assert prepare({"working_dir": None}) == ("", [])
 
 
 def test_a_link_to_a_folder_above_ends_somewhere(project: Path) -> None:

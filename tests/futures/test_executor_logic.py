@@ -7,13 +7,11 @@ import concurrent.futures.process
 import gc
 import itertools
 import operator
-import pickle
 import threading
 import time
 import weakref
 from pickle import PicklingError
 
-import cloudpickle
 import pytest
 from fake_group import Killed, wait_until
 
@@ -52,28 +50,6 @@ def test_module_offers_the_names_of_the_standard_one():
     assert clusterpool.futures.thread.ThreadPoolExecutor is concurrent.futures.ThreadPoolExecutor
     with pytest.raises(AttributeError):
         clusterpool.futures.nothing
-
-
-class Owner:
-    def __init__(self, executor):
-        self.executor = executor
-
-    def method(self):
-        return 1
-
-
-class LeavesItOut(ProcessPoolExecutor):
-    def __getstate__(self):
-        return {}
-
-
-def test_an_executor_cannot_be_pickled_and_says_so(executor):
-    for attempt in (executor, Owner(executor).method, executor.options(retries=1)):
-        with pytest.raises(TypeError, match="cannot pickle 'ProcessPoolExecutor' object: an executor can be no arg"):
-            cloudpickle.dumps(attempt)
-    with pytest.raises(TypeError, match="cannot pickle 'ProcessPoolExecutor' object"):
-        pickle.dumps(executor)
-    assert type(pickle.loads(pickle.dumps(LeavesItOut()))) is LeavesItOut
 
 
 # ------------------------------------------------------------------ submit
@@ -436,24 +412,6 @@ def test_interpreter_exit_awaits_pending_calls(fake, monkeypatch):
     fresh = ProcessPoolExecutor(1)
     with pytest.raises(RuntimeError, match="after interpreter shutdown"):
         fresh.submit(int)
-
-
-def test_what_was_submitted_before_the_interpreters_end_is_awaited_and_no_more(executor, fake):
-    future = executor.submit(int)
-    executor.map(int, range(3))  # its results are never taken
-    taken = executor.map(int, range(3))
-    assert [next(taken), next(taken)] == [0, 1]
-    executor._pool.wait_submitted()
-    assert future.done() and fake[0].pending() == 0
-    fake[0].hold()
-    results = executor.map(int, range(3))
-    waiter = threading.Thread(target=executor._pool.wait_submitted)
-    waiter.start()
-    waiter.join(0.05)
-    assert waiter.is_alive()
-    fake[0].release()
-    waiter.join(30)
-    assert not waiter.is_alive() and list(results) == [0, 1, 2]
 
 
 def test_kill_workers_breaks_running_calls_and_cancels_waiting_ones(fake):
