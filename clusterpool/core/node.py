@@ -7,6 +7,8 @@ shell --event--> NodeMachine --command--> shell
                    |- NodeActors    registry of actors
                    |- CoordinationMachine  semaphores, channels, cells
                    |- Membership    the other nodes
+                   |- MemoryMonitor which worker ends when memory runs out
+                   |- JobEnds       what of a job goes, and when
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ _dumps = pickle.dumps
 class Serialized(msgspec.Struct, gc=False):
     """A pickled value whose large buffers are not copied yet: they are still the user's own arrays.
 
-    So write it (`to_bytes`, `write_into`) before the user's call returns, after which he may change them.
+    So write it (`to_bytes`, `segments`) before the user's call returns, after which he may change them.
     """
 
     stream: bytes
@@ -54,7 +54,7 @@ class Serialized(msgspec.Struct, gc=False):
 
     @property
     def size_bytes(self) -> int:
-        """Bytes that `to_bytes` gives and `write_into` needs."""
+        """How long the payload is, also when it is written by `segments`."""
         if not self.buffers:
             return len(self.stream)
         return layout.packed_size(len(self.stream), self.buffers)
@@ -66,14 +66,6 @@ class Serialized(msgspec.Struct, gc=False):
     def to_bytes(self) -> bytes:
         """The payload: the bare pickle, or the packed layout where there are buffers."""
         return b"".join(self.segments()) if self.buffers else self.stream
-
-    def write_into(self, view: memoryview) -> None:
-        """Write the payload to the start of `view`: writable, `size_bytes` at least, 64-byte aligned."""
-        position = 0
-        for segment in self.segments():
-            end = position + len(segment)
-            view[position:end] = segment
-            position = end
 
 
 class ValuePickler(ShippingPickler):

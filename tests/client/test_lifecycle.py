@@ -19,6 +19,7 @@ import clusterpool
 from clusterpool import errors
 from clusterpool.client import api, current
 from tests.client.engine import wait_for
+from tests.waiting import pid_at_meeting
 
 # Driver programs run apart: what they print is what the test looks at.
 SCRIPT_S = 40
@@ -486,15 +487,11 @@ def test_tasks_with_gpus_see_different_ones(tmp_path: Path) -> None:
     clusterpool.init(num_cpus=2, num_gpus=2)
 
     @clusterpool.remote(num_gpus=1)
-    def devices(folder: str, number: int) -> str:
-        Path(folder, str(number)).touch()
-        deadline_s = time.monotonic() + 20
-        while len(os.listdir(folder)) < 2 and time.monotonic() < deadline_s:
-            time.sleep(0.005)
+    def devices() -> str:
+        pid_at_meeting(tmp_path, 2)
         return os.environ["CUDA_VISIBLE_DEVICES"]
 
-    refs = [devices.remote(str(tmp_path), number) for number in range(2)]
-    assert sorted(clusterpool.get(refs, timeout=30)) == ["0", "1"]
+    assert sorted(clusterpool.get([devices.remote() for _ in range(2)], timeout=50)) == ["0", "1"]
 
     @clusterpool.remote
     def no_device() -> str | None:

@@ -18,6 +18,7 @@ from clusterpool.multiprocessing.sharedctypes import Array, RawArray, Value
 from clusterpool.multiprocessing.synchronize import Barrier, BoundedSemaphore, Condition, Event, Lock, RLock, Semaphore
 from tests.cluster.clusters import Cluster
 from tests.conftest import segment_names
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.cluster
 
@@ -255,7 +256,4 @@ def test_a_job_leaves_nothing(there: Any) -> None:
     assert value.value == 3
     assert [name for name in segment_names() if job_id in name]
     clusterpool.shutdown()
-    deadline_s = time.monotonic() + 30
-    while any(job_id in name for name in segment_names()):
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
+    wait_for(lambda: not any(job_id in name for name in segment_names()), "its files are gone")

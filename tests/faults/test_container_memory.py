@@ -6,11 +6,12 @@ import contextlib
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import wait_for
 
 LIMIT_BYTES = 800 << 20
 
@@ -62,14 +63,15 @@ def container() -> Iterator[Path]:
             folder.rmdir()
         pytest.skip(f"a memory group cannot be made: {exc}")
     yield folder / "cgroup.procs"
-    deadline_s = time.monotonic() + 10
-    while True:
-        try:
-            folder.rmdir()
-            break
-        except OSError:
-            assert time.monotonic() < deadline_s, "something still runs in it"
-            time.sleep(0.05)
+    wait_for(lambda: is_removed(folder), "nothing runs in it any more")
+
+
+def is_removed(folder: Path) -> bool:
+    try:
+        folder.rmdir()
+    except OSError:
+        return False
+    return True
 
 
 def run_in(container: Path, **env: str) -> str:

@@ -10,7 +10,6 @@ import multiprocessing.pool
 import os
 import pickle
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import pytest
 import clusterpool
 import clusterpool.multiprocessing
 from clusterpool.multiprocessing import Pool
+from tests.waiting import wait_for
 
 # All on one cluster of the module: only its last test waits for the end of a cluster.
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -63,10 +63,7 @@ def fail(kind: str) -> None:
 
 
 def wait_for_file(path: Path) -> int:
-    deadline_s = time.monotonic() + 30
-    while not path.exists():
-        assert time.monotonic() < deadline_s, f"{path} never came"
-        time.sleep(0.005)
+    wait_for(path.exists, f"{path} comes")
     return os.getpid()
 
 

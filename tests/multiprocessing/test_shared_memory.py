@@ -15,6 +15,7 @@ import pytest
 
 import clusterpool
 from clusterpool.multiprocessing.shared_memory import ShareableList, SharedMemory
+from tests.waiting import wait_for
 
 SHM = Path("/dev/shm")
 
@@ -158,9 +159,4 @@ def test_what_a_job_leaves_goes_with_the_job(name: str, end: str, tmp_path: Path
 
 
 def wait_until_gone(paths: list[Path]) -> None:
-    import time
-
-    deadline_s = time.monotonic() + 10
-    while any(path.exists() for path in paths):
-        assert time.monotonic() < deadline_s, [path for path in paths if path.exists()]
-        time.sleep(0.02)
+    wait_for(lambda: not any(path.exists() for path in paths), f"{paths} are gone")

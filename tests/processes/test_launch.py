@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -150,10 +149,7 @@ def test_a_detached_node_outlives_the_process_that_launched_it(session: SessionP
     pid = int(completed.stdout)
     assert is_folder_locked(config.paths.folder)
     os.kill(pid, signal.SIGTERM)
-    deadline_s = time.monotonic() + 30
-    while session.folder.exists():
-        assert time.monotonic() < deadline_s, "its files are still there"
-        time.sleep(0.005)
+    wait_for(lambda: not session.folder.exists(), "its files are gone")
 
 
 def test_a_detached_node_gives_no_warning(session: SessionPaths) -> None:

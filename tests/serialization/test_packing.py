@@ -19,7 +19,10 @@ from clusterpool.serialization.packing import BUFFER_BYTES_MIN, BYTES_OUT_OF_BAN
 def packed_in_memory(serialized: packing.Serialized) -> Any:
     """A ctypes array as the arena gives it, longer than the payload."""
     memory = (ctypes.c_ubyte * (serialized.size_bytes + 100))()
-    serialized.write_into(memoryview(memory).cast("B"))
+    view, position = memoryview(memory).cast("B"), 0
+    for segment in serialized.segments():
+        view[position : position + len(segment)] = segment
+        position += len(segment)
     return memory
 
 
