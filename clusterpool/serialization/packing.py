@@ -242,7 +242,13 @@ class _Reduced:
 def _dumped(
     pickler: ValuePickler, value: Any, file: io.BytesIO, captured: list[Any], kept: Sequence[Any] = ()
 ) -> Serialized:
-    pickler.dump(value)
+    try:
+        pickler.dump(value)
+    except RuntimeError as error:
+        # A lock or queue of the standard library's, in a program of which one import was changed and the other not.
+        if str(error).endswith("through inheritance"):
+            error.args = (f"{error}; make it with clusterpool.multiprocessing, whose objects can be passed to tasks",)
+        raise
     return Serialized(file.getvalue(), tuple(pickler.buffers), tuple(captured), tuple(pickler.stored), tuple(kept))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import multiprocessing
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -308,6 +310,15 @@ def test_deep_recursion_is_a_pickling_error() -> None:
         packing.dumps_value(value)
     while value:  # freed piece by piece: freeing it at once recurses as deep
         value = value.pop()
+
+
+@pytest.mark.parametrize("make", [multiprocessing.RLock, multiprocessing.Queue])
+def test_a_lock_of_the_standard_librarys_says_which_to_use(make: Callable[[], Any]) -> None:
+    shared = make()
+    expected = "through inheritance; make it with clusterpool.multiprocessing"
+    for dump in (lambda: packing.dumps_arguments((1, [shared]), {}), lambda: packing.dumps_value({"lock": shared})):
+        with pytest.raises(RuntimeError, match=expected):
+            dump()
 
 
 def test_importing_the_package_imports_no_numerical_library() -> None:
