@@ -6,8 +6,9 @@
                              |----PackageFailed--------------------> the fork fails, and its request with it
                              +----EndWorker------------------------> it was never forked
 
-Unpacked packages stay for later jobs. Beyond `bytes_max` those used longest ago go, but none that a worker,
-or a fork that is held, uses.
+Unpacked packages stay for later jobs: what the tasks of an earlier one have changed in them is put right first, by
+the same FetchPackage, unless workers of that job are still there, which then share the copy. Beyond `bytes_max` those
+used longest ago go, but none that a worker, or a fork that is held, uses.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ class PackageAnswered(Event, frozen=True):
 
 
 class FetchPackage(Command, frozen=True):
-    """Get the package from the control store and unpack it; answer PackageUnpacked or PackageFailed."""
+    """Get the package from the control store and unpack it, unless it is there and as it was unpacked; answer
+    PackageUnpacked or PackageFailed.
+    """
 
     digest: str
 
@@ -98,6 +101,8 @@ class Environments:
         self._fetching: set[str] = set()
         self._held: dict[str, tuple[ForkWorker, list[str]]] = {}  # by process id, with all digests
         self._used: dict[str, list[str]] = {}  # digests by process id of a worker that was forked
+        self._job_by_digest: dict[str, str] = {}  # of the unpacked, whose worker was forked last
+        self._unchanged: set[str] = set()  # of the unpacked, which nobody has used since they were fetched
 
     def admit(self, command: ForkWorker) -> Commands:
         """Fork now, or hold the fork and fetch what is missing.
@@ -105,6 +110,9 @@ class Environments:
         Raises: msgspec.MsgspecError when the job's environment is malformed.
         """
         digests = parse_environment(command.job.runtime_env).digests
+        for digest in digests:
+            if self._may_be_changed(digest, command.job.job_id):
+                self._forget(digest)
         missing = [digest for digest in digests if digest not in self._sizes]
         if missing:
             self._held[command.process_id] = (command, digests)
@@ -115,13 +123,27 @@ class Environments:
             self._used[command.process_id] = digests
             for digest in digests:
                 self._sizes.move_to_end(digest)
+                self._unchanged.discard(digest)
+                self._job_by_digest[digest] = command.job.job_id
         return [command]
+
+    def _may_be_changed(self, digest: str, job_id: str) -> bool:
+        """Whether another job has had the copy to itself, and may have written to it."""
+        if digest in self._unchanged or self._job_by_digest.get(digest, job_id) == job_id:
+            return False
+        return not any(digest in digests for digests in self._used.values())
+
+    def _forget(self, digest: str) -> None:
+        del self._sizes[digest]
+        self._unchanged.discard(digest)
+        self._job_by_digest.pop(digest, None)
 
     def unpacked(self, event: PackageUnpacked) -> Commands:
         """A package is there; the forks that waited for it alone (admit them), and what must go for it."""
         self._fetching.discard(event.digest)
         self._sizes[event.digest] = event.size_bytes
         self._sizes.move_to_end(event.digest)
+        self._unchanged.add(event.digest)
         commands: Commands = self._drop_surplus()
         for process_id, (command, digests) in list(self._held.items()):
             if all(digest in self._sizes for digest in digests):
@@ -153,6 +175,6 @@ class Environments:
             if sum(self._sizes.values()) <= self._bytes_max:
                 break
             if digest not in needed:
-                del self._sizes[digest]
+                self._forget(digest)
                 dropped.append(DropPackage(digest))
         return dropped

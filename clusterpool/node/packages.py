@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.25
 
+Files = dict[str, tuple[int, int]]
+
 
 class PackageThread:
     """Carries packages between drivers, the control store and the node's cache folder.
@@ -46,6 +48,7 @@ class PackageThread:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._uploads: dict[Address, _Upload] = {}
+        self._files: dict[str, Files] = {}  # of the unpacked packages, as they were then
         self._is_stopping = False
 
     # --- the node's loop
@@ -55,7 +58,7 @@ class PackageThread:
         if isinstance(command, env.FetchPackage):
             self._enqueue(lambda: self._fetch(command.digest))
         else:
-            self._enqueue(lambda: remove_package(self.folder, command.digest))
+            self._enqueue(lambda: self._drop(command.digest))
 
     def message(self, source: Address, message: p.OfferPackage | p.SendPackage) -> None:
         """A driver has a package; the answer comes as an event."""
@@ -146,7 +149,8 @@ class PackageThread:
     def _fetch(self, digest: str) -> None:
         try:
             target = self.folder / digest
-            if not target.is_dir():
+            if not target.is_dir() or self._files.get(digest) != files_of(target):
+                remove_package(self.folder, digest)
                 content = self._call("get_package", digest)
                 if content is None:
                     raise ValueError(
@@ -154,12 +158,17 @@ class PackageThread:
                         "after their last use); start the program again, which brings it there"
                     )
                 unpack(content, digest, self.folder)
+                self._files[digest] = files_of(target)
             event: Any = env.PackageUnpacked(digest, folder_bytes(target))
         except Exception as exc:  # a border: those who wait for the package must hear of it
             logger.warning("package %s could not be unpacked: %s", digest, exc)
             text = f"package {digest[:12]} of its runtime_env could not be unpacked on this node: {exc}"
             event = env.PackageFailed(digest, text)
         self._post(event)
+
+    def _drop(self, digest: str) -> None:
+        self._files.pop(digest, None)
+        remove_package(self.folder, digest)
 
 
 class _Upload:
@@ -218,6 +227,26 @@ def remove_package(folder: Path, digest: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         (folder / digest).rename(part)
         _remove(part)
+
+
+def files_of(folder: Path) -> Files:
+    """What changes when somebody writes below the folder: sizes and times by path. Byte code does not count, which
+    whoever imports a module makes.
+    """
+    found: Files = {}
+    for where, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        for name in [*folders, *names]:
+            path = f"{where}/{name}"
+            found[path] = (
+                0,
+                0,
+            )  # a folder's time changes with the byte code in it, and what is new in it shows by itself
+            if name in names:
+                with contextlib.suppress(FileNotFoundError):  # what somebody has left running takes it away
+                    status = os.lstat(path)
+                    found[path] = (status.st_size, status.st_ctime_ns)
+    return found
 
 
 def folder_bytes(folder: Path) -> int:

@@ -254,6 +254,24 @@ def test_a_later_job_finds_what_an_earlier_one_brought(node: config.NodePaths, p
     assert log.count("went to the control store") == 1, log
 
 
+def write_into(name: str, text: str) -> str:
+    Path("new.txt").write_text("new")
+    before = Path(name).read_text()
+    Path(name).write_text(text)
+    return before
+
+
+def test_what_a_job_writes_into_its_copy_the_next_does_not_see(node: config.NodePaths, project: Path) -> None:
+    for _ in range(2):
+        clusterpool.init(str(node.node_socket), runtime_env={"working_dir": project})
+        with clusterpool.Pool(1) as pool:
+            assert not pool.apply(os.path.exists, ("new.txt",))
+            assert pool.apply(write_into, ("inner/values.txt", "spoilt")) == "1 2 3"
+        with clusterpool.Pool(1) as pool:
+            assert pool.apply(write_into, ("inner/values.txt", "once more")) == "spoilt", "within the job it is there"
+        clusterpool.shutdown()
+
+
 # --- versions -----------------------------------------------------------------------------------------------
 
 

@@ -19,12 +19,12 @@ A, B, C = ("a" * 64, "b" * 64, "c" * 64)
 DRIVER = Address("n1", "d1")
 
 
-def fork(process_id: str, *digests: str) -> e.ForkWorker:
-    return e.ForkWorker(process_id, job(json.dumps({"py_modules": list(digests)})), {}, "")
+def fork(process_id: str, *digests: str, job_id: str = "j1") -> e.ForkWorker:
+    return e.ForkWorker(process_id, job(json.dumps({"py_modules": list(digests)}), job_id), {}, "")
 
 
-def job(runtime_env: str) -> m.JobPart:
-    return m.JobPart("j1", "default", "host", "/", [], "", {}, runtime_env, DRIVER)
+def job(runtime_env: str, job_id: str = "j1") -> m.JobPart:
+    return m.JobPart(job_id, "default", "host", "/", [], "", {}, runtime_env, DRIVER)
 
 
 def test_a_fork_waits_for_the_last_of_its_packages() -> None:
@@ -43,6 +43,32 @@ def test_a_package_is_fetched_once_for_all_that_wait() -> None:
     assert environments.admit(second) == []
     assert environments.unpacked(env.PackageUnpacked(A, 1)) == [first, second]
     assert environments.admit(fork("w3", A)) == [fork("w3", A)]
+
+
+def test_what_another_job_may_have_changed_is_looked_at_again() -> None:
+    environments = env.Environments()
+    environments.admit(fork("w1", A))
+    environments.unpacked(env.PackageUnpacked(A, 1))
+    environments.admit(fork("w1", A))
+    second, third = fork("w2", A, job_id="j2"), fork("w3", A, job_id="j3")
+    assert environments.admit(second) == [second], "the two jobs run at the same time: they share it"
+    environments.worker_ended("w1")
+    environments.worker_ended("w2")
+    assert environments.admit(fork("w4", A, job_id="j2")) == [fork("w4", A, job_id="j2")], "what it wrote is there"
+    environments.worker_ended("w4")
+    assert environments.admit(third) == [env.FetchPackage(A)]
+    assert environments.admit(fork("w5", A, job_id="j4")) == []
+    assert environments.unpacked(env.PackageUnpacked(A, 1)) == [third, fork("w5", A, job_id="j4")]
+    assert environments.admit(third) == [third]
+    assert environments.admit(fork("w5", A, job_id="j4")) == [fork("w5", A, job_id="j4")]
+
+
+def test_what_was_looked_at_for_nobody_is_not_looked_at_again() -> None:
+    environments = env.Environments()
+    environments.admit(fork("w1", A))
+    environments.cancel("w1")
+    assert environments.unpacked(env.PackageUnpacked(A, 1)) == []
+    assert environments.admit(fork("w2", A, job_id="j2")) == [fork("w2", A, job_id="j2")]
 
 
 def test_a_failed_package_fails_those_who_wait_and_is_tried_again() -> None:
