@@ -204,7 +204,8 @@ def status(address: str | None, as_json: bool, watch: float | None) -> None:
     if as_json:
         click.echo(json.dumps(module.to_json(target, nodes), indent=2))
     elif watch is None:
-        _console().print(module.render(target, nodes))
+        console = _console()
+        console.print(module.render(target, nodes, width=console.width))
     else:
         _watch(module, target, nodes, watch)
 
@@ -214,13 +215,15 @@ def _watch(module: Any, target: Any, nodes: Any, period_s: float) -> None:
 
     from rich.live import Live
 
-    with Live(module.render(target, nodes), console=_console(), auto_refresh=False) as live:
+    console = _console()
+    with Live(module.render(target, nodes, width=console.width), console=console, auto_refresh=False) as live:
         while True:
             try:
                 time.sleep(period_s)
             except KeyboardInterrupt:
                 return  # that is how it is meant to end
-            live.update(module.render(target, module.read_nodes(target)), refresh=True)
+            nodes = module.read_nodes(target)
+            live.update(module.render(target, nodes, width=console.width), refresh=True)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

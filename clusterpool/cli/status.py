@@ -90,26 +90,59 @@ def node_to_json(node: NodePart) -> dict[str, Any]:
     return fields
 
 
-def render(target: Target, nodes: list[NodePart]) -> Group:
-    """A table of the nodes, and what they have together."""
+def render(target: Target, nodes: list[NodePart], *, width: int = 200) -> Group:
+    """A table of the nodes, and what they have together. `width`: characters of a line of the terminal; what does not
+    fit into it is left out whole, the least wanted first, since the half of each column would tell nothing.
+    """
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("NODE", "HOST", "ADDRESS", "STATE"):
-        table.add_column(title, no_wrap=True)
-    for title in ("CPU", "GPU", "MEMORY", "STORE", "WORKERS", "QUEUE"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("OTHER")
-    for node in nodes:
-        state = ("[green]alive" if node.alive else "[yellow]silent") + (", head" if node.is_head else "")
-        memory, queue = show_size(node.total.get("memory", 0)), str(node.queue_length)
-        table.add_row(
-            Text(_shown_name(node)), node.host, node.address or "-", state, _used(node, "CPU"), _used(node, "GPU"),
-            memory, _store(node), str(node.workers), queue, Text(_others(node)),
-        )  # fmt: skip
+    columns = _columns(nodes)
+    for title in _DROPPED_IN_ORDER:
+        if _width_of(columns) > width:
+            del columns[title]
+    for title in columns:
+        table.add_column(title, justify="right" if title in _NUMBERS else "left", no_wrap=title != "OTHER")
+    for cells, node in zip(zip(*columns.values(), strict=True), nodes, strict=True):
+        styles = ["" if title != "STATE" else "green" if node.alive else "yellow" for title in columns]
+        table.add_row(*(Text(cell, style) for cell, style in zip(cells, styles, strict=True)))
     return Group(Text.from_markup(_heading(target, nodes)), table, Text(_together(nodes)))
+
+
+# By how much people miss them, and how wide they are; `--json` has everything.
+_DROPPED_IN_ORDER = ("ADDRESS", "OTHER", "HOST", "MEMORY", "GPU", "QUEUE", "WORKERS", "STORE")
+_NUMBERS = ("CPU", "GPU", "MEMORY", "STORE", "WORKERS", "QUEUE")
+_GAP = 2
+_OTHER_WIDTH_MAX = 24
+
+
+def _columns(nodes: list[NodePart]) -> dict[str, list[str]]:
+    """The cells of each column."""
+    return {
+        "NODE": [_shown_name(node) for node in nodes],
+        "HOST": [node.host for node in nodes],
+        "ADDRESS": [node.address or "-" for node in nodes],
+        "STATE": [("alive" if node.alive else "silent") + (", head" if node.is_head else "") for node in nodes],
+        "CPU": [_used(node, "CPU") for node in nodes],
+        "GPU": [_used(node, "GPU") for node in nodes],
+        "MEMORY": [show_size(node.total.get("memory", 0)) for node in nodes],
+        "STORE": [_store(node) for node in nodes],
+        "WORKERS": [str(node.workers) for node in nodes],
+        "QUEUE": [str(node.queue_length) for node in nodes],
+        "OTHER": [_others(node) for node in nodes],
+    }
+
+
+def _width_of(columns: dict[str, list[str]]) -> int:
+    from rich.cells import cell_len
+
+    widths = [
+        min(max(map(cell_len, [title, *cells])), _OTHER_WIDTH_MAX if title == "OTHER" else 1000)  # that is wrapped
+        for title, cells in columns.items()
+    ]
+    return sum(widths) + _GAP * (len(widths) - 1)
 
 
 def _heading(target: Target, nodes: list[NodePart]) -> str:
