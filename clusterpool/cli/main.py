@@ -14,6 +14,7 @@ import click
 from clusterpool.cli.failures import CommandFailed, ExitCode
 from clusterpool.config import WORKING_DIR_VARIABLE
 from clusterpool.errors import ClusterpoolError
+from clusterpool.processes.standard_descriptors import fill_standard_descriptors
 from clusterpool.version import __version__
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ _WIDTH_OF_PIPES = 200
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; its exit code. A script that was asked for runs last, outside of all error handling."""
+    fill_standard_descriptors()
     try:
         result = cli.main(arguments, prog_name="clusterpool", standalone_mode=False)
     except click.ClickException as exc:

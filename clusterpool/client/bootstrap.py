@@ -26,6 +26,7 @@ from clusterpool.core import messages as m
 from clusterpool.core.messages import Address
 from clusterpool.errors import NotConnected
 from clusterpool.processes.launch import NodeProcess, launch_node
+from clusterpool.processes.standard_descriptors import fill_standard_descriptors
 from clusterpool.processes.sweep import sweep_stale_sessions
 
 _MIB = 1024 * 1024
@@ -36,6 +37,7 @@ def join(node_socket: str, *, namespace: str, environment: Prepared, log_to_driv
 
     Raises: NotConnected, VersionMismatch; WorkerSetupFailed when the environment cannot be sent.
     """
+    fill_standard_descriptors()
     node_folder = Path(node_socket).parent
     node_id = "n" + node_folder.name.removeprefix("n-")
     address = Address(node_id, ids.new_process_id("d"))
@@ -131,6 +133,7 @@ def start_embedded(
 
     Raises: StartFailed.
     """
+    fill_standard_descriptors()
     node_id = ids.new_node_id()
     session = config.SessionPaths.in_base(ids.new_session_id())
     memory_bytes = memory if memory is not None else config.detect_memory_bytes()

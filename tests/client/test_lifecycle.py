@@ -659,3 +659,22 @@ def test_each_line_has_the_name_of_the_function_that_printed_it() -> None:
     assert said == [("(first", "one"), ("(second", "two"), ("(third", "two")] * 2
     assert lines[6].startswith("(redirected ")
     assert lines[6].endswith(r" 'into a file\n'")
+
+
+def test_a_program_that_was_started_without_standard_streams(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent(
+            """
+            import os, sys, clusterpool
+            print("lost")
+            with clusterpool.Pool(1) as pool:
+                found = pool.map(abs, [-1]), [os.readlink(f"/proc/self/fd/{fd}") for fd in range(3)]
+            with open(sys.argv[1], "w") as file:
+                file.write(repr(found))
+            """
+        )
+    )
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, str(program), str(tmp_path / "result")]
+    assert subprocess.run(command, timeout=SCRIPT_S).returncode == 0
+    assert (tmp_path / "result").read_text() == repr(([1], ["/dev/null"] * 3))
