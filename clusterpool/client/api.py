@@ -90,7 +90,7 @@ def init(
         if process is not None:
             embedded = process
             runtime.after_shutdown.append(lambda: _end_node(embedded))
-        _install(runtime)
+        install(runtime)
         registered = runtime.client.registered
         assert registered is not None
         return {
@@ -113,14 +113,11 @@ def _end_node(process: Any) -> None:
             sweep_stale_sessions([process.paths.session.folder.parent])
 
 
-def _install(runtime: Runtime) -> None:
+def install(runtime: Runtime) -> None:
     """Make `runtime` this process's one (also used by workers)."""
     current.set(runtime)
     lean_future.wait_hook = runtime.client.wait_until
     lean_future.wake_hook = runtime.client.loop.kick
-
-
-install = _install
 
 
 def shutdown() -> None:

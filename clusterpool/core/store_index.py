@@ -136,19 +136,15 @@ class StoreIndex:
             used_bytes=self.allocator.used_bytes,
             pinned_bytes=self.pinned_bytes,
             spilled_bytes=self.spilled_bytes,
-            object_count=len(self.objects),
             queued_count=len(self.queue),
-            queued_bytes=sum(self.objects[object_id].size_bytes for object_id in self.queue),
             missing_bytes=self._promised_bytes - self.allocator.capacity_bytes,
         )
 
     # --- clients -------------------------------------------------------------------------------------------
 
     def _on_create_requested(self, event: ObjectCreateRequested, now_s: float) -> None:
-        known = self.objects.get(event.object_id)
-        if known is not None:
-            is_sealed = known.state not in (State.QUEUED, State.CREATING)
-            self._do(ReplyAlreadyExists(event.client, event.request, event.object_id, is_sealed))
+        if event.object_id in self.objects:
+            self._do(ReplyAlreadyExists(event.client, event.request, event.object_id))
             return
         item = StoredObject(
             event.object_id, event.size_bytes, event.is_primary, State.QUEUED, event.client, event.request, event.owner

@@ -163,7 +163,6 @@ class ReplyAlreadyExists(StoreCommand, frozen=True):
     client: str
     request: int
     object_id: str
-    is_sealed: bool
 
 
 class RefuseCreate(StoreCommand, frozen=True):

@@ -50,17 +50,15 @@ class StoredObject:
 
 @dataclass(frozen=True)
 class StoreStats:
-    """What `status` shows of one store. `used_bytes` includes what is being written, in whole pages. `missing_bytes`:
-    of its size, what its file system has no room for.
+    """One store's, for `status` and for whoever is refused room. `used_bytes` includes what is being written, in whole
+    pages. `missing_bytes`: of its size, what its file system has no room for.
     """
 
     capacity_bytes: int
     used_bytes: int
     pinned_bytes: int
     spilled_bytes: int
-    object_count: int
     queued_count: int
-    queued_bytes: int
     missing_bytes: int = 0
 
 

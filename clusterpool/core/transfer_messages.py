@@ -112,12 +112,6 @@ class PullCancelled(TransferEvent, frozen=True):
     object_id: str
 
 
-class RequesterGone(TransferEvent, frozen=True):
-    """`requester` ended, and wants nothing any more."""
-
-    requester: str
-
-
 class RoomGranted(TransferEvent, frozen=True):
     """The store gave the room that AllocateForPull asked for."""
 

@@ -31,7 +31,6 @@ from clusterpool.core.transfer_messages import (
     PullRequested,
     ReportPulled,
     ReportPullFailed,
-    RequesterGone,
     RoomGranted,
     RoomRefused,
     SealPull,
@@ -115,7 +114,6 @@ class TransferTable:
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             PullRequested: self._on_requested,
             PullCancelled: self._on_cancelled,
-            RequesterGone: self._on_requester_gone,
             PeerSpoke: self._on_peer_spoke,
             PeerLost: self._on_peer_lost,
             RoomGranted: self._on_room_granted,
@@ -177,10 +175,6 @@ class TransferTable:
             del pull.requesters[event.requester]
             if not pull.requesters:
                 self._drop(pull)
-
-    def _on_requester_gone(self, event: RequesterGone, now_s: float) -> None:
-        for object_id in list(self.pulls):
-            self._on_cancelled(PullCancelled(event.requester, object_id), now_s)
 
     # --- the store -----------------------------------------------------------------------------------------
 

@@ -117,11 +117,11 @@ def test_a_waiting_reader_learns_that_the_creator_gave_up() -> None:
 def test_an_object_is_created_once() -> None:
     store = Store()
     store.create("a", 1)
-    assert store.create("a", 1, client="w2") == [ReplyAlreadyExists("w2", 2, "a", False)]
+    assert store.create("a", 1, client="w2") == [ReplyAlreadyExists("w2", 2, "a")]
     store(ObjectSealed("w2", "a"))  # not its creator
     assert store.index.objects["a"].state is State.CREATING
     store(ObjectSealed("w1", "a"))
-    assert store.create("a", 1, client="w2") == [ReplyAlreadyExists("w2", 3, "a", True)]
+    assert store.create("a", 1, client="w2") == [ReplyAlreadyExists("w2", 3, "a")]
 
 
 def test_larger_than_the_store_is_refused_with_the_figures() -> None:

@@ -95,7 +95,7 @@ def test_a_pull_that_nobody_wants_any_more_is_aborted() -> None:
     puller.start("a", ["n1"], 4)
     puller.pull("a", ["n1"], 4, by="w2")
     assert puller(m.PullCancelled("w1", "a")) == []
-    assert puller(m.RequesterGone("w2")) == [m.AbortPull("a"), m.SendToNode("n1", m.CloseTransfer(1))]
+    assert puller(m.PullCancelled("w2", "a")) == [m.AbortPull("a"), m.SendToNode("n1", m.CloseTransfer(1))]
     assert puller.says("n1", m.ChunkData(1, 0, b"abcd")) == []  # nothing is written into room given back
 
 
