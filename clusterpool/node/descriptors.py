@@ -176,12 +176,21 @@ class Descriptors:
             self._shell.reject("descriptors", f"dropped a request for descriptors that is none of ours: {exc}")
         except OSError as exc:  # such as too many open files
             logger.warning("a request for descriptors could not be met: %s", exc)
-            self._answer(sock, d.Answer(exc.errno or errno.EIO, f"the node could not meet the request: {exc}"))
+            reason = f"the node could not meet the request: {exc}{self._remedy(exc)}"
+            self._answer(sock, d.Answer(exc.errno or errno.EIO, reason))
             return
         finally:
             for fd in fds:
                 os.close(fd)
         self._hang_up(sock)
+
+    def _remedy(self, error: OSError) -> str:
+        if error.errno != errno.EMFILE or not self._channels:
+            return ""
+        return (
+            f"; it has {len(self._channels)} queues, each with two descriptors (one that was passed to anything lives "
+            "until its program ends): use some again, or start the node under a higher limit (`ulimit -n`)"
+        )
 
     def _handle(self, sock: socket.socket, request: d.AnyRequest, fds: list[int]) -> None:
         if isinstance(request, d.GetChannel):

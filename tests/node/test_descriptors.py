@@ -192,6 +192,20 @@ def test_a_request_to_park_without_a_descriptor_is_refused(nodes: Nodes) -> None
     assert answer.error_number == errno.EBADF
 
 
+def test_who_has_made_too_many_queues_is_told_so(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    for end in ends_of(nodes, "j1-d1-1"):
+        end.close()
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(descriptors.socket, "socketpair", fail)
+    answer, _ = ask(nodes, d.encode(d.GetChannel("j1-d1-2")))
+    assert answer is not None
+    assert answer.error_number == errno.EMFILE
+    assert "it has 1 queues, each with two descriptors" in answer.text
+
+
 # --- leases
 
 
