@@ -223,10 +223,11 @@ class LazyCall:
     def _end_reading(self, index: int, error: BaseException | None) -> None:
         with self._lock:
             if error is not None:
-                # An error of the iterable takes its place in the order, as if it were a task's.
+                # An error of the iterable takes its place in the order, as if it were a task's. Where there is none, it
+                # comes last: a loop over the results, which it ends, has had all that were computed.
                 self._window.submitted(0)
                 self._window.arrived(0, 0)
-                self._outcomes.add(index, Outcome(None, error, 0))
+                self._outcomes.add_last(index, Outcome(None, error, 0))
                 index += 1
             self._length = index
             if self._is_abandoned:

@@ -20,6 +20,8 @@ class InOrder(Generic[T]):
         assert index not in self._outcome_by_index, f"outcome {index} came twice"
         self._outcome_by_index[index] = outcome
 
+    add_last = add
+
     def is_ready(self) -> bool:
         return self.taken in self._outcome_by_index
 
@@ -35,14 +37,23 @@ class AsTheyCome(Generic[T]):
     def __init__(self) -> None:
         self.taken = 0
         self._outcomes: deque[T] = deque()
+        self._last: tuple[int, T] | None = None
 
     def add(self, index: int, outcome: T) -> None:
         self._outcomes.append(outcome)
 
+    def add_last(self, index: int, outcome: T) -> None:
+        """The one that comes after all others, of which there are `index`."""
+        self._last = index, outcome
+
     def is_ready(self) -> bool:
-        return bool(self._outcomes)
+        return bool(self._outcomes) or (self._last is not None and self.taken == self._last[0])
 
     def take(self) -> T:
-        outcome = self._outcomes.popleft()
+        if self._outcomes:
+            outcome = self._outcomes.popleft()
+        else:
+            assert self._last is not None, "nothing is ready"
+            outcome = self._last[1]
         self.taken += 1
         return outcome

@@ -46,3 +46,19 @@ def test_as_they_come(arrival: list[int]) -> None:
         outcomes.add(index, index)
     assert [outcomes.take() for _ in arrival] == list(arrival)
     assert not outcomes.is_ready()
+
+
+@given(st.permutations(range(4)), st.integers(0, 4))
+def test_the_last_comes_after_all_others(arrival: list[int], said_after: int) -> None:
+    for outcomes in (InOrder[int](), AsTheyCome[int]()):
+        handed_out = []
+        for step in range(5):
+            if step == said_after:
+                outcomes.add_last(4, 99)
+            if step < 4:
+                outcomes.add(arrival[step], arrival[step])
+            while outcomes.is_ready():
+                handed_out.append(outcomes.take())
+        assert sorted(handed_out[:4]) == [0, 1, 2, 3]
+        assert handed_out[4:] == [99]
+        assert not outcomes.is_ready()
