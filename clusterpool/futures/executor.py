@@ -11,7 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from clusterpool.calls import engine
 from clusterpool.calls.worker_setup import set_up_worker
@@ -253,6 +253,13 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
         self.shutdown(wait=False, cancel_futures=True)
         if is_open:
             self._pool.break_pool("its workers were killed by kill_workers()", RuntimeError("killed"))
+
+    def __getstate__(self) -> NoReturn:
+        # Not `__reduce__`: a subclass may have a `__getstate__` of its own, as with the standard executor.
+        raise TypeError(
+            f"cannot pickle {type(self).__name__!r} object: an executor can be no argument of a task, nor belong to the "
+            "object whose method is one; make one within the task, or leave it out by the object's `__getstate__`"
+        )
 
     # ------------------------------------------------------------------ what programs read of the standard
     # executor

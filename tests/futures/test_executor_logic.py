@@ -7,11 +7,13 @@ import concurrent.futures.process
 import gc
 import itertools
 import operator
+import pickle
 import threading
 import time
 import weakref
 from pickle import PicklingError
 
+import cloudpickle
 import pytest
 from fake_group import Killed, wait_until
 
@@ -50,6 +52,28 @@ def test_module_offers_the_names_of_the_standard_one():
     assert clusterpool.futures.thread.ThreadPoolExecutor is concurrent.futures.ThreadPoolExecutor
     with pytest.raises(AttributeError):
         clusterpool.futures.nothing
+
+
+class Owner:
+    def __init__(self, executor):
+        self.executor = executor
+
+    def method(self):
+        return 1
+
+
+class LeavesItOut(ProcessPoolExecutor):
+    def __getstate__(self):
+        return {}
+
+
+def test_an_executor_cannot_be_pickled_and_says_so(executor):
+    for attempt in (executor, Owner(executor).method, executor.options(retries=1)):
+        with pytest.raises(TypeError, match="cannot pickle 'ProcessPoolExecutor' object: an executor can be no arg"):
+            cloudpickle.dumps(attempt)
+    with pytest.raises(TypeError, match="cannot pickle 'ProcessPoolExecutor' object"):
+        pickle.dumps(executor)
+    assert type(pickle.loads(pickle.dumps(LeavesItOut()))) is LeavesItOut
 
 
 # ------------------------------------------------------------------ submit
