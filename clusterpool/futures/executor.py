@@ -257,8 +257,8 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
     def __getstate__(self) -> NoReturn:
         # Not `__reduce__`: a subclass may have a `__getstate__` of its own, as with the standard executor.
         raise TypeError(
-            f"cannot pickle {type(self).__name__!r} object: an executor can be no argument of a task, nor belong to the "
-            "object whose method is one; make one within the task, or leave it out by the object's `__getstate__`"
+            f"cannot pickle {type(self).__name__!r} object: an executor can be no argument of a task, nor belong "
+            "to the object whose method is one; make one in the task, or leave it out by the object's `__getstate__`"
         )
 
     # ------------------------------------------------------------------ what programs read of the standard

@@ -34,7 +34,7 @@ class MapRun:
         self._sent = 0
         self._task_numbers: list[list[int]] = []  # of the chunks in the order sent
         self._outcome_by_index: dict[int, tuple[list[Any] | None, BaseException | None]] = {}
-        self._wanted = 0
+        self._wanted = 0  # the next to be taken; all before it were
         self._failure: BaseException | None = None
         pool.runs.add(self)
 
@@ -77,6 +77,10 @@ class MapRun:
         """Called by the group."""
         self.task_done(index, None, load_error(error), worker)
 
+    def done(self) -> bool:
+        """Whether all that was sent has ended."""
+        return self._wanted + len(self._outcome_by_index) >= self._sent or self._failure is not None
+
     def fail(self, error: BaseException) -> None:
         """End with `error` where there is no result yet."""
         self._failure = error
@@ -114,12 +118,12 @@ class MapRun:
                 at += 1
 
     def _take(self, index: int, end_time: float | None) -> list[Any]:
-        self._wanted = index
         if not self._is_wanted_there():
             timeout = None if end_time is None else max(0.0, end_time - time.monotonic())
             if not engine.wait_until(self._is_wanted_there, timeout):
                 raise concurrent.futures.TimeoutError()
         value, error = self._outcome_by_index.pop(index, (None, self._failure))
+        self._wanted = index + 1
         if error is not None:
             try:
                 raise error

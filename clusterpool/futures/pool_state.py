@@ -10,15 +10,17 @@ tasks go on, as the standard library's can.
                  WorkerGroup ── worker_died, setup_failed ──► PoolState
 
 At the interpreter's exit all pending work is awaited, as the standard library does. That one does it before
-the remaining non-daemon threads are joined, by a private hook of `threading`; we do it after, by `atexit`,
-so a thread that outlives the main thread may still submit. The hook must run before the client's own end:
-`atexit` runs what was registered last first, and each executor moves the hook to the top when it starts,
-which is after the client did.
+the remaining non-daemon threads are joined, by a private hook of `threading`, and so before the program's own
+`atexit` handlers (which remove what the calls read, or sum up what they did). So do we; but we go on taking
+calls, and await those after the threads, by `atexit`: a thread that outlives the main thread may still submit.
+That second hook must run before the client's own end: `atexit` runs what was registered last first, and each
+executor moves the hook to the top when it starts, which is after the client did.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import queue
 import threading
@@ -271,6 +273,23 @@ class PoolState:
         self.group.join()
         self._callbacks.join()
 
+    def wait_submitted(self) -> None:
+        """Wait for the calls that were submitted so far, and their callbacks; others may come meanwhile."""
+        if self.group is None or self._process != os.getpid():
+            return
+        waiting: list[TaskFuture | MapRun] = [*self.pending, *self.runs]
+
+        def are_done() -> bool:
+            while waiting and waiting[-1].done():
+                waiting.pop()
+            return not waiting
+
+        try:
+            engine.wait_until(are_done, None)
+        except errors.NotConnected:
+            return
+        self._callbacks.join()
+
     def is_idle(self) -> bool:
         return not self.pending
 
@@ -331,16 +350,27 @@ def _close_dropped() -> None:
 
 _live: weakref.WeakSet[PoolState] = weakref.WeakSet()
 _exiting = False
+_awaits_early = False
 
 
 def _watch_exit(pool: PoolState) -> None:
-    global _closer
+    global _closer, _awaits_early
     _live.add(pool)
+    if not _awaits_early:
+        _awaits_early = True
+        with contextlib.suppress(RuntimeError):  # this is a thread that outlives the main thread
+            threading._register_atexit(await_submitted_before_exit_handlers)  # type: ignore[attr-defined]
     atexit.unregister(await_pending_at_exit)
     atexit.register(await_pending_at_exit)
     if _closer is None:
         _closer = threading.Thread(target=_close_dropped, name="clusterpool-closer", daemon=True)
         _closer.start()
+
+
+def await_submitted_before_exit_handlers() -> None:
+    """The main thread has ended: let finish what was submitted until now."""
+    for pool in list(_live):
+        pool.wait_submitted()
 
 
 def await_pending_at_exit() -> None:

@@ -257,7 +257,7 @@ def test_imap_unordered_error_of_the_iterable(pool: FakePool) -> None:
     values = []
     with pytest.raises(OSError, match="the iterable broke"):
         for value in results:
-            values.append(value)  # noqa: PERF402 (what came before the error counts)
+            values.append(value)
     assert sorted(values) == [0, 1, 4, 9, 16]
     with pytest.raises(StopIteration):
         next(results)

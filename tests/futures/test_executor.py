@@ -363,6 +363,36 @@ def test_callback_added_at_the_interpreters_exit_runs():
     assert (done.stdout, done.stderr, done.returncode) == ("finished\n", "", 0)
 
 
+def test_calls_are_done_before_exit_handlers_and_threads_may_submit_more():
+    done = run_script(
+        "import atexit, threading, time\nfrom clusterpool.futures import ProcessPoolExecutor\n"
+        "executor = ProcessPoolExecutor(1)\n"
+        "def late():\n"
+        "    threading.main_thread().join()\n"
+        "    while not all(future.done() for future in futures):\n"
+        "        time.sleep(0.01)\n"
+        "    future = executor.submit(pow, 2, 3)\n"
+        "    print('late', future.result(), flush=True)\n"
+        "futures = [executor.submit(time.sleep, 0.3)]\n"
+        "futures[0].add_done_callback(lambda future: print('callback', flush=True))\n"
+        "threading.Thread(target=late).start()\n"
+        "atexit.register(lambda: print('handler', flush=True))\n"
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert sorted(done.stdout.splitlines()) == ["callback", "handler", "late 8"]
+
+
+def test_exit_handlers_find_all_calls_done():
+    done = run_script(
+        "import atexit, time\nfrom clusterpool.futures import ProcessPoolExecutor\n"
+        "executor = ProcessPoolExecutor(1)\n"
+        "future = executor.submit(time.sleep, 0.3)\n"
+        "future.add_done_callback(lambda future: print('callback', flush=True))\n"
+        "atexit.register(lambda: print(future.done(), flush=True))\n"
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("callback\nTrue\n", "", 0)
+
+
 def test_dropped_executor_finishes_its_calls():
     done = run_script(
         "import clusterpool\n"

@@ -438,6 +438,24 @@ def test_interpreter_exit_awaits_pending_calls(fake, monkeypatch):
         fresh.submit(int)
 
 
+def test_what_was_submitted_before_the_interpreters_end_is_awaited_and_no_more(executor, fake):
+    future = executor.submit(int)
+    executor.map(int, range(3))  # its results are never taken
+    taken = executor.map(int, range(3))
+    assert [next(taken), next(taken)] == [0, 1]
+    executor._pool.wait_submitted()
+    assert future.done() and fake[0].pending() == 0
+    fake[0].hold()
+    results = executor.map(int, range(3))
+    waiter = threading.Thread(target=executor._pool.wait_submitted)
+    waiter.start()
+    waiter.join(0.05)
+    assert waiter.is_alive()
+    fake[0].release()
+    waiter.join(30)
+    assert not waiter.is_alive() and list(results) == [0, 1, 2]
+
+
 def test_kill_workers_breaks_running_calls_and_cancels_waiting_ones(fake):
     executor = ProcessPoolExecutor(1)
     go_on = threading.Event()
