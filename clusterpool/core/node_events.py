@@ -143,6 +143,7 @@ class ForkWorker(Command, frozen=True):
     env: dict[str, str]
     name: str
     is_process: bool = False  # it will be a `Process`
+    has_many_names: bool = False  # it runs functions of several names; `name` is that of the first
 
 
 class EndWorker(Command, frozen=True):

@@ -200,7 +200,8 @@ class Scheduler:
         worker.lease = lease
         self.workers[worker.process_id] = worker
         demand = pending.demand
-        return [ForkWorker(worker.process_id, pending.job, demand.env, demand.name, demand.outlives_owner)]
+        is_lease = demand.kind == WorkerKind.TASK
+        return [ForkWorker(worker.process_id, pending.job, demand.env, demand.name, demand.outlives_owner, is_lease)]
 
     def _granted(self, lease: Lease) -> Command:
         lease.is_granted = True

@@ -38,6 +38,8 @@ class _WorkerProcess:
     def __init__(self, command: e.ForkWorker) -> None:
         self.job = command.job
         self.name = command.name
+        # Who reads of its end is told which task it was, and would take the name of another for that of a culprit.
+        self.name_at_end = "" if command.has_many_names else command.name
         self.pid = 0
         self.pipes: list[LogPipe] = []
         self.log: WorkerLog | None = None
@@ -202,4 +204,6 @@ class WorkerProcesses:
         prune_logs(self._shell.paths.logs_folder, in_use=[*in_use, self._shell.paths.node_log])
 
     def _who(self, worker: _WorkerProcess, event: WorkerExited) -> str:
-        return f"worker {event.worker_id} ({worker.name or 'task'}, pid {event.pid}) on node {self._shell.node_id}"
+        return (
+            f"worker {event.worker_id} ({worker.name_at_end or 'task'}, pid {event.pid}) on node {self._shell.node_id}"
+        )

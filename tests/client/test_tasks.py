@@ -330,6 +330,22 @@ def test_what_is_no_exception_but_no_exit_either_arrives_and_costs_no_worker(err
     assert clusterpool.get(pid.remote()) == before
 
 
+def test_the_end_of_a_worker_names_no_function_but_the_one_that_ran() -> None:
+    @clusterpool.remote
+    def innocent() -> None:
+        pass
+
+    @clusterpool.remote(retries=0)
+    def culprit() -> None:
+        os._exit(3)
+
+    clusterpool.get(innocent.remote())
+    with pytest.raises(errors.WorkerDied) as caught:
+        clusterpool.get(culprit.remote())
+    assert "culprit" in str(caught.value)
+    assert "innocent" not in str(caught.value)
+
+
 def test_sys_exit_in_a_task_ends_its_worker_and_nothing_else(tmp_path: Path) -> None:
     @clusterpool.remote(retries=0)
     def leave() -> None:
