@@ -220,7 +220,7 @@ def test_an_item_that_nobody_gets_is_found_whatever_else_goes_wrong(monkeypatch:
         return original(self, waiter, name, item) if waiter in self._waits else []
 
     monkeypatch.setattr(Waits, "_item_came", item_came)
-    assert main(["--seeds", "0-60", "--faults", "6", "--programs", "queues"]) == 1
+    assert main(["--seeds", "130-160", "--faults", "6", "--programs", "queues"]) == 1
 
 
 def test_a_task_that_is_given_up_too_early_is_found_whatever_else_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
