@@ -34,6 +34,11 @@ HAND_BACK_S = 0.002
 REARM_S = HAND_BACK_S / 4
 # Waking a CPU that sleeps costs the sender 5 to 10 us in a virtual machine, and the message as much again.
 AWAKE_S = 0.0001
+# Where a poll found something within this time, the next one looks before the machine is asked when it wants to be
+# woken, which takes as long as handling a small message.
+FLOWING_S = 0.00001
+# The machine's wish may be so old then; what it waits for is never due sooner than some milliseconds after.
+WISH_AGE_S = 0.001
 # One poll or sleep lasts at most so long: epoll and locks refuse times that programs do give (`get(9999999)`), and
 # nothing is lost by looking again once an hour.
 POLL_MAX_S = 3600.0
@@ -95,6 +100,8 @@ class Loop:
         self.stays_awake = False
         self.sleep_max_s = POLL_MAX_S  # of those who wait; the I/O thread gets no signals
         self._is_busy = False  # the last poll, which slept, had something within AWAKE_S
+        self._is_flowing = False  # messages come one upon another
+        self._asked_s = 0.0  # when the machine was asked for its next wakeup, monotonic
         self._thread = threading.Thread(target=self._thread_main, name="clusterpool-io", daemon=True)
 
     def start(self) -> None:
@@ -278,12 +285,11 @@ class Loop:
         _libc.timerfd_settime(self._timer_fd, 0, self._arm_value, None)
 
     def _turn(self, timeout_s: float | None) -> None:
-        wakeup_s = self._next_wakeup_s()
-        if wakeup_s is not None:
-            until_s = max(0.0, wakeup_s - monotonic())
-            timeout_s = until_s if timeout_s is None else min(timeout_s, until_s)
-        timeout_s = POLL_MAX_S if timeout_s is None else min(timeout_s, POLL_MAX_S)
-        ready = self._poll_awake(timeout_s) if self.stays_awake else self.epoll.poll(timeout_s)
+        ready: list[tuple[int, int]] = []
+        if self._is_flowing and monotonic() - self._asked_s < WISH_AGE_S:
+            ready = self.epoll.poll(0)
+        if not ready:
+            ready = self._poll(timeout_s)
         if self._is_stopped:
             return
         for fd, _ in ready:
@@ -294,6 +300,20 @@ class Loop:
                 break
         self._process(ready)
         self._after_turn()
+
+    def _poll(self, timeout_s: float | None) -> list[tuple[int, int]]:
+        """Poll until something is ready, the machine wants to be woken, or `timeout_s` seconds are over."""
+        wakeup_s = self._next_wakeup_s()
+        now_s = self._asked_s = monotonic()
+        if wakeup_s is not None:
+            until_s = max(0.0, wakeup_s - now_s)
+            timeout_s = until_s if timeout_s is None else min(timeout_s, until_s)
+        timeout_s = POLL_MAX_S if timeout_s is None else min(timeout_s, POLL_MAX_S)
+        if self.stays_awake:
+            return self._poll_awake(timeout_s)
+        ready = self.epoll.poll(timeout_s)
+        self._is_flowing = bool(ready) and monotonic() - now_s < FLOWING_S
+        return ready
 
     def _poll_awake(self, timeout_s: float) -> list[tuple[int, int]]:
         """Poll; where messages have been coming one upon another, look for the next one without sleeping first."""

@@ -215,7 +215,8 @@ class Dispatcher:
         # Without workers too: what is cancelled must not make a closed set wait, or an idle one ask for workers.
         if not self._drop_cancelled() or not self.slots:
             return batches
-        open_slots = [slot for slot in self.slots.values() if slot.is_open]
+        # (Not `is_open`: this runs for each message, and a property costs as much as the rest of the line.)
+        open_slots = [slot for slot in self.slots.values() if not (slot.is_retiring or slot.is_blocked)]
         workers = len(open_slots)
         if workers > 1 and self._is_too_little_to_split():
             awake = self._awake_slot(open_slots, now_s)
@@ -241,12 +242,12 @@ class Dispatcher:
         fewer and larger, and the owner has a CPU for itself.
         """
         found: WorkerSlot | None = None
-        most = (-1, 0.0)
+        since_s, most = now_s - BACKLOG_S, -1
         for slot in slots:
-            if now_s - slot.finished_s <= BACKLOG_S:
-                wakefulness = (len(slot.outstanding), slot.finished_s)
-                if wakefulness > most:
-                    found, most = slot, wakefulness
+            if slot.finished_s >= since_s:
+                held = len(slot.outstanding)
+                if found is None or held > most or (held == most and slot.finished_s > found.finished_s):
+                    found, most = slot, held
         return found
 
     def _is_too_little_to_split(self) -> bool:

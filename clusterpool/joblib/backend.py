@@ -61,24 +61,25 @@ class TerminatedWorkerError(errors.WorkerDied, BrokenProcessPool):
 class Job:
     """A batch in flight: the engine's sink, and the future-like object that joblib keeps."""
 
-    __slots__ = ("_callback", "_callbacks", "_error", "_is_done", "_value")
+    __slots__ = ("_callback", "_callbacks", "_error", "_is_done", "is_fine", "value")
 
     def __init__(self, callbacks: Callbacks, callback: Callable[[Job], object] | None) -> None:
         self._callbacks = callbacks
         self._callback = callback
         self._is_done = False
-        self._value: Any = None
+        self.is_fine = False  # done, and `value` is the result
+        self.value: Any = None
         self._error: BaseException | None = None
 
     def task_done(self, index: int, value: Any, error: BaseException | None, worker: GroupWorker | None) -> None:
-        self._value, self._error = value, error
-        self._is_done = True
+        self.value, self._error = value, error
+        self._is_done, self.is_fine = True, error is None
         if self._callback is not None:
             self._callbacks.run(self._call_back)
 
     def _call_back(self) -> None:
         callback, self._callback = self._callback, None
-        if callback is not None and not self._callbacks.has_ended():
+        if callback is not None and not self._callbacks.is_ended:
             callback(self)
 
     def done(self) -> bool:
@@ -89,7 +90,7 @@ class Job:
             raise FutureTimeoutError()
         error = self._error
         if error is None:
-            return self._value
+            return self.value
         if isinstance(error, (errors.WorkerDied, errors.NodeDied)):
             raise TerminatedWorkerError(
                 f"A worker process of joblib.Parallel ended while it ran a batch of tasks: {error} This can "
@@ -295,7 +296,8 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
     apply_async = submit  # joblib before 1.5
 
     def retrieve_result_callback(self, out: Job) -> Any:
-        return out.result()
+        """joblib calls it in the batch's callback, when the result is there."""
+        return out.value if out.is_fine else out.result()
 
     def retrieve_result(self, out: Job, timeout: float | None = None) -> Any:
         return out.result(timeout)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 from clusterpool.calls.callbacks import CallbackThread
@@ -18,24 +17,14 @@ class Callbacks:
 
     def __init__(self) -> None:
         self._thread = CallbackThread("clusterpool-joblib")
-        # Have a call called soon; it asks `has_ended` first.
+        # Have a call called soon; it looks at `is_ended` first.
         self.run: Callable[[Callable[[], object]], None] = self._thread.run
-        self._ident = 0
-        self._is_ended = False
-
-    def has_ended(self) -> bool:
-        """Whether the calls have ended meanwhile; asked by each callback before it does anything."""
-        self._ident = threading.get_ident()
-        return self._is_ended
+        self.is_ended = False  # each callback looks at it before it does anything
 
     def end(self) -> None:
         """Call no more of them."""
-        self._is_ended = True
+        self.is_ended = True
 
     def wait_idle(self) -> None:
         """After `end`: wait for the callback that runs now, if it takes no unreasonable time."""
-        if threading.get_ident() == self._ident:
-            return
-        is_idle = threading.Event()
-        self._thread.run(is_idle.set)
-        is_idle.wait(_PATIENCE_S)
+        self._thread.join(_PATIENCE_S)
