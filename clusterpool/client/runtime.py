@@ -161,6 +161,7 @@ class Runtime:
             client.loop.wait_until(lambda: client.is_closed, 10.0)
             client.loop.wait_until(lambda: not client.has_deliveries, 1.0)
         client.close()
+        self.values.close()
         for function in self.after_shutdown:
             function()
 

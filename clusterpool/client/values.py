@@ -95,6 +95,11 @@ class Values:
             self._arena = Arena.attach(registered.arena_path, registered.arena_bytes)
         return self._arena
 
+    def close(self) -> None:
+        """The client has left: what was kept mapped for later reads goes. Values that are held stay as they are."""
+        if self._arena is not None:
+            self._arena.forget_spares()
+
     # --- in
 
     def store(self, serialized: Serialized, object_id: str, owner: Address | None = None) -> m.StoredValue:

@@ -5,7 +5,8 @@
             capacity
 
     writers:  one shared mapping of the whole file in each process
-    readers:  one private (copy-on-write) mapping for each read, of that object's pages alone
+    readers:  one private (copy-on-write) mapping for each read, of that object's pages alone;
+              kept for the next read if nothing was written to it (spare_mappings.py)
 
 Each read has a mapping of its own, because two reads of one object in one process must not see each other's
 writes, which pages that were copied on write in one common private mapping would show.
@@ -28,6 +29,7 @@ from typing import Any
 
 from clusterpool.errors import NotConnected, StoreFull
 from clusterpool.object_store.memory_copy import BLOCK_BYTES, MemoryCopier, as_bytes_view
+from clusterpool.object_store.spare_mappings import SpareMappings
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class Arena:
         self._mapping: mmap.mmap | None = None
         self._view: memoryview | None = None
         self._copier: MemoryCopier | None = None
+        self._spares = SpareMappings(_libc.munmap)
         self._opening = threading.Lock()  # held while one of the four above is made
 
     @classmethod
@@ -134,21 +137,22 @@ class Arena:
         """The object's bytes as a writable buffer whose changes nobody else sees.
 
         Returns an object for `memoryview(anchor).cast("B")`; what is built on that view (numpy arrays,
-        slices) keeps the anchor alive. When the last of them goes, the pages are unmapped and `on_release`
+        slices) keeps the anchor alive. When the last of them goes, what was written is dropped and `on_release`
         is called, by whichever thread dropped it, perhaps within a garbage collection: it must not block.
         Not called at the end of the process, nor in a forked child.
         """
         self._check_range(offset, size_bytes)
         start = offset // mmap.PAGESIZE * mmap.PAGESIZE
         length = max(offset + size_bytes - start, 1)
-        address = _map_private(self._open(), start, length)
+        address = self._spares.take(start, length) or _map_private(self._open(), start, length)
         if address is None:
             # The kernel allows 65,530 mappings a process: beyond that many live objects, copies.
             anchor = (ctypes.c_ubyte * size_bytes).from_buffer(self.read_copy(offset, size_bytes))
             on_release()
             return anchor
         anchor = (ctypes.c_ubyte * size_bytes).from_address(address + offset - start)
-        finalizer = weakref.finalize(anchor, _unmap, address, length, on_release, os.getpid())
+        mapped = (start, length, address)
+        finalizer = weakref.finalize(anchor, _released, self._spares, mapped, on_release, os.getpid())
         finalizer.atexit = False
         return anchor
 
@@ -158,8 +162,13 @@ class Arena:
 
     # --- the end -------------------------------------------------------------------------------------------
 
+    def forget_spares(self) -> None:
+        """Keep no mapping for later reads any more: the node is gone, or we are about to leave it."""
+        self._spares.close()
+
     def close(self) -> None:
         """Let go of the file and of the mapping, once no write is going on; views and anchors stay valid."""
+        self.forget_spares()
         self._copier = None
         if self._view is not None:
             with contextlib.suppress(BufferError):
@@ -297,8 +306,8 @@ def _map_private(fd: int, start: int, length: int) -> int | None:
     raise OSError(number, f"cannot map {length} bytes of the object store: {os.strerror(number)}")
 
 
-def _unmap(address: int, length: int, on_release: Callable[[], None], pid: int) -> None:
-    _libc.munmap(address, length)
+def _released(spares: SpareMappings, mapped: tuple[int, int, int], on_release: Callable[[], None], pid: int) -> None:
+    spares.give(*mapped)
     # In a forked child the pin is the parent's, which still reads.
     if os.getpid() == pid:
         on_release()

@@ -157,6 +157,56 @@ def test_a_released_read_is_unmapped(arena: Arena) -> None:
     assert mappings() == before
 
 
+def test_a_large_read_leaves_its_mapping_to_the_next_reader_of_its_pages(arena: Arena) -> None:
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_text().count(str(arena.path))
+
+    arena.write(MB, np.full(4 * MB, 1, np.uint8))
+    before = mappings()
+    assert int(read(arena, MB, 4 * MB).sum()) == 4 * MB
+    assert mappings() == before + 1
+    arena.write(MB, np.full(4 * MB, 2, np.uint8))  # its place is another object's by now
+    assert int(read(arena, MB, 4 * MB).sum()) == 8 * MB
+    assert mappings() == before + 1
+    arena.forget_spares()
+    assert mappings() == before
+
+
+def test_what_a_reader_wrote_is_seen_by_no_later_reader(arena: Arena) -> None:
+    arena.write(MB, np.full(4 * MB, 1, np.uint8))
+    for index in (0, 4 * MB - 1, 2 * MB + 17):
+        array = read(arena, MB, 4 * MB)
+        assert array.min() == array.max() == 1
+        array[index] = 7
+        del array
+        gc.collect()
+    assert read(arena, MB, 4 * MB).max() == 1
+
+
+def test_reads_at_the_same_time_have_mappings_of_their_own(arena: Arena) -> None:
+    arena.write(MB, np.full(4 * MB, 1, np.uint8))
+    first, second = read(arena, MB, 4 * MB), read(arena, MB, 4 * MB)
+    first[5] = 7
+    assert second[5] == 1
+    del first, second
+    gc.collect()
+    assert read(arena, MB, 4 * MB)[5] == 1
+
+
+def test_a_read_from_a_mapping_left_behind_can_be_written_in_a_forked_child(arena: Arena) -> None:
+    arena.write(MB, np.full(4 * MB, 1, np.uint8))
+    assert read(arena, MB, 4 * MB)[5] == 1
+
+    def write() -> int:
+        array = read(arena, MB, 4 * MB)
+        array[5] = 7
+        del array
+        return int(read(arena, MB, 4 * MB)[5])
+
+    assert in_child(write) == 1
+    assert read(arena, MB, 4 * MB)[5] == 1
+
+
 def test_a_forked_child_does_not_take_back_its_parents_pin(arena: Arena) -> None:
     released: list[int] = []
     anchors = [arena.read_anchor(0, 100, lambda: released.append(1))]
