@@ -25,17 +25,13 @@ class Verdict:
         return f"{self.bar}: {self.measured} {mark}".replace(":  ", ": ")
 
 
-def judge(bar: Speedup | Ceiling, costs: Mapping[str, float], unit: str) -> Verdict:
-    """Whether the bar is met by the median costs, contender -> cost."""
-    ours = costs.get(OURS)
+def judge(bar: Speedup | Ceiling, ours: float | None, ratio: float | None, unit: str) -> Verdict:
+    """Whether the bar is met by our median cost, or by the ratio of the other's to ours."""
     if isinstance(bar, Ceiling):
         text = f"at most {bar.at_most:g} {unit}"
         return Verdict(text, "", None) if ours is None else Verdict(text, show(ours), ours <= bar.at_most)
     text = f"{bar.at_least:g} x {bar.against}"
-    theirs = costs.get(bar.against)
-    if ours is None or theirs is None:
-        return Verdict(text, "", None)
-    return Verdict(text, f"{theirs / ours:.2f} x", theirs / ours >= bar.at_least)
+    return Verdict(text, "", None) if ratio is None else Verdict(text, f"{ratio:.2f} x", ratio >= bar.at_least)
 
 
 def show(value: float) -> str:
@@ -80,9 +76,17 @@ def rows_of(figures: Sequence[Figure], results: Results, previous: Mapping[str, 
                 if (cost := results.median(figure.name, contender, metric.name)) is not None
             }
             before = previous.get("medians", {}).get(figure.name, {}).get(metric.name, {}).get(OURS)
-            verdicts = [judge(bar, costs, metric.unit) for bar in metric.bars]
+            verdicts = [verdict_on(bar, figure, metric, results) for bar in metric.bars]
             rows.append(Row(figure, metric, costs, verdicts, before))
     return rows
+
+
+def verdict_on(bar: Speedup | Ceiling, figure: Figure, metric: Metric, results: Results) -> Verdict:
+    """The bar of a metric, judged by the samples."""
+    ours = results.median(figure.name, OURS, metric.name)
+    against = bar.against if isinstance(bar, Speedup) else OURS
+    ratio = results.ratio(figure.name, against, metric.name, to=OURS)
+    return judge(bar, ours, ratio, metric.unit)
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
@@ -96,7 +100,7 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
 def table_of(rows: Sequence[Row], *, is_incomplete: bool = False) -> Table:
     """For the terminal."""
     columns = columns_of(rows)
-    title = "Medians; less is better. A ratio is the other's cost divided by clusterpool's"
+    title = "Medians; less is better. A ratio is the median over the rounds of the other's cost / clusterpool's"
     table = Table(title=f"INCOMPLETE. {title}" if is_incomplete else title, show_lines=True)
     table.add_column("figure")
     for name in columns:
@@ -132,7 +136,11 @@ def markdown_of(rows: Sequence[Row], results: Results, machine: Mapping[str, str
         f"| {row.metric.title} | " + " | ".join(row.cell(name) for name in columns) + f" | {row.judgement()} |"
         for row in rows
     ]
-    lines += ["", f"{summary_of(rows)}. Medians, less is better; ~ scaled up from fewer tasks."]
+    lines += [
+        "",
+        f"{summary_of(rows)}. Medians over the rounds, of costs (less is better) and of ratios; ~ scaled up from "
+        "fewer tasks.",
+    ]
     for figure, failures in results.failures.items():
         lines += [f"\nFailed: {contender} at {figure}." for contender in failures]
     return "\n".join(lines) + "\n"
@@ -159,6 +167,6 @@ def json_of(rows: Sequence[Row], results: Results, machine: Mapping[str, str], *
         "machine": dict(machine),
         "medians": medians,
         "bars": bars,
-        "samples": results.samples,
+        "samples": results.samples(),
         "failures": results.failures,
     }

@@ -30,21 +30,44 @@ END_PATIENCE_S = 10.0
 
 @dataclass
 class Results:
-    """All samples: figure -> contender -> metric -> values; and the end of what the failed ones printed."""
+    """All samples: figure -> contender -> metric -> round -> value; and the end of what the failed ones printed."""
 
-    samples: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=dict)
+    by_round: dict[str, dict[str, dict[str, dict[int, float]]]] = field(default_factory=dict)
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def add(self, sample: Sample) -> None:
         """Notes the values of one sample."""
-        metrics = self.samples.setdefault(sample.figure, {}).setdefault(sample.contender, {})
+        metrics = self.by_round.setdefault(sample.figure, {}).setdefault(sample.contender, {})
         for metric, value in sample.costs.items():
-            metrics.setdefault(metric, []).append(value)
+            metrics.setdefault(metric, {})[sample.round_number] = value
+
+    def _values(self, figure: str, contender: str, metric: str) -> dict[int, float]:
+        return self.by_round.get(figure, {}).get(contender, {}).get(metric, {})
 
     def median(self, figure: str, contender: str, metric: str) -> float | None:
         """The median over the rounds; None where there is no sample."""
-        values = self.samples.get(figure, {}).get(contender, {}).get(metric)
-        return statistics.median(values) if values else None
+        values = self._values(figure, contender, metric)
+        return statistics.median(values.values()) if values else None
+
+    def ratio(self, figure: str, contender: str, metric: str, *, to: str) -> float | None:
+        """The median over the rounds of a contender's cost divided by that of `to`; None where no round has both.
+
+        Within a round the two are measured seconds apart, and what a shared machine is slow at for a minute concerns
+        both. (The medians of each may come from different minutes: that made 1.7 of a ratio of 1 here.)
+        """
+        theirs, ours = self._values(figure, contender, metric), self._values(figure, to, metric)
+        ratios = [theirs[round_number] / ours[round_number] for round_number in theirs if ours.get(round_number)]
+        return statistics.median(ratios) if ratios else None
+
+    def samples(self) -> dict[str, dict[str, dict[str, list[float]]]]:
+        """figure -> contender -> metric -> values, first round first."""
+        return {
+            figure: {
+                contender: {metric: [values[n] for n in sorted(values)] for metric, values in metrics.items()}
+                for contender, metrics in contenders.items()
+            }
+            for figure, contenders in self.by_round.items()
+        }
 
 
 class SampleFailed(Exception):

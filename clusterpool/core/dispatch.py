@@ -311,6 +311,15 @@ class Dispatcher:
             task = queue[0]
             spec = task.spec
             function, extras = spec.function, spec.extras
+            if extras is None and function == first_function and tasks:  # the rule, for thousands in a row
+                queue.popleft()
+                if not task.is_cancelled:
+                    count -= 1
+                    task.worker = process_id
+                    tasks.append(task)
+                    size_bytes += len(spec.payload)
+                    outstanding[spec.number] = task
+                continue
             is_for_itself = extras is not None and extras.limits is not None and extras.limits.travels_alone
             if is_for_itself and tasks:
                 break

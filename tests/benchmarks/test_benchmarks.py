@@ -25,27 +25,39 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("bar", "costs", "is_met"),
+    ("bar", "ours", "ratio", "is_met"),
     [
-        (Speedup("ray", 2), {"clusterpool": 1.0, "ray": 2.0}, True),
-        (Speedup("ray", 2), {"clusterpool": 1.0, "ray": 1.9}, False),
-        (Speedup("multiprocessing", 0.8), {"clusterpool": 1.2, "multiprocessing": 1.0}, True),
-        (Speedup("ray", 2), {"clusterpool": 1.0}, None),
-        (Speedup("ray", 2), {"ray": 2.0}, None),
-        (Ceiling(20), {"clusterpool": 20.0}, True),
-        (Ceiling(20), {"clusterpool": 20.1, "ray": 1.0}, False),
-        (Ceiling(20), {"ray": 1.0}, None),
+        (Speedup("ray", 2), 1.0, 2.0, True),
+        (Speedup("ray", 2), 1.0, 1.9, False),
+        (Speedup("multiprocessing", 0.8), 1.2, 0.83, True),
+        (Speedup("ray", 2), 1.0, None, None),
+        (Speedup("ray", 2), None, None, None),
+        (Ceiling(20), 20.0, 1.0, True),
+        (Ceiling(20), 20.1, 9.0, False),
+        (Ceiling(20), None, None, None),
     ],
 )
-def test_a_bar_is_judged_by_the_medians(bar: Speedup | Ceiling, costs: dict[str, float], is_met: bool | None) -> None:
-    assert judge(bar, costs, "MB").is_met is is_met
+def test_a_bar_is_judged_by_ratio_or_cost(
+    bar: Speedup | Ceiling, ours: float | None, ratio: float | None, is_met: bool | None
+) -> None:
+    assert judge(bar, ours, ratio, "MB").is_met is is_met
+
+
+def test_a_ratio_is_of_costs_of_the_same_round() -> None:
+    results = Results()
+    for round_number, (ours, theirs) in enumerate([(1.0, 3.0), (2.0, 6.2), (2.0, 6.4), (1.0, 3.4)], 1):
+        results.add(Sample("submit", "clusterpool", round_number, {"seconds": ours}))
+        results.add(Sample("submit", "ray", round_number, {"seconds": theirs}))
+    results.add(Sample("submit", "ray", 5, {"seconds": 99.0}))
+    assert results.ratio("submit", "ray", "seconds", to="clusterpool") == pytest.approx(3.15)
+    assert results.ratio("submit", "dask", "seconds", to="clusterpool") is None
 
 
 def test_the_median_is_over_the_rounds_and_rows_count_bars() -> None:
     results = Results()
-    for seconds in (5.0, 1.0, 2.0):
-        results.add(Sample("map_chunk1", "clusterpool", 1, {"seconds": seconds, "cpu_us": 1.0}))
-        results.add(Sample("map_chunk1", "multiprocessing", 1, {"seconds": 6.0, "cpu_us": 2.0}))
+    for round_number, seconds in enumerate((5.0, 1.0, 2.0), 1):
+        results.add(Sample("map_chunk1", "clusterpool", round_number, {"seconds": seconds, "cpu_us": 1.0}))
+        results.add(Sample("map_chunk1", "multiprocessing", round_number, {"seconds": 6.0, "cpu_us": 2.0}))
     assert results.median("map_chunk1", "clusterpool", "seconds") == 2.0
     figures = [figure for figure in FIGURES if figure.name == "map_chunk1"]
     previous = {"medians": {"map_chunk1": {"cpu_us": {"clusterpool": 3.0}}}}

@@ -94,8 +94,8 @@ def test_only_what_is_missing_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
     path = journal_with(tmp_path, FIRST, Sample("apply", "futures", 1, {"round_trip_us": 1.0}))
     run_all(plan, results, Journal.resume(path, plan), report=lambda line: None)
     assert asked == ["futures", "clusterpool", "futures"], "one of the first round, both of the second"
-    assert results.samples["submit"]["clusterpool"]["seconds"] == [0.5, 9.0]
-    assert "apply" not in results.samples, "it is not asked for this time"
+    assert results.samples()["submit"]["clusterpool"]["seconds"] == [0.5, 9.0]
+    assert "apply" not in results.samples(), "it is not asked for this time"
 
 
 def test_rounds_are_interleaved_and_only_who_has_the_figure_takes_part() -> None:
