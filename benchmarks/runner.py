@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 SAMPLE_TIMEOUT_S = 180.0
 # For what a killed sample had started: our own node, for one, finds its driver dead within a second, and tidies up.
 END_PATIENCE_S = 10.0
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
@@ -119,21 +120,32 @@ def run_sample(figure: Figure, contender: str, *, quick: bool, environment: dict
     amount = max((figure.quick_amount if quick else figure.amount) // divisor, 1)
     command = [sys.executable, "-m", "benchmarks.sample", contender, figure.name, str(amount)]
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
+        # An interrupt while the process is being started would leave it behind: it comes when we can end it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+        process = None
         try:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True,
+                preexec_fn=_unblock_interrupts,
+            )  # fmt: skip
+            _unblock_interrupts()
             exit_code = process.wait(SAMPLE_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             exit_code = None
         finally:
-            end_tree(process)
+            if process is not None:
+                end_tree(process)
+            _unblock_interrupts()
         output.seek(0)
         printed = output.read()
     if exit_code != 0:
         what = f"took more than {SAMPLE_TIMEOUT_S:g} s" if exit_code is None else f"exit code {exit_code}"
         raise SampleFailed(f"{printed[-2000:]}\n({what}) {last_line(printed)}")
     return scaled(parse(printed), divisor)
+
+
+def _unblock_interrupts() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
 
 
 def end_tree(process: subprocess.Popen[bytes]) -> None:

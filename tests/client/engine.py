@@ -48,7 +48,13 @@ def store_bytes() -> int:
 
 def check_nothing_left(timeout_s: float = 15.0) -> None:
     """Fails unless all objects go, here and in the store, within `timeout_s`."""
-    gc.collect()  # exceptions that a test has caught hold its frames, and those its references
-    wait_for(lambda: not any(objects_left().values()) and store_bytes() == 0, timeout_s)
+
+    def is_all_gone() -> bool:
+        # Exceptions that a test has caught hold its frames, and those its references; and another thread may be about
+        # to let go of the last of them, so it takes more than one look.
+        gc.collect()
+        return not any(objects_left().values()) and store_bytes() == 0
+
+    wait_for(is_all_gone, timeout_s)
     assert not any(objects_left().values()), objects_left()
     assert store_bytes() == 0
