@@ -56,7 +56,7 @@ class Journal:
 
     @classmethod
     def resume(cls, path: Path, plan: Plan) -> Journal:
-        """Go on with a file that `read` has read.
+        """Go on with a file of an earlier start.
 
         Raises: NotResumable if the plan is for another commit, Python or machine, or for other amounts.
         """

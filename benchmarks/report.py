@@ -83,10 +83,10 @@ def rows_of(figures: Sequence[Figure], results: Results, previous: Mapping[str, 
 
 def verdict_on(bar: Speedup | Ceiling, figure: Figure, metric: Metric, results: Results) -> Verdict:
     """The bar of a metric, judged by the samples."""
-    ours = results.median(figure.name, OURS, metric.name)
-    against = bar.against if isinstance(bar, Speedup) else OURS
-    ratio = results.ratio(figure.name, against, metric.name, to=OURS)
-    return judge(bar, ours, ratio, metric.unit)
+    ratio = None
+    if isinstance(bar, Speedup):
+        ratio = results.ratio(figure.name, bar.against, metric.name, to=OURS)
+    return judge(bar, results.median(figure.name, OURS, metric.name), ratio, metric.unit)
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:

@@ -54,7 +54,8 @@ class Results:
         """The median over the rounds of a contender's cost divided by that of `to`; None where no round has both.
 
         Within a round the two are measured seconds apart, and what a shared machine is slow at for a minute concerns
-        both. (The medians of each may come from different minutes: that made 1.7 of a ratio of 1 here.)
+        both. The medians of each may come from different minutes: of the same five rounds of map with chunksize=1
+        these made 2.43, the rounds 2.91.
         """
         theirs, ours = self._values(figure, contender, metric), self._values(figure, to, metric)
         ratios = [theirs[round_number] / ours[round_number] for round_number in theirs if ours.get(round_number)]

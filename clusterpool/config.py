@@ -42,9 +42,9 @@ MEMORY_THRESHOLD_DEFAULT = 0.95
 SHARED_MEMORY_FREE_SHARE = 0.9
 SHARED_MEMORY_FOLDER = Path("/dev/shm")
 
-# Names a function, "module:name", that each worker of a job calls before it loads anything of the job's.
 # The folder that programs take along to all nodes where they say nothing of it: `clusterpool run --working-dir`.
 WORKING_DIR_VARIABLE = "CLUSTERPOOL_WORKING_DIR"
+# Names a function, "module:name", that each worker of a job calls before it loads anything of the job's.
 WORKER_SETUP_VARIABLE = "CLUSTERPOOL_WORKER_SETUP"
 PATCHING_SETUP = "clusterpool.cli.patch:patch_standard_library"
 

@@ -73,8 +73,7 @@ class ObjectRefStream(Iterator[ObjectRef]):
 
     def _when_moved(self, callback: Callable[[], None]) -> None:
         """Have `callback` called by whoever turns the loop, once there is an item more, or an end."""
-        client = self._here.client
-        deliveries = client.deliveries
+        deliveries = self._here.client.deliveries
 
         def look(_: Any) -> None:
             if self._has_moved():
@@ -82,9 +81,7 @@ class ObjectRefStream(Iterator[ObjectRef]):
             else:
                 deliveries.stream_watchers.setdefault(self._number, []).append(callback)
 
-        client.ask_machine(look)
-        if deliveries.queue and not client.loop.is_mine:
-            client.loop.kick()
+        self._here.client.ask_machine(look)
 
     def close(self) -> None:
         """End the generator if it still runs, and let go of items that nobody took."""

@@ -215,8 +215,7 @@ class Dispatcher:
         # Without workers too: what is cancelled must not make a closed set wait, or an idle one ask for workers.
         if not self._drop_cancelled() or not self.slots:
             return batches
-        # (Not `is_open`: this runs for each message, and a property costs as much as the rest of the line.)
-        open_slots = [slot for slot in self.slots.values() if not (slot.is_retiring or slot.is_blocked)]
+        open_slots = [slot for slot in self.slots.values() if slot.is_open]
         workers = len(open_slots)
         if workers > 1 and self._is_too_little_to_split():
             awake = self._awake_slot(open_slots, now_s)
@@ -242,12 +241,12 @@ class Dispatcher:
         fewer and larger, and the owner has a CPU for itself.
         """
         found: WorkerSlot | None = None
-        since_s, most = now_s - BACKLOG_S, -1
+        most = (-1, 0.0)
         for slot in slots:
-            if slot.finished_s >= since_s:
-                held = len(slot.outstanding)
-                if found is None or held > most or (held == most and slot.finished_s > found.finished_s):
-                    found, most = slot, held
+            if now_s - slot.finished_s <= BACKLOG_S:
+                wakefulness = (len(slot.outstanding), slot.finished_s)
+                if wakefulness > most:
+                    found, most = slot, wakefulness
         return found
 
     def _is_too_little_to_split(self) -> bool:
@@ -311,15 +310,6 @@ class Dispatcher:
             task = queue[0]
             spec = task.spec
             function, extras = spec.function, spec.extras
-            if extras is None and function == first_function and tasks:  # the rule, for thousands in a row
-                queue.popleft()
-                if not task.is_cancelled:
-                    count -= 1
-                    task.worker = process_id
-                    tasks.append(task)
-                    size_bytes += len(spec.payload)
-                    outstanding[spec.number] = task
-                continue
             is_for_itself = extras is not None and extras.limits is not None and extras.limits.travels_alone
             if is_for_itself and tasks:
                 break

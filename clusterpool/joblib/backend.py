@@ -61,19 +61,18 @@ class TerminatedWorkerError(errors.WorkerDied, BrokenProcessPool):
 class Job:
     """A batch in flight: the engine's sink, and the future-like object that joblib keeps."""
 
-    __slots__ = ("_callback", "_callbacks", "_error", "_is_done", "is_fine", "value")
+    __slots__ = ("_callback", "_callbacks", "_error", "_is_done", "_value")
 
     def __init__(self, callbacks: Callbacks, callback: Callable[[Job], object] | None) -> None:
         self._callbacks = callbacks
         self._callback = callback
         self._is_done = False
-        self.is_fine = False  # done, and `value` is the result
-        self.value: Any = None
+        self._value: Any = None
         self._error: BaseException | None = None
 
     def task_done(self, index: int, value: Any, error: BaseException | None, worker: GroupWorker | None) -> None:
-        self.value, self._error = value, error
-        self._is_done, self.is_fine = True, error is None
+        self._value, self._error = value, error
+        self._is_done = True
         if self._callback is not None:
             self._callbacks.run(self._call_back)
 
@@ -90,7 +89,7 @@ class Job:
             raise FutureTimeoutError()
         error = self._error
         if error is None:
-            return self.value
+            return self._value
         if isinstance(error, (errors.WorkerDied, errors.NodeDied)):
             raise TerminatedWorkerError(
                 f"A worker process of joblib.Parallel ended while it ran a batch of tasks: {error} This can "
@@ -296,8 +295,7 @@ class ClusterpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
     apply_async = submit  # joblib before 1.5
 
     def retrieve_result_callback(self, out: Job) -> Any:
-        """joblib calls it in the batch's callback, when the result is there."""
-        return out.value if out.is_fine else out.result()
+        return out.result()
 
     def retrieve_result(self, out: Job, timeout: float | None = None) -> Any:
         return out.result(timeout)

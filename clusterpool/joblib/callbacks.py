@@ -17,7 +17,7 @@ class Callbacks:
 
     def __init__(self) -> None:
         self._thread = CallbackThread("clusterpool-joblib")
-        # Have a call called soon; it looks at `is_ended` first.
+        # Have a call called soon.
         self.run: Callable[[Callable[[], object]], None] = self._thread.run
         self.is_ended = False  # each callback looks at it before it does anything
 

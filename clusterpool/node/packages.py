@@ -236,16 +236,12 @@ def files_of(folder: Path) -> Files:
     found: Files = {}
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name != "__pycache__"]
-        for name in [*folders, *names]:
-            path = f"{where}/{name}"
-            found[path] = (
-                0,
-                0,
-            )  # a folder's time changes with the byte code in it, and what is new in it shows by itself
-            if name in names:
-                with contextlib.suppress(FileNotFoundError):  # what somebody has left running takes it away
-                    status = os.lstat(path)
-                    found[path] = (status.st_size, status.st_ctime_ns)
+        # A folder's time changes with the byte code in it, and what is new in it shows by itself.
+        found.update((f"{where}/{name}", (0, 0)) for name in [*folders, *names])
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # what somebody has left running takes it away
+                status = os.lstat(f"{where}/{name}")
+                found[f"{where}/{name}"] = (status.st_size, status.st_ctime_ns)
     return found
 
 

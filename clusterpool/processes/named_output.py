@@ -26,23 +26,25 @@ def name_output(name_now: Callable[[], str]) -> None:
     """From now on what this process prints is `name_now()`'s; "" for the name that the node knows it by."""
     _naming[:] = [name_now]
     for stream in (sys.stdout, sys.stderr):
-        lowest = getattr(getattr(stream, "buffer", None), "raw", None)
-        if isinstance(lowest, NamedOutput):
-            lowest.remember_pipe()
+        output = getattr(stream, "buffer", None)
+        if isinstance(output, NamedOutput):
+            output.remember_pipe()
 
 
-class NamedOutput(io.FileIO):
-    """The lowest layer of `sys.stdout` and `sys.stderr` in the processes of a zygote."""
+class NamedOutput(io.BufferedWriter):
+    """The binary layer of `sys.stdout` and `sys.stderr` in the processes of a zygote.
+
+    Not the lowest one: an interrupt between its write and its return would have the same bytes written once more.
+    """
 
     def __init__(self, descriptor: int) -> None:
-        super().__init__(descriptor, "w", closefd=False)
+        super().__init__(io.FileIO(descriptor, "w", closefd=False))
         self._told = ""
         self._pipe: tuple[int, int] | None = None  # to the node
 
     def remember_pipe(self) -> None:
         """The descriptor leads to the node at present."""
-        status = os.fstat(self.fileno())
-        self._pipe = (status.st_dev, status.st_ino)
+        self._pipe = self._target()
 
     def write(self, data: Any) -> Any:
         """As that of any file; the name comes first, if it is not that of the last output."""
@@ -55,8 +57,11 @@ class NamedOutput(io.FileIO):
 
     def _leads_to_node(self) -> bool:
         """Not to a file to which a task has redirected the descriptor (`os.dup2`)."""
+        return self._pipe == self._target()
+
+    def _target(self) -> tuple[int, int]:
         status = os.fstat(self.fileno())
-        return self._pipe == (status.st_dev, status.st_ino)
+        return status.st_dev, status.st_ino
 
 
 def rebuild_standard_streams() -> None:
@@ -66,8 +71,7 @@ def rebuild_standard_streams() -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         # Whole lines: else what two workers print at once is mixed, and what a killed one printed is lost.
         # Any text can be printed: a worker must not fail because the node was started with LANG=C.
-        lowest = io.BufferedWriter(NamedOutput(number))
-        stream = io.TextIOWrapper(lowest, "utf-8", "backslashreplace", line_buffering=True)
+        stream = io.TextIOWrapper(NamedOutput(number), "utf-8", "backslashreplace", line_buffering=True)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
 
